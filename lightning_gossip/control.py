@@ -1,0 +1,293 @@
+"""The run's store: who stops and why, who has arrived, who is alive.
+
+One thread a rank holds its own connection to the store. It writes a heartbeat, and it is woken by the stop word, which
+the first rank that stops writes for all: every wait of this package looks at it. Nothing here knows Lightning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any, NoReturn
+
+from torch.distributed import DistNetworkError, DistStoreError, Store
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT = 1.0
+"""Seconds from one sign of life to the next."""
+
+SLICE = timedelta(seconds=0.25)
+"""Longest time for which a waiting thread does not look up: Python's signal handlers run in between."""
+
+_STOP = "stop"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a run ends before its time.
+
+    Attributes:
+        kind: ``"error"``, ``"SIGTERM"`` or ``"SIGINT"``.
+        rank: that wrote it, -1 where nobody could (the store is gone).
+        step: of that rank's exchange clock.
+        cause: in words.
+        lost: the rank whose loss was the cause, -1 where it was something else.
+    """
+
+    kind: str
+    rank: int
+    step: int
+    cause: str
+    lost: int = -1
+
+    def __str__(self) -> str:
+        return self.cause if self.rank < 0 else f"rank {self.rank} stopped at step {self.step}: {self.cause}"
+
+
+class RunStopped(RuntimeError):
+    """Another rank stopped; :attr:`stop` says which, when and why."""
+
+    def __init__(self, stop: Stop) -> None:
+        super().__init__(str(stop))
+        self.stop = stop
+
+
+def _raise_stop(stop: Stop) -> NoReturn:
+    if stop.kind == "SIGINT":
+        raise KeyboardInterrupt(str(stop))
+    if stop.kind == "SIGTERM":
+        raise SystemExit(143)
+    raise RunStopped(stop)
+
+
+class _Heartbeats:
+    """For how long ranks have been silent, by this process' own clock."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._seen: dict[int, tuple[int, float]] = {}
+
+    def silence(self, rank: int) -> float:
+        """Return the seconds since the heartbeat of ``rank`` was last seen to change."""
+        beat, now = self._store.add(f"alive/{rank}", 0), time.monotonic()
+        if rank not in self._seen or self._seen[rank][0] != beat:
+            self._seen[rank] = (beat, now)
+        return now - self._seen[rank][1]
+
+
+class Control:
+    """One rank's view of the run.
+
+    Args:
+        connect: returns a connection to the run's store that nobody else uses; called once a connection.
+        rank: of this process.
+        world_size: number of ranks.
+        timeout: how long a rank waits for one that gives no sign of life.
+        clock: returns the step at which this rank is, for messages.
+        raise_stop: raises what a :class:`Stop` should look like in this program.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Store],
+        rank: int,
+        world_size: int,
+        timeout: timedelta,
+        clock: Callable[[], int] = lambda: 0,
+        raise_stop: Callable[[Stop], NoReturn] = _raise_stop,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.timeout = timeout
+        self._clock = clock
+        self.stopped: Stop | None = None
+        self._raise_stop = raise_stop
+        self._meetings = 0
+        self._lock = threading.Lock()
+        self._store: Any = connect()  # never blocks: safe from any thread
+        self._meeting_store = connect()  # blocks in meet()
+        self._thread_store = connect()  # blocks in the thread
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name=f"control-{rank}", daemon=True)
+        self._thread.start()
+
+    # -- stopping -----------------------------------------------------------------------------------------------
+
+    def stop(self, kind: str, cause: str, lost: int = -1) -> Stop:
+        """Write the stop word, unless another rank did first, and return the one that holds.
+
+        Args:
+            kind, cause, lost: see :class:`Stop`; the other ranks will report the cause.
+        """
+        stop = Stop(kind, self.rank, self._clock(), cause, lost)
+        with self._lock:
+            try:
+                holds = self._store.compare_set(_STOP, "", json.dumps(asdict(stop)))
+                if json.loads(holds) == asdict(stop):
+                    everyone = [f"wake/{rank}" for rank in range(self.world_size)]
+                    self._store.multi_set(everyone, ["1"] * self.world_size)
+                self._receive(holds)
+            except (DistNetworkError, DistStoreError):
+                self._lose_store()
+        return self.stopped or stop
+
+    def stop_locally(self, kind: str, cause: str) -> None:
+        """Let this rank's next :meth:`check` raise, without touching the store: for signal handlers."""
+        if self.stopped is None:
+            self.stopped = Stop(kind, self.rank, self._clock(), cause)
+
+    def check(self) -> None:
+        """Raise if some rank stopped.
+
+        Raises:
+            RunStopped: for an error; ``SystemExit`` and ``KeyboardInterrupt`` for signals (see ``raise_stop``).
+        """
+        if self.stopped is not None:
+            self._raise_stop(self.stopped)
+
+    def wait(self, event: threading.Event, deadline: float) -> bool:
+        """Wait for ``event`` until ``deadline`` (of :func:`time.monotonic`); return whether it came.
+
+        Raises:
+            RunStopped: as :meth:`check`.
+        """
+        while not event.wait(min(SLICE.total_seconds(), max(0.0, deadline - time.monotonic()))):
+            self.check()
+            if time.monotonic() >= deadline:
+                return False
+        return True
+
+    def await_stop(self, seconds: float) -> Stop | None:
+        """Return the stop word, giving it some seconds to arrive: a lost connection is often its consequence."""
+        deadline = time.monotonic() + seconds
+        while self.stopped is None and time.monotonic() < deadline:
+            self._closing.wait(0.05)
+        return self.stopped
+
+    # -- meeting ------------------------------------------------------------------------------------------------
+
+    def meet(self, reason: str) -> None:
+        """Wait until every rank calls this with the same ``reason``: what comes before any collective.
+
+        A rank that is slow but alive is waited for without limit; one without a sign of life for ``timeout`` is not.
+
+        Raises:
+            RuntimeError: if ranks meet for different reasons, or a rank is dead.
+            RunStopped: if some rank stops meanwhile.
+        """
+        if self.world_size == 1:
+            return
+        self.check()
+        self._meetings += 1
+        key = f"meet/{self._meetings}"
+        try:
+            first = self._store.compare_set(f"{key}/reason", "", f"{self.rank}|{reason}").decode()
+            first_rank, _, first_reason = first.partition("|")
+            if first_reason != reason:
+                raise RuntimeError(
+                    f"the ranks disagree on what comes next: rank {first_rank} is at '{first_reason}',"
+                    f" rank {self.rank} at '{reason}'"
+                )
+            self._store.set(f"at/{self.rank}", str(self._meetings))
+            if self._store.add(f"{key}/count", 1) == self.world_size:
+                self._store.set(f"{key}/go", "1")
+            self._await_others(f"{key}/go", reason)
+            if self.rank == 0:
+                for field in ("reason", "count", "go"):  # everybody has left the meeting before this one
+                    self._store.delete_key(f"meet/{self._meetings - 1}/{field}")
+        except DistNetworkError:
+            self._lose_store()
+            self.check()
+
+    def _await_others(self, key: str, reason: str) -> None:
+        heartbeats = _Heartbeats(self._store)
+        limit = self.timeout.total_seconds()
+        next_look = time.monotonic()
+        while True:
+            try:
+                self._meeting_store.wait([key], SLICE)
+                return
+            except DistNetworkError:
+                raise
+            except DistStoreError:  # nothing but the slice's end
+                self.check()
+            if time.monotonic() < next_look:
+                continue
+            next_look = time.monotonic() + min(2.0, limit / 4)
+            for rank in range(self.world_size):
+                late = rank != self.rank and self._store.add(f"at/{rank}", 0) < self._meetings
+                if late and heartbeats.silence(rank) > limit:
+                    raise RuntimeError(
+                        f"rank {self.rank} waited at '{reason}' for rank {rank},"
+                        f" which gave no sign of life for {limit:g} s"
+                    )
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def close(self, grace: float = 10.0) -> None:
+        """Leave the run. The rank that holds the store (rank 0) stays up to ``grace`` seconds for the others to leave.
+
+        After an error they still have to read the stop word; those without a heartbeat are not waited for.
+        """
+        if self._closing.is_set():
+            return
+        try:
+            self._store.add("left", 1)
+            self._store.set(f"gone/{self.rank}", "1")
+            if self.rank == 0:
+                self._await_leaving(grace)
+            self._store.set(f"wake/{self.rank}", "1")
+        except (DistNetworkError, DistStoreError) as error:
+            log.debug("rank %d left a run whose store is gone: %s", self.rank, error)
+        self._closing.set()
+        self._thread.join(timeout=2 * HEARTBEAT)
+
+    def _await_leaving(self, grace: float) -> None:
+        deadline = time.monotonic() + grace
+        heartbeats = _Heartbeats(self._store)
+        while self._store.add("left", 0) < self.world_size and time.monotonic() < deadline:
+            staying = [rank for rank in range(1, self.world_size) if not self._store.check([f"gone/{rank}"])]
+            if all(heartbeats.silence(rank) > 3 * HEARTBEAT for rank in staying):
+                return
+            self._closing.wait(0.05)
+
+    # -- the thread ---------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        store = self._thread_store
+        wake = f"wake/{self.rank}"
+        try:
+            while not self._closing.is_set():
+                store.add(f"alive/{self.rank}", 1)
+                if store.check([_STOP]):
+                    self._receive(store.get(_STOP))
+                    return self._beat_until_closed(store)
+                try:
+                    store.wait([wake], timedelta(seconds=HEARTBEAT))
+                except DistNetworkError:
+                    raise
+                except DistStoreError:  # nothing but the interval's end
+                    continue
+                if not store.check([_STOP]):
+                    return None  # woken by close()
+        except DistNetworkError:
+            self._lose_store()
+        return None
+
+    def _beat_until_closed(self, store: Store) -> None:
+        while not self._closing.wait(HEARTBEAT):
+            store.add(f"alive/{self.rank}", 1)
+
+    def _receive(self, word: bytes) -> None:
+        self.stopped = Stop(**json.loads(word))
+
+    def _lose_store(self) -> None:
+        if self.stopped is None:
+            cause = "the run's store is gone: the process that held it (rank 0's, or the launcher's) has ended"
+            self.stopped = Stop("error", -1, self._clock(), cause)

@@ -1,0 +1,107 @@
+"""Many tensors of any dtypes in one flat buffer, so that an exchange is one message."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64  # bytes; every segment starts on a cache line, whatever its dtype
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The stretch of a buffer that holds all tensors of one dtype.
+
+    Attributes:
+        dtype: of the tensors.
+        wire_dtype: in which they lie in the buffer.
+        names: of the tensors, in the order in which they lie.
+        start: offset in bytes.
+        numel: elements.
+    """
+
+    dtype: torch.dtype
+    wire_dtype: torch.dtype
+    names: tuple[str, ...]
+    start: int
+    numel: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the buffer."""
+        return self.numel * self.wire_dtype.itemsize
+
+    def of(self, storage: Tensor) -> Tensor:
+        """Return this segment of ``storage`` (1-D, uint8) as a 1-D view of ``wire_dtype``."""
+        return storage[self.start : self.start + self.nbytes].view(self.wire_dtype)
+
+
+class FlatLayout:
+    """Where each of some named tensors lies in a flat buffer, one segment a dtype.
+
+    Args:
+        tensors: by name; two ranks that give the same names, shapes and dtypes have the same layout.
+        wire_dtype: floating-point tensors that are wider than this are rounded to it; None keeps every dtype.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], wire_dtype: torch.dtype | None = None) -> None:
+        by_dtype: dict[torch.dtype, list[str]] = {}
+        for name, tensor in tensors.items():
+            by_dtype.setdefault(tensor.dtype, []).append(name)
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.segments: list[Segment] = []
+        end = 0
+        for dtype, names in by_dtype.items():
+            narrows = wire_dtype is not None and dtype.is_floating_point and wire_dtype.itemsize < dtype.itemsize
+            numel = sum(self.shapes[name].numel() for name in names)
+            on_wire = wire_dtype if wire_dtype is not None and narrows else dtype
+            self.segments.append(Segment(dtype, on_wire, tuple(names), end, numel))
+            end += -(-self.segments[-1].nbytes // _ALIGNMENT) * _ALIGNMENT
+        self.nbytes = end
+        described = repr([(s, [tuple(self.shapes[name]) for name in s.names]) for s in self.segments])
+        self.fingerprint = int.from_bytes(hashlib.blake2b(described.encode(), digest_size=7).digest(), "big")
+
+    def views(self, segment: Segment, flat: Tensor) -> list[Tensor]:
+        """Split ``flat`` (1-D, ``segment.numel`` elements) into shaped views, in the order of ``segment.names``."""
+        shapes = [self.shapes[name] for name in segment.names]
+        parts = flat.split([shape.numel() for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+class FlatBuffer:
+    """Storage for one :class:`FlatLayout`.
+
+    Args:
+        layout: what lies where.
+        device: where the tensors are and the arithmetic is done.
+        staged: whether the payload travels from pinned host memory rather than from ``device`` (gloo with CUDA).
+    """
+
+    def __init__(self, layout: FlatLayout, device: torch.device, staged: bool = False) -> None:
+        self.layout = layout
+        self.storage = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
+        self._host = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=True) if staged else None
+        self.segments = [segment.of(self.storage) for segment in layout.segments]
+        self._views = [layout.views(s, flat) for s, flat in zip(layout.segments, self.segments, strict=True)]
+
+    @property
+    def payload(self) -> Tensor:
+        """What travels: 1-D, uint8."""
+        return self.storage if self._host is None else self._host
+
+    @torch.no_grad()
+    def pack(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy ``tensors`` in, rounding to the wire's dtype; afterwards :attr:`payload` can be sent."""
+        for segment, views in zip(self.layout.segments, self._views, strict=True):
+            torch._foreach_copy_(views, [tensors[name].detach() for name in segment.names])
+        if self._host is not None:
+            self._host.copy_(self.storage)  # device to host: returns when the copy is done
+
+    def unpack(self) -> None:
+        """Make what was received in :attr:`payload` visible in :attr:`segments`."""
+        if self._host is not None:
+            self.storage.copy_(self._host, non_blocking=True)

@@ -1,0 +1,246 @@
+"""Two ends and a typed header: how tensors travel, for gossip and for Downpour alike.
+
+A :class:`Link` is a gloo group of two members. Before each payload goes a header of fixed size, so that a payload of
+the wrong kind, step or size is noticed before a byte of it is received. A link's work is done by a thread of its own:
+training only waits for an event, so that signals, the stop word and the timeout reach it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import astuple, dataclass
+from datetime import timedelta
+from enum import IntEnum
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed import PrefixStore, Store, distributed_c10d
+
+T = TypeVar("T")
+
+ProcessGroupGloo: Any = distributed_c10d.ProcessGroupGloo  # torch ships no types for its methods
+
+_MAGIC = 0x6C67_0001  # "lg", version 1 of the header
+_TAG = 0
+_POISON_TAG = 1
+
+
+class Kind(IntEnum):
+    """What a payload is."""
+
+    SNAPSHOT = 1
+    """Of a replica, at the step in the header."""
+
+
+class LinkError(RuntimeError):
+    """A link failed or was closed; it carries nothing any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What goes before a payload: 8 integers of 64 bits.
+
+    Attributes:
+        kind: see :class:`Kind`.
+        step: the sender's exchange clock.
+        nbytes: of the payload that follows, 0 for none.
+        layout: fingerprint of names, shapes and dtypes in the payload (:class:`~lightning_gossip.flat.FlatLayout`).
+        number, extra: free for each kind.
+    """
+
+    kind: int
+    step: int
+    nbytes: int
+    layout: int = 0
+    number: int = 0
+    extra: int = 0
+
+    def to_tensor(self) -> Tensor:
+        """Return the header as it travels."""
+        return torch.tensor([_MAGIC, *astuple(self), 0], dtype=torch.int64)
+
+    @classmethod
+    def from_tensor(cls, tensor: Tensor) -> Header:
+        """Read a header that arrived.
+
+        Raises:
+            LinkError: if it is none.
+        """
+        magic, *fields, _ = tensor.tolist()
+        if magic != _MAGIC:
+            raise LinkError(f"what arrived is no header of this version of lightning-gossip (it begins with {magic})")
+        return cls(*fields)
+
+
+class Link:
+    """One end of a link.
+
+    Args:
+        store: the run's store; both ends meet there when the link is first used.
+        device: gloo's, shared by all links of the process.
+        own: name of this end.
+        peer: name of the other end.
+        timeout: of every wait.
+    """
+
+    def __init__(self, store: Store, device: Any, own: str, peer: str, timeout: timedelta) -> None:
+        self.own, self.peer = own, peer
+        self._ends = sorted((own, peer))
+        self._index = self._ends.index(own)
+        self._store = PrefixStore(f"link/{self._ends[0]}/{self._ends[1]}", store)
+        self._device = device
+        self._timeout = timeout
+        self._group: Any = None
+        self._sending: list[tuple[Any, Tensor]] = []
+        self._closed = threading.Event()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=f"link-{own}-{peer}", daemon=True)
+        self._thread.start()
+
+    # -- from any thread ----------------------------------------------------------------------------------------
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """Let the link's thread call ``job``, after those before it, and return its future result.
+
+        A job that raises closes the link; those after it fail with :class:`LinkError`.
+        """
+        future: Future[T] = Future()
+        self._jobs.put((job, future))
+        return future
+
+    def close(self) -> None:
+        """Give up the link, whatever its thread waits for. The other end notices within milliseconds."""
+        self._closed.set()
+        self._jobs.put(None)
+        self._thread.join(timeout=0.02)  # an idle thread ends at once
+        if self._thread.is_alive():
+            self._poison()
+            self._thread.join(timeout=5)
+
+    # -- from the link's thread ---------------------------------------------------------------------------------
+
+    def send(self, header: Header, payload: Tensor | None = None) -> None:
+        """Begin to send; :meth:`flush` waits until ``payload`` (1-D, uint8, host memory) may change again."""
+        group = self._connected()
+        for tensor in (header.to_tensor(),) if payload is None else (header.to_tensor(), payload):
+            self._sending.append((group.send([tensor], 1 - self._index, _TAG), tensor))
+
+    def flush(self) -> None:
+        """Wait until everything sent has left.
+
+        Raises:
+            RuntimeError: if the other end is gone, or did not take it within the timeout.
+        """
+        for work, _ in self._sending:
+            work.wait(self._timeout)
+        self._sending.clear()
+
+    def receive_header(self, timeout: timedelta | None = None) -> Header:
+        """Wait for a header.
+
+        Raises:
+            RuntimeError: if the other end is gone, or sent none within ``timeout`` (the link's own by default).
+            LinkError: if something else arrived.
+        """
+        tensor = torch.empty(8, dtype=torch.int64)
+        self._connected().recv([tensor], 1 - self._index, _TAG).wait(timeout or self._timeout)
+        return Header.from_tensor(tensor)
+
+    def receive(self, payload: Tensor) -> None:
+        """Wait for the payload (1-D, uint8, host memory) whose header was received and fits.
+
+        Raises:
+            RuntimeError: if the other end is gone, or did not send it within the timeout.
+        """
+        self._connected().recv([payload], 1 - self._index, _TAG).wait(self._timeout)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            job, future = item
+            if self._closed.is_set():
+                future.set_exception(LinkError(f"the link between {self.own} and {self.peer} is closed"))
+                continue
+            try:
+                future.set_result(job())
+            except Exception as error:  # noqa: BLE001 - it belongs to whoever waits for the future
+                self._closed.set()
+                self._poison()
+                future.set_exception(error)
+        self._sending.clear()
+        self._group = None
+
+    def _connected(self) -> Any:
+        """Return the group, made when first needed: both ends have to be there."""
+        if self._group is None:
+            self._await_peer()
+            options = ProcessGroupGloo._Options()
+            options._devices = [self._device]
+            options._timeout = self._timeout
+            self._group = ProcessGroupGloo(PrefixStore("gloo", self._store), self._index, 2, options)
+        return self._group
+
+    def _await_peer(self) -> None:
+        self._store.set(self.own, "here")
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        pause = 0.0005
+        while not self._store.check([self.peer]):
+            if self._closed.wait(pause):
+                raise LinkError(f"the link between {self.own} and {self.peer} is closed")
+            if time.monotonic() > deadline:
+                raise LinkError(f"{self.peer} did not come to its link within {self._timeout.total_seconds():g} s")
+            pause = min(2 * pause, 0.05)
+
+    def _poison(self) -> None:
+        """Make every wait of the group fail: a receive that times out closes a gloo group's connections."""
+        if (group := self._group) is not None:
+            nothing = torch.empty(1, dtype=torch.uint8)
+            with contextlib.suppress(RuntimeError):
+                group.recv([nothing], 1 - self._index, _POISON_TAG).wait(timedelta(milliseconds=1))
+
+
+class Links:
+    """The links of one process, made when first asked for.
+
+    Args:
+        store: the run's store, on a connection that nobody blocks.
+        own: name of this process' end.
+        timeout: of every wait.
+    """
+
+    def __init__(self, store: Store, own: str, timeout: timedelta) -> None:
+        self._store = store
+        self._own = own
+        self._timeout = timeout
+        self._device: Any = None
+        self._links: dict[str, Link] = {}
+
+    def to(self, peer: str) -> Link:
+        """Return the link to ``peer``."""
+        if peer not in self._links:
+            self._device = self._device or gloo_device()
+            self._links[peer] = Link(self._store, self._device, self._own, peer, self._timeout)
+        return self._links[peer]
+
+    def close(self) -> None:
+        """Close every link."""
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
+        self._device = None
+
+
+def gloo_device() -> Any:
+    """Return a gloo device on the interface that ``GLOO_SOCKET_IFNAME`` names, or on the host's default one."""
+    interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    if interfaces:
+        return ProcessGroupGloo.create_device(interface=interfaces.split(",")[0])
+    return ProcessGroupGloo.create_default_device()

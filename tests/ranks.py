@@ -1,0 +1,67 @@
+"""The one helper that starts many ranks as threads of one process (design §9)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from torch.distributed import HashStore
+
+from lightning_gossip.control import Control
+from lightning_gossip.exchange import Exchange
+from lightning_gossip.link import Links
+from lightning_gossip.transport import LinkTransport
+
+T = TypeVar("T")
+
+
+@dataclass
+class Rank:
+    """What a rank needs to take part: its number, and the run's control and links."""
+
+    rank: int
+    world_size: int
+    control: Control
+    links: Links
+
+    def exchange(self, schedule: Any, rule: Any, **kwargs: Any) -> Exchange:
+        transport = LinkTransport(self.links, self.control)
+        return Exchange(self.rank, self.world_size, schedule, rule, transport, **kwargs)
+
+
+def run_ranks(
+    world_size: int,
+    body: Callable[[Rank], T],
+    timeout: timedelta = timedelta(seconds=20),
+    expect_errors: bool = False,
+) -> list[Any]:
+    """Call ``body`` for each rank in a thread of its own and return the results, or the errors where they are expected."""
+    store = HashStore()
+    results: list[Any] = [None] * world_size
+
+    def run(rank: int) -> None:
+        control = Control(lambda: store, rank, world_size, timeout)
+        links = Links(store, f"rank{rank}", timeout)
+        try:
+            results[rank] = body(Rank(rank, world_size, control, links))
+        except BaseException as error:  # noqa: BLE001 - given to the caller
+            results[rank] = error
+            control.stop("error", f"{type(error).__name__}: {error}", getattr(error, "partner", -1))
+        finally:
+            links.close()
+            control.close(grace=2)
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+        assert not thread.is_alive(), "a rank hangs"
+    if not expect_errors:
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+    return results
