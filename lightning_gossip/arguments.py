@@ -61,9 +61,11 @@ def check_timeout(name: str, value: Any) -> timedelta:
 
 
 def check_wire_dtype(name: str, value: Any) -> torch.dtype | None:
-    """Return ``value`` if parameters can travel in it.
+    """Return ``value``, a dtype or its name, as the dtype in which parameters can travel.
 
     Raises:
         ValueError: if they can not.
     """
-    return check_choice(name, value, (None, torch.float32, torch.bfloat16, torch.float16))
+    by_name = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    check_choice(name, value, (None, *by_name.values(), *by_name))
+    return by_name.get(value, value)

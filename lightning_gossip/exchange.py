@@ -2,15 +2,15 @@
 
 Usable from any training loop::
 
-    exchange.begin(parameters)   # tick; post the snapshot of θ(t)
-    ...                          # forward, backward, the optimizer's step: θ(t) + u(t)
-    exchange.end()               # wait; θ(t+1) = θ(t) + u(t) − weight · Σ (s_i − s_k)
+    exchange.begin()   # tick; post the snapshot of θ(t)
+    ...                # forward, backward, the optimizer's step: θ(t) + u(t)
+    exchange.end()     # wait; θ(t+1) = θ(t) + u(t) − weight · Σ (s_i − s_k)
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -89,6 +89,8 @@ class Exchange:
         schedule: who chooses whom.
         rule: what choices mean and how much of a difference is taken over.
         transport: how payloads travel.
+        parameters: returns this replica's parameters by name, the same names, shapes and dtypes as on its partners;
+            those that require a gradient when an exchange is posted travel.
         delay: steps from posting to applying, from 0 to ``schedule.period - 1``, so that at most one is in flight.
         wire_dtype: snapshots are rounded to it, on both sides, where it is narrower than the parameter.
 
@@ -103,6 +105,7 @@ class Exchange:
         schedule: Schedule,
         rule: MixingRule,
         transport: Transport,
+        parameters: Callable[[], Mapping[str, Tensor]],
         delay: int = 0,
         wire_dtype: torch.dtype | None = None,
     ) -> None:
@@ -115,6 +118,7 @@ class Exchange:
         self._schedule = schedule
         self._rule = rule
         self._transport = transport
+        self._parameters = parameters
         self._delay = delay
         self._wire_dtype = wire_dtype
         self._in_flight: _InFlight | None = None
@@ -126,12 +130,8 @@ class Exchange:
         """Whether an exchange was posted and is not applied yet."""
         return self._in_flight is not None
 
-    def begin(self, parameters: Mapping[str, Tensor]) -> None:
-        """Begin a step: advance the clock and, in a round, snapshot and post those that require a gradient.
-
-        Args:
-            parameters: of this replica, by name; the same names, shapes and dtypes as on its partners.
-        """
+    def begin(self) -> None:
+        """Begin a step: advance the clock and, in a round with partners, take a snapshot and post it."""
         self.step += 1
         self.stats.wait_seconds = self.stats.mix_seconds = 0.0
         self.stats.partner = -1
@@ -140,7 +140,7 @@ class Exchange:
         choices = self._schedule.choices(self.step, self.world_size)
         transfers = self._rule.transfers(choices, self.rank)
         if transfers:
-            self._post(transfers, parameters)
+            self._post(transfers)
 
     def end(self) -> None:
         """End a step, after the optimizer's update: apply the exchange that is due.
@@ -152,6 +152,15 @@ class Exchange:
         if self._in_flight is not None and self.step >= self._in_flight.step + self._delay:
             self._apply(self._in_flight)
 
+    def arrive(self) -> None:
+        """Wait until what is in flight has arrived, without applying it: nothing is on the wire afterwards.
+
+        Raises:
+            PartnerLost, RunStopped: as :meth:`end`.
+        """
+        if self._in_flight is not None:
+            self._arrive(self._in_flight)
+
     def settle(self) -> None:
         """Apply what is in flight at once: at the end of training.
 
@@ -161,9 +170,14 @@ class Exchange:
         if self._in_flight is not None:
             self._apply(self._in_flight)
 
-    def _post(self, transfers: Transfers, parameters: Mapping[str, Tensor]) -> None:
+    def close(self) -> None:
+        """Give up what is in flight and release the transport."""
+        self._in_flight = None
+        self._transport.close()
+
+    def _post(self, transfers: Transfers) -> None:
         start = time.perf_counter()
-        travelling = {name: p for name, p in parameters.items() if p.requires_grad}
+        travelling = {name: p for name, p in self._parameters().items() if p.requires_grad}
         if not travelling:
             return
         buffers = self._room(travelling)

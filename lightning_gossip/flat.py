@@ -101,6 +101,12 @@ class FlatBuffer:
         if self._host is not None:
             self._host.copy_(self.storage)  # device to host: returns when the copy is done
 
+    @torch.no_grad()
+    def copy_to(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy what :meth:`pack` copied in back to ``tensors``."""
+        for segment, views in zip(self.layout.segments, self._views, strict=True):
+            torch._foreach_copy_([tensors[name] for name in segment.names], views)
+
     def unpack(self) -> None:
         """Make what was received in :attr:`payload` visible in :attr:`segments`."""
         if self._host is not None:

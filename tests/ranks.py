@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from torch import Tensor
 from torch.distributed import HashStore
 
 from lightning_gossip.control import Control
@@ -27,9 +28,9 @@ class Rank:
     control: Control
     links: Links
 
-    def exchange(self, schedule: Any, rule: Any, **kwargs: Any) -> Exchange:
+    def exchange(self, schedule: Any, rule: Any, parameters: Mapping[str, Tensor], **kwargs: Any) -> Exchange:
         transport = LinkTransport(self.links, self.control)
-        return Exchange(self.rank, self.world_size, schedule, rule, transport, **kwargs)
+        return Exchange(self.rank, self.world_size, schedule, rule, transport, lambda: parameters, **kwargs)
 
 
 def run_ranks(
@@ -38,7 +39,7 @@ def run_ranks(
     timeout: timedelta = timedelta(seconds=20),
     expect_errors: bool = False,
 ) -> list[Any]:
-    """Call ``body`` for each rank in a thread of its own and return the results, or the errors where they are expected."""
+    """Call ``body`` for each rank in a thread of its own; return the results, or errors where they are expected."""
     store = HashStore()
     results: list[Any] = [None] * world_size
 

@@ -91,9 +91,9 @@ def train(optimizer: str, rule: MixingRule, schedule: Callable[[], Schedule], **
     def body(rank: Rank) -> np.ndarray:
         parameter = nn.Parameter(torch.tensor(initial(rank.rank)))
         optim = Optimizers[optimizer]([parameter])
-        exchange = rank.exchange(schedule(), rule, **kwargs)
+        exchange = rank.exchange(schedule(), rule, {"theta": parameter}, **kwargs)
         for t in range(1, STEPS + 1):
-            exchange.begin({"theta": parameter})
+            exchange.begin()
             parameter.grad = torch.tensor(gradient(parameter.detach().numpy(), rank.rank, t))
             optim.step()
             exchange.end()

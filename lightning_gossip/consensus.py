@@ -1,0 +1,114 @@
+"""The consensus model, the mean of the replicas, and the window during which a module holds it."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_gossip.flat import FlatBuffer, FlatLayout
+
+_CHUNK = 2**22
+"""Elements averaged at a time: bounds the memory for sums in a wider dtype."""
+
+
+class Consensus:
+    """The replicas of one module, seen from one rank. Every method is a collective of the default group.
+
+    Args:
+        module: this rank's replica.
+        world_size: number of replicas.
+    """
+
+    def __init__(self, module: nn.Module, world_size: int) -> None:
+        self._module = module
+        self._world_size = world_size
+        self._replica: _Copy | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the module holds the consensus model for the moment (between :meth:`enter` and :meth:`leave`)."""
+        return self._replica is not None
+
+    def adopt(self) -> float:
+        """Make the module the consensus model for good; return the consensus distance before (design §1)."""
+        return self._average(_Copy(self._module))
+
+    def enter(self) -> float:
+        """Make the module the consensus model until :meth:`leave`; return the consensus distance."""
+        self._replica = _Copy(self._module)
+        return self._average(_Copy(self._module))
+
+    def leave(self) -> None:
+        """Give the module its replica back; not a collective, and harmless outside the window."""
+        if self._replica is not None:
+            self._replica.restore()
+            self._replica = None
+
+    def _average(self, copy: _Copy) -> float:
+        if self._world_size == 1:
+            return 0.0
+        squares = torch.zeros(2, dtype=torch.float64)  # of ‖θ_i − θ̄‖ and ‖θ̄‖
+        for flat in copy.parameters.segments:
+            squares += _average_(flat, self._world_size)
+        for flat in copy.buffers.segments:
+            _average_(flat, self._world_size)
+        copy.restore()
+        distance, norm = squares.tolist()
+        total = torch.tensor([distance], dtype=torch.float64, device=_collective_device(copy.parameters.storage))
+        dist.all_reduce(total)
+        mean = float(total) / self._world_size
+        return (mean / norm) ** 0.5 if norm > 0 else 0.0
+
+
+class _Copy:
+    """Copies of all parameters and buffers of a module, flat."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = {name: p.data for name, p in module.named_parameters()}
+        self._buffers = {name: b.data for name, b in module.named_buffers()}
+        self.parameters = _packed(self._parameters)
+        self.buffers = _packed(self._buffers)
+
+    def restore(self) -> None:
+        """Write the copies back."""
+        self.parameters.copy_to(self._parameters)
+        self.buffers.copy_to(self._buffers)
+
+
+def _packed(tensors: dict[str, Tensor]) -> FlatBuffer:
+    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+    buffer = FlatBuffer(FlatLayout(tensors), device)
+    buffer.pack(tensors)
+    return buffer
+
+
+@torch.no_grad()
+def _average_(flat: Tensor, world_size: int) -> Tensor:
+    """Replace ``flat`` (1-D) by the mean over ranks, or by rank 0's values where the dtype has no mean.
+
+    Computed as x_0 + mean(x_i − x_0) in float32 or wider, so that elements on which all ranks agree, infinite ones
+    included, stay as they are.
+
+    Returns:
+        ‖x_i − x̄‖² of this rank and ‖x̄‖², shape (2,), float64.
+    """
+    squares = torch.zeros(2, dtype=torch.float64)
+    for chunk in flat.split(_CHUNK):
+        first = chunk.clone()
+        dist.broadcast(first.view(torch.uint8), src=0)
+        mean = first
+        if chunk.dtype.is_floating_point or chunk.dtype.is_complex:
+            wide = torch.promote_types(chunk.dtype, torch.float32)
+            base = first.to(wide)
+            offset = torch.where(chunk == first, 0, chunk.to(wide) - base)
+            dist.all_reduce(torch.view_as_real(offset) if wide.is_complex else offset)
+            mean = torch.where(offset == 0, base, base + offset / world_size).to(chunk.dtype)
+            squares[0] += torch.linalg.vector_norm(torch.where(chunk == mean, 0, chunk - mean).double()).cpu() ** 2
+            squares[1] += torch.linalg.vector_norm(mean.double()).cpu() ** 2
+        chunk.copy_(mean)
+    return squares
+
+
+def _collective_device(like: Tensor) -> torch.device:
+    return like.device if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,0 +1,109 @@
+"""Every reach into Lightning's private parts. Written for, and tested with, lightning 2.6.6.
+
+Lightning 2.6 broadcasts from rank 0 before every batch (``_TrainingEpochLoop._broadcast_sigterm_tensor``) and in its
+SIGTERM handler (``_SignalConnector._sigterm_notifier_fn``): both would make every rank wait for rank 0. And it has no
+strategy hook around the optimization of a batch. The functions here put attributes on instances, never on classes;
+:func:`restore` takes them away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.callbacks import BatchSizeFinder
+from lightning.pytorch.trainer.connectors.signal_connector import _get_sigkill_signal
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.distributed import Store, distributed_c10d
+
+SIGKILL = _get_sigkill_signal()
+"""What Lightning sends to its children after a KeyboardInterrupt."""
+
+
+optimizers_to_device = _optimizers_to_device
+"""Move the state of optimizers to a device."""
+
+
+def run_store() -> Store:
+    """Return the store on which the default process group was made."""
+    return distributed_c10d._get_default_store()
+
+
+def stop_broadcasting_before_batches(trainer: pl.Trainer, check: Callable[[], None]) -> None:
+    """Call ``check`` before every training batch, in place of Lightning's broadcast from rank 0."""
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = check  # type: ignore[method-assign]
+
+
+def handle_sigterm(trainer: pl.Trainer, handler: Callable[[], None]) -> None:
+    """Call ``handler`` when SIGTERM arrives, in place of Lightning's, which runs a collective in the handler."""
+    connector = trainer._signal_connector
+
+    def notify(signum: Any, _: Any) -> None:
+        connector.received_sigterm = True
+        handler()
+
+    connector._sigterm_notifier_fn = notify  # type: ignore[method-assign]
+
+
+def run_steps_within(trainer: pl.Trainer, step: Callable[[], AbstractContextManager[None]]) -> None:
+    """Run the optimization of every batch that ends an accumulation window within ``step()``.
+
+    It is entered after the hooks of ``on_train_batch_start`` and before ``training_step``, and left after the
+    optimizer's update and before schedulers and the hooks of ``on_train_batch_end``, under automatic and manual
+    optimization alike, whether or not an optimizer stepped.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    for optimization in (loop.automatic_optimization, loop.manual_optimization):
+
+        def run(*args: Any, _run: Callable[..., Any] = optimization.run, **kwargs: Any) -> Any:
+            if trainer.fit_loop._should_accumulate():
+                return _run(*args, **kwargs)
+            with step():
+                return _run(*args, **kwargs)
+
+        optimization.run = run  # type: ignore[method-assign]
+
+
+def restore(trainer: pl.Trainer) -> None:
+    """Undo what the functions above did to ``trainer``."""
+    loop = trainer.fit_loop.epoch_loop
+    for owner, attribute in (
+        (loop, "_broadcast_sigterm_tensor"),
+        (loop.automatic_optimization, "run"),
+        (loop.manual_optimization, "run"),
+        (trainer._signal_connector, "_sigterm_notifier_fn"),
+    ):
+        vars(owner).pop(attribute, None)
+
+
+def is_resuming(trainer: pl.Trainer) -> bool:
+    """Whether a checkpoint was loaded for this call of the trainer: Lightning loads it before ``strategy.setup``."""
+    return bool(trainer._checkpoint_connector._loaded_checkpoint)
+
+
+def is_fitting(trainer: pl.Trainer | None) -> bool:
+    """Whether the trainer is inside ``fit``, its validations included."""
+    return trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
+
+
+def refuse_unsupported(trainer: pl.Trainer, strategy: str, layer_sync: object) -> None:
+    """Raise ``MisconfigurationException`` for features that replicas of their own can not have (design §4)."""
+    if layer_sync is not None:
+        raise MisconfigurationException(
+            f"`Trainer(sync_batchnorm=True)` runs a collective in every layer of every step, which {strategy} exists"
+            " to avoid. Leave it off: BatchNorm statistics are averaged whenever the consensus model is built."
+        )
+    if getattr(trainer, "_val_check_time_interval", None) is not None:
+        raise MisconfigurationException(
+            f"A time-based `val_check_interval` makes each rank validate at a moment of its own, but under {strategy}"
+            " all ranks validate together. Give a number of batches or a fraction of an epoch."
+        )
+    callbacks: list[Any] = vars(trainer)["callbacks"]
+    if any(isinstance(callback, BatchSizeFinder) for callback in callbacks):
+        raise MisconfigurationException(
+            f"The batch-size finder is not supported with {strategy}: an out-of-memory error on one rank would leave"
+            " the others waiting. Find the batch size on a single device, then pass it."
+        )

@@ -1,0 +1,6 @@
+"""The Lightning strategies: one file a strategy, over the shared base."""
+
+from lightning_gossip.strategies.elastic_gossip import ElasticGossipStrategy
+from lightning_gossip.strategies.gossip import GossipStrategy
+
+__all__ = ["ElasticGossipStrategy", "GossipStrategy"]

@@ -1,0 +1,108 @@
+"""Elastic gossip (Pramod 2018, "Elastic Gossip: Distributing Neural Network Training…", arXiv:1812.02407)."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.distributed import Store
+from typing_extensions import override
+
+from lightning_gossip.arguments import check_number
+from lightning_gossip.control import Control
+from lightning_gossip.mixing import ElasticMixing
+from lightning_gossip.schedule import Chooser, Peers, stability_limit
+from lightning_gossip.strategies.base import TIMEOUT, Evaluate, StartMethod
+from lightning_gossip.strategies.pairwise import PairwiseStrategy
+
+
+class ElasticGossipStrategy(PairwiseStrategy):
+    """Elastic gossip: partners move towards each other by the same amount, so that the replicas' mean stays.
+
+    θ_i ← θ_i + u_i − α Σ_{k ∈ K_i} (s_i − s_k), K_i the rank that i chose and those that chose i.
+
+    Args:
+        alpha: α in (0, 1]: ½ makes a pair meet in the middle. A warning at set-up says where it exceeds the schedule's
+            stability limit (:func:`~lightning_gossip.schedule.stability_limit`); ½ is always stable.
+        probability: in (0, 1]: of a rank (``uniform``, ``weighted``) or a pair (others) to take part in a round.
+        period: steps from one round to the next, at least 1.
+        peers: who chooses whom: ``"matching"``, ``"uniform"``, ``"weighted"`` (or a
+            :class:`~lightning_gossip.schedule.WeightedPeers`), ``"ring"``, ``"exponential"``, or an object of yours
+            with ``choices(step, world_size)``.
+        delay: steps from posting an exchange to applying it, from 0 to ``period - 1``.
+        wire_dtype: dtype (or its name) in which snapshots travel where it is narrower than the parameter's;
+            ``torch.bfloat16`` and ``torch.float16`` halve the bytes of float32. float16 overflows beyond 65,504.
+        evaluate: ``"consensus"`` or ``"replica"``; what validation and test run on, and what remains after ``fit``.
+        seed: of the schedule, at least 0; the same on all ranks.
+        timeout: how long a rank waits for one that gives no sign of life.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
+            start_method: as for Lightning's ``DDPStrategy``.
+
+    Raises:
+        ValueError: for an argument that is not allowed.
+
+    Example::
+
+        Trainer(accelerator="cpu", devices=4, strategy=ElasticGossipStrategy(alpha=0.5, period=32))
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        probability: float = 1.0,
+        period: int = 1,
+        peers: str | Peers | Chooser = "matching",
+        delay: int = 0,
+        wire_dtype: torch.dtype | str | None = None,
+        evaluate: Evaluate = "consensus",
+        seed: int = 0,
+        timeout: timedelta = TIMEOUT,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        start_method: StartMethod = "popen",
+    ) -> None:
+        self.alpha = check_number("alpha", alpha, low=0, high=1, open_low=True)
+        super().__init__(
+            rule=ElasticMixing(self.alpha),
+            probability=probability,
+            period=period,
+            peers=peers,
+            delay=delay,
+            wire_dtype=wire_dtype,
+            evaluate=evaluate,
+            seed=seed,
+            timeout=timeout,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            start_method=start_method,
+        )
+
+    @property
+    @override
+    def hyperparameters(self) -> dict[str, Any]:
+        return {"alpha": self.alpha, **super().hyperparameters}
+
+    @override
+    def start_training(self, trainer: pl.Trainer, control: Control, store: Store) -> None:
+        super().start_training(trainer, control, store)
+        limit = stability_limit(self.schedule, self.world_size)
+        if self.alpha > limit:
+            rank_zero_warn(
+                f"alpha={self.alpha:g} exceeds {limit:.2f}, the stability limit of this schedule among"
+                f" {self.world_size} ranks: replicas will drift apart where gradients do not hold them."
+                " Take alpha=0.5, which is always stable."
+            )

@@ -1,0 +1,93 @@
+"""Gossiping SGD (Jin, Yuan, Iandola, Keutzer 2016, "How to scale distributed deep learning?", arXiv:1611.04581)."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from typing_extensions import override
+
+from lightning_gossip.arguments import check_choice
+from lightning_gossip.mixing import MixingRule, PullMixing, PushMixing
+from lightning_gossip.schedule import Chooser, Peers
+from lightning_gossip.strategies.base import TIMEOUT, Evaluate, StartMethod
+from lightning_gossip.strategies.pairwise import PairwiseStrategy
+
+_RULES: dict[str, MixingRule] = {"pull": PullMixing(), "push": PushMixing()}
+
+
+class GossipStrategy(PairwiseStrategy):
+    """Gossiping SGD: a replica takes the mean with the one it chose (pull), or with those that chose it (push).
+
+    Args:
+        variant: ``"pull"``: θ_i ← θ_i + u_i − ½ (s_i − s_k), k chosen by i; or ``"push"``:
+            θ_i ← θ_i + u_i − 1/(c+1) Σ_{k ∈ C} (s_i − s_k), C the c ranks that chose i.
+        probability: in (0, 1]: of a rank (``uniform``, ``weighted``) or a pair (others) to take part in a round.
+        period: steps from one round to the next, at least 1.
+        peers: who chooses whom: ``"matching"``, ``"uniform"``, ``"weighted"`` (or a
+            :class:`~lightning_gossip.schedule.WeightedPeers`), ``"ring"``, ``"exponential"``, or an object of yours
+            with ``choices(step, world_size)``.
+        delay: steps from posting an exchange to applying it, from 0 to ``period - 1``.
+        wire_dtype: dtype (or its name) in which snapshots travel where it is narrower than the parameter's;
+            ``torch.bfloat16`` and ``torch.float16`` halve the bytes of float32. float16 overflows beyond 65,504.
+        evaluate: ``"consensus"`` or ``"replica"``; what validation and test run on, and what remains after ``fit``.
+        seed: of the schedule, at least 0; the same on all ranks.
+        timeout: how long a rank waits for one that gives no sign of life.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
+            start_method: as for Lightning's ``DDPStrategy``.
+
+    Raises:
+        ValueError: for an argument that is not allowed.
+
+    Example::
+
+        Trainer(accelerator="cpu", devices=4, strategy=GossipStrategy(variant="push", period=8))
+    """
+
+    def __init__(
+        self,
+        variant: Literal["pull", "push"] = "pull",
+        probability: float = 1.0,
+        period: int = 1,
+        peers: str | Peers | Chooser = "matching",
+        delay: int = 0,
+        wire_dtype: torch.dtype | str | None = None,
+        evaluate: Evaluate = "consensus",
+        seed: int = 0,
+        timeout: timedelta = TIMEOUT,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        start_method: StartMethod = "popen",
+    ) -> None:
+        self.variant = check_choice("variant", variant, tuple(_RULES))
+        super().__init__(
+            rule=_RULES[variant],
+            probability=probability,
+            period=period,
+            peers=peers,
+            delay=delay,
+            wire_dtype=wire_dtype,
+            evaluate=evaluate,
+            seed=seed,
+            timeout=timeout,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            start_method=start_method,
+        )
+
+    @property
+    @override
+    def hyperparameters(self) -> dict[str, Any]:
+        return {"variant": self.variant, **super().hyperparameters}

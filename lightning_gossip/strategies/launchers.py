@@ -1,0 +1,147 @@
+"""Launchers that let every process end by itself: the cause travels through control, force comes last.
+
+Lightning's own kill the launching process within 5 seconds of any child's failure, and its children at once after a
+KeyboardInterrupt: before callbacks, loggers and checkpoints have ended.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from typing_extensions import override
+
+from lightning_gossip.lightning_compat import SIGKILL
+
+log = logging.getLogger(__name__)
+
+_POLL = 0.2
+"""Seconds between looks at the children."""
+
+
+class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
+    """Runs the script again for each further local rank, and watches over these processes.
+
+    Args:
+        cluster_environment, num_processes, num_nodes: as Lightning's launcher.
+        report: called with a rank and a text when a child failed; tells the run.
+        grace: seconds that processes get to end by themselves.
+    """
+
+    def __init__(
+        self,
+        cluster_environment: ClusterEnvironment,
+        num_processes: int,
+        num_nodes: int,
+        report: Callable[[int, str], None],
+        grace: float,
+    ) -> None:
+        super().__init__(cluster_environment, num_processes, num_nodes)
+        self._report = report
+        self._grace = grace
+
+    @override
+    def _call_children_scripts(self) -> None:
+        super()._call_children_scripts()
+        atexit.register(end_processes, self.procs, self._grace)
+        first_rank = self.cluster_environment.node_rank() * self.num_processes
+        _Observer(self.procs, first_rank, self._report, self._grace).start()
+
+    @override
+    def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        # as in the base class, less Lightning's own observer of the children
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
+
+    @override
+    def kill(self, signum: Any) -> None:
+        if signum == SIGKILL:
+            end_processes(self.procs, self._grace)
+        else:
+            super().kill(signum)
+
+
+class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
+    """Starts the ranks as processes of their own (spawn, fork, forkserver), and leaves none behind."""
+
+    grace: float = 30.0
+    """Seconds that processes get to end by themselves."""
+
+    @override
+    def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        try:
+            return super().launch(function, *args, trainer=trainer, **kwargs)
+        except KeyboardInterrupt:
+            self.kill(signal.SIGINT)  # they have it already where a terminal sent it to the whole group
+            raise
+        finally:
+            end_processes(self.procs, self.grace)
+
+
+class _Observer(threading.Thread):
+    """Tells the run when a child failed; kills what has not ended by itself after the grace period."""
+
+    def __init__(self, procs: Sequence[Any], first_rank: int, report: Callable[[int, str], None], grace: float) -> None:
+        super().__init__(daemon=True, name="child-observer")
+        self._procs = procs
+        self._first_rank = first_rank
+        self._report = report
+        self._grace = grace
+        self._done = threading.Event()
+
+    @override
+    def run(self) -> None:
+        while (failed := self._failed()) is None:
+            if all(proc.returncode == 0 for proc in self._procs):
+                return
+            self._done.wait(_POLL)
+        self._done.wait(1.0)  # the rank's own word, or its partners', says more
+        self._report(self._first_rank + 1 + failed, _ending(self._procs[failed]))
+        self._done.wait(self._grace)
+        log.error("the launching process has not ended %.0f s after a child failed; killing it", self._grace)
+        end_processes(self._procs, 0)
+        os.kill(os.getpid(), SIGKILL)
+
+    def _failed(self) -> int | None:
+        codes = [proc.poll() for proc in self._procs]
+        return next((index for index, code in enumerate(codes) if code), None)
+
+
+def _ending(proc: subprocess.Popen) -> str:
+    code = proc.returncode
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return f"its process (pid {proc.pid}) {how}"
+
+
+def end_processes(procs: Sequence[Any], grace: float) -> None:
+    """Wait up to ``grace`` seconds for ``procs`` to end, then kill those that have not.
+
+    Args:
+        procs: of :mod:`subprocess` or :mod:`multiprocessing`.
+        grace: seconds.
+    """
+    deadline = time.monotonic() + grace
+    pause = threading.Event()
+    while any(_alive(proc) for proc in procs) and time.monotonic() < deadline:
+        pause.wait(_POLL / 4)
+    for proc in procs:
+        if _alive(proc):
+            log.error("process %s has not ended within %.0f s; killing it", proc.pid, grace)
+            proc.kill()
+
+
+def _alive(proc: Any) -> bool:
+    return proc.poll() is None if isinstance(proc, subprocess.Popen) else proc.is_alive()

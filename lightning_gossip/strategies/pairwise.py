@@ -1,0 +1,128 @@
+"""The Lightning glue of schemes in which partners exchange snapshots and mix."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch.distributed import Store
+from typing_extensions import override
+
+from lightning_gossip.arguments import check_integer, check_wire_dtype
+from lightning_gossip.control import Control
+from lightning_gossip.exchange import Exchange, ExchangeStats
+from lightning_gossip.link import Links
+from lightning_gossip.mixing import MixingRule
+from lightning_gossip.schedule import Chooser, Peers, Schedule
+from lightning_gossip.strategies.base import ReplicaStrategy
+from lightning_gossip.transport import LinkTransport, NcclTransport, Transport, end_of_rank
+
+
+class PairwiseStrategy(ReplicaStrategy):
+    """Replicas exchange snapshots by a schedule and mix by a rule.
+
+    Args:
+        rule: what choices mean and how much of a difference is taken over.
+        probability, period, peers, seed: see :class:`~lightning_gossip.schedule.Schedule`.
+        delay: steps from posting an exchange to applying it, from 0 to ``period - 1``.
+        wire_dtype: ``torch.bfloat16``, ``torch.float16``, ``torch.float32`` or its name: snapshots are rounded to it
+            where it is narrower than the parameter; None sends them as they are.
+        launch: see :class:`~lightning_gossip.strategies.base.ReplicaStrategy`.
+
+    Raises:
+        ValueError: for an argument that is not allowed.
+    """
+
+    def __init__(
+        self,
+        *,
+        rule: MixingRule,
+        probability: float,
+        period: int,
+        peers: str | Peers | Chooser,
+        delay: int,
+        wire_dtype: torch.dtype | str | None,
+        seed: int,
+        timeout: timedelta,
+        **launch: Any,
+    ) -> None:
+        self.schedule = Schedule(peers, probability, period, seed)
+        self.delay = check_integer("delay", delay, low=0, high=period - 1, why="at most period - 1")
+        self.wire_dtype = check_wire_dtype("wire_dtype", wire_dtype)
+        self.rule = rule
+        self._peers_argument = peers
+        self._exchange: Exchange | None = None
+        self._last_step = 0
+        super().__init__(timeout=timeout, **launch)
+
+    @property
+    @override
+    def step(self) -> int:
+        return self._exchange.step if self._exchange is not None else self._last_step
+
+    @property
+    def exchange_stats(self) -> ExchangeStats | None:
+        """What this rank's exchanges did so far; None outside ``fit``."""
+        return self._exchange.stats if self._exchange is not None else None
+
+    @property
+    @override
+    def hyperparameters(self) -> dict[str, Any]:
+        peers = self._peers_argument
+        return {
+            "probability": self.schedule.probability,
+            "period": self.schedule.period,
+            "peers": peers if isinstance(peers, str) else repr(peers),
+            "delay": self.delay,
+            "wire_dtype": None if self.wire_dtype is None else str(self.wire_dtype).removeprefix("torch."),
+            "seed": self.schedule.seed,
+            **super().hyperparameters,
+        }
+
+    @override
+    def start_training(self, trainer: pl.Trainer, control: Control, store: Store) -> None:
+        module = self._module
+        self._exchange = Exchange(
+            self.global_rank,
+            self.world_size,
+            self.schedule,
+            self.rule,
+            self._make_transport(control, store),
+            parameters=lambda: dict(module.named_parameters()),
+            delay=self.delay,
+            wire_dtype=self.wire_dtype,
+        )
+
+    def _make_transport(self, control: Control, store: Store) -> Transport:
+        if self.process_group_backend == "nccl" and self.world_size > 1:
+            group: Any = dist.new_group(backend="nccl")
+            return NcclTransport(group)
+        return LinkTransport(Links(store, end_of_rank(self.global_rank), control.timeout), control)
+
+    @override
+    def begin_step(self) -> None:
+        self._running.begin()
+
+    @override
+    def end_step(self) -> None:
+        self._running.end()
+
+    @override
+    def settle(self) -> None:
+        self._running.settle()
+
+    @override
+    def end_training(self) -> None:
+        if self._exchange is not None:
+            self._last_step = self._exchange.step
+            self._exchange.close()
+            self._exchange = None
+
+    @property
+    def _running(self) -> Exchange:
+        if self._exchange is None:
+            raise RuntimeError(f"{type(self).__name__} is not in `fit`")
+        return self._exchange
