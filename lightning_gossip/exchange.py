@@ -9,6 +9,7 @@ Usable from any training loop::
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ class ExchangeStats:
         wait_seconds: that training waited for payloads in the last step.
         mix_seconds: that snapshots and mixing took in the last step.
         partner: smallest rank exchanged with in the last step, -1 for none.
+        partner_distance: ‖s_i − s_k‖ / ‖s_i‖ of the exchange applied in the last step, mean over its partners; None
+            where there was none, or :attr:`Exchange.measure` was off.
     """
 
     exchanges: int = 0
@@ -41,6 +44,7 @@ class ExchangeStats:
     wait_seconds: float = 0.0
     mix_seconds: float = 0.0
     partner: int = -1
+    partner_distance: float | None = None
 
 
 @dataclass
@@ -115,6 +119,7 @@ class Exchange:
         self.world_size = world_size
         self.step = 0
         self.stats = ExchangeStats()
+        self.measure = False  # whether to compute `stats.partner_distance`, one more pass over the snapshots
         self._schedule = schedule
         self._rule = rule
         self._transport = transport
@@ -135,6 +140,7 @@ class Exchange:
         self.step += 1
         self.stats.wait_seconds = self.stats.mix_seconds = 0.0
         self.stats.partner = -1
+        self.stats.partner_distance = None
         if self.world_size == 1 or not self._schedule.is_round(self.step):
             return
         choices = self._schedule.choices(self.step, self.world_size)
@@ -226,6 +232,8 @@ class Exchange:
         received = buffers.receive(partners)
         for buffer in received:
             buffer.unpack()
+        if self.measure:
+            self.stats.partner_distance = _mean_distance(buffers.own, received)
         weight = self._rule.weight(partners)
         layout = buffers.layout
         for index, segment in enumerate(layout.segments):
@@ -236,3 +244,15 @@ class Exchange:
             torch._foreach_add_(parameters, layout.views(segment, difference), alpha=-weight)
         self.stats.exchanges += partners
         self.stats.mix_seconds += time.perf_counter() - start
+
+
+def _mean_distance(own: FlatBuffer, received: list[FlatBuffer]) -> float:
+    """Return the mean over ``received`` of ‖own − received_k‖ / ‖own‖."""
+    norm = _norm(own.segments)
+    distances = [_norm([x - y for x, y in zip(own.segments, k.segments, strict=True)]) for k in received]
+    return sum(distances) / len(distances) / norm if norm > 0 else 0.0
+
+
+def _norm(segments: list[Tensor]) -> float:
+    wide = [torch.complex128 if x.dtype.is_complex else torch.float64 for x in segments]
+    return math.hypot(*(float(torch.linalg.vector_norm(x, dtype=w)) for x, w in zip(segments, wide, strict=True)))

@@ -126,10 +126,13 @@ class Link:
 
     # -- from the link's thread ---------------------------------------------------------------------------------
 
-    def send(self, header: Header, payload: Tensor | None = None) -> None:
-        """Begin to send; :meth:`flush` waits until ``payload`` (1-D, uint8, host memory) may change again."""
+    def send(self, header: Header, *payloads: Tensor) -> None:
+        """Begin to send; :meth:`flush` waits until ``payloads`` (each 1-D, uint8, host memory) may change again.
+
+        The other end receives them one by one, in this order.
+        """
         group = self._connected()
-        for tensor in (header.to_tensor(),) if payload is None else (header.to_tensor(), payload):
+        for tensor in (header.to_tensor(), *payloads):
             self._sending.append((group.send([tensor], 1 - self._index, _TAG), tensor))
 
     def flush(self) -> None:

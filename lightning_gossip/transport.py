@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from lightning_gossip.control import Control, RunStopped
 from lightning_gossip.link import Header, Link, LinkError, Links
+
+_GLOO_DECORATION = re.compile(r"^\[\S+\.cc:\d+\] |This is typically caused by.*$")  # leaves what happened, and where
 
 
 class PartnerLost(RuntimeError):
@@ -130,7 +133,7 @@ class _PostedOnLinks(Posted):
                 raise self._lost(stopped.stop.lost, stopped.stop.cause) from stopped
             raise
         if not in_time:
-            raise self._lost(self._waiting()[0], f"it stayed silent for {limit:g} s")
+            self._explain(self._waiting()[0], TimeoutError(f"it stayed silent for {limit:g} s"))
         for partner, future in self._jobs.items():
             if future.done() and (error := future.exception()) is not None:
                 self._explain(partner, error)
@@ -139,11 +142,11 @@ class _PostedOnLinks(Posted):
         return [partner for partner, future in self._jobs.items() if not future.done() or future.exception()]
 
     def _explain(self, partner: int, error: BaseException) -> None:
-        """Raise what made the link to ``partner`` fail: the reason it gave when it stopped, or else its loss."""
+        """Raise why ``partner`` is not there: the reason that a rank gave when it stopped, or else its loss."""
         stop = self._control.await_stop(1.0)
         if stop is not None and stop.lost != partner:
             self._control.check()
-        raise self._lost(partner, str(error)) from error
+        raise self._lost(partner, _GLOO_DECORATION.sub("", str(error)).strip()) from error
 
     def _lost(self, partner: int, why: str) -> PartnerLost:
         message = f"rank {self._control.rank} lost its partner rank {partner} at step {self._step}: {why}"

@@ -149,3 +149,127 @@ def test_a_16_bit_wire_equals_its_replay(rule: str) -> None:
     actual = train("nesterov", RULES[rule], schedule, wire_dtype=torch.bfloat16)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
     assert np.abs(expected - replay(rule, "nesterov", choices_of(schedule()), 0, exactly)).max() > 1e-4
+
+
+def drift(
+    rank: Rank, rule: MixingRule, peers: str, steps: int, dtype: torch.dtype = torch.float32, **kwargs: Any
+) -> list[np.ndarray]:
+    """Replicas that only gossip; returns this rank's parameters before the first and after every step."""
+    generator = np.random.default_rng(rank.rank)
+    parameter = nn.Parameter(torch.tensor(generator.normal(size=2000), dtype=dtype))
+    exchange = rank.exchange(Schedule(peers, seed=1), rule, {"theta": parameter}, **kwargs)
+    history = [parameter.detach().numpy().copy()]
+    for _ in range(steps):
+        exchange.begin()
+        exchange.end()
+        history.append(parameter.detach().numpy().copy())
+    return history
+
+
+@pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rule", "peers"), [(ElasticMixing(0.3), "uniform"), (ElasticMixing(0.5), "matching"), (PullMixing(), "matching")]
+)
+def test_the_mean_is_preserved(rule: MixingRule, peers: str, wire_dtype: torch.dtype | None) -> None:
+    histories = np.stack(run_ranks(4, lambda rank: drift(rank, rule, peers, 30, wire_dtype=wire_dtype)))
+    means = histories.astype(np.float64).mean(axis=0)
+    assert np.abs(means - means[0]).max() < 1e-6, "30 roundings of float32 at most"
+    assert np.abs(histories[:, -1] - histories[:, 0]).max() > 0.5, "replicas did move"
+
+
+def test_two_replicas_meet_at_one_half() -> None:
+    first, second = run_ranks(2, lambda rank: drift(rank, ElasticMixing(0.5), "matching", 1))
+    np.testing.assert_allclose(first[1], second[1], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(first[1], (first[0] + second[0]) / 2, rtol=0, atol=1e-6)
+
+
+def test_consensus_distance_falls_at_the_rate_of_theory() -> None:
+    """Matching of n ranks, α = ½: E‖·‖² of the disagreement shrinks by 1 − n/(2(n−1)) a round, each pair averaging.
+
+    A pair's difference d_i − d_k vanishes; over a random perfect matching, E[Σ‖d_i‖²] falls by ½·E‖d_i − d_k‖²·n/2
+    with E‖d_i − d_k‖² = 2·Σ‖d‖²/(n − 1).
+    """
+    n, steps = 6, 60
+    rate = 1 - n / (2 * (n - 1))
+    histories = np.stack(run_ranks(n, lambda rank: drift(rank, ElasticMixing(0.5), "matching", steps, torch.float64)))
+    squared = ((histories - histories.mean(axis=0)) ** 2).sum(axis=(0, 2))
+    measured = [squared[t + 1] / squared[t] for t in range(steps) if squared[t] > 1e-20 * squared[0]]
+    # mean of the ratio over independent matchings; its standard deviation is below 0.25
+    assert len(measured) > 30
+    assert abs(np.mean(measured) - rate) < 4 * 0.25 / len(measured) ** 0.5
+
+
+def test_several_dtypes_travel_together_and_only_trainable_parameters() -> None:
+    def body(rank: Rank) -> dict[str, torch.Tensor]:
+        value = float(rank.rank)
+        parameters = {
+            "double": nn.Parameter(torch.full((3, 2), value, dtype=torch.float64)),
+            "single": nn.Parameter(torch.full((5,), value)),
+            "half": nn.Parameter(torch.full((2, 2), value, dtype=torch.bfloat16)),
+            "frozen": nn.Parameter(torch.full((4,), value), requires_grad=False),
+            "complex": nn.Parameter(torch.full((2,), value * 1j)),
+            "scalar": nn.Parameter(torch.tensor(value)),
+            "transposed": nn.Parameter(torch.full((2, 3), value).t()),
+            "empty": nn.Parameter(torch.empty(0)),
+        }
+        exchange = rank.exchange(Schedule("matching"), ElasticMixing(0.5), parameters)
+        exchange.begin()
+        exchange.end()
+        assert exchange.stats.exchanges == 1
+        # segments begin on cache lines: 48 B of float64, (5 + 1 + 6) × 4 B, 8 B of bfloat16, 16 B of complex64
+        assert exchange.stats.bytes_sent == 4 * 64
+        return {name: parameter.detach() for name, parameter in parameters.items()}
+
+    for rank, result in enumerate(run_ranks(2, body)):
+        for name, tensor in result.items():
+            expected = rank if name == "frozen" else 0.5j if name == "complex" else 0.5
+            assert (tensor == expected).all(), name
+
+
+def test_a_parameter_that_unfreezes_begins_to_travel_and_no_gradient_at_all_is_fine() -> None:
+    def body(rank: Rank) -> list[float]:
+        parameter = nn.Parameter(torch.full((2,), float(rank.rank)), requires_grad=False)
+        exchange = rank.exchange(Schedule("matching"), ElasticMixing(0.5), {"theta": parameter})
+        values = []
+        for step in range(2):
+            parameter.requires_grad_(step == 1)
+            exchange.begin()
+            exchange.end()
+            values.append(parameter.detach()[0].item())
+        return values
+
+    assert run_ranks(2, body) == [[0.0, 0.5], [1.0, 0.5]]
+
+
+def test_a_16_bit_wire_halves_the_bytes() -> None:
+    def body(rank: Rank, wire_dtype: torch.dtype | None) -> int:
+        parameters = {"theta": nn.Parameter(torch.zeros(1024))}
+        exchange = rank.exchange(Schedule("matching"), ElasticMixing(0.5), parameters, wire_dtype=wire_dtype)
+        exchange.begin()
+        exchange.end()
+        return exchange.stats.bytes_sent
+
+    assert run_ranks(2, lambda rank: body(rank, None)) == [4096, 4096]
+    assert run_ranks(2, lambda rank: body(rank, torch.bfloat16)) == [2048, 2048]
+    assert run_ranks(2, lambda rank: body(rank, torch.float16)) == [2048, 2048]
+
+
+def test_delay_is_bounded_by_the_period() -> None:
+    def body(rank: Rank) -> str:
+        with pytest.raises(ValueError, match=r"`delay` must be an integer from 0 to 3 .*period - 1.*, got 4") as error:
+            rank.exchange(Schedule(period=4), ElasticMixing(0.5), {}, delay=4)
+        return str(error.value)
+
+    run_ranks(1, body)
+
+
+def test_a_single_rank_exchanges_nothing() -> None:
+    def body(rank: Rank) -> int:
+        exchange = rank.exchange(Schedule(), ElasticMixing(0.5), {"theta": nn.Parameter(torch.ones(1))})
+        for _ in range(3):
+            exchange.begin()
+            assert not exchange.in_flight
+            exchange.end()
+        return exchange.stats.bytes_sent
+
+    assert run_ranks(1, body) == [0]

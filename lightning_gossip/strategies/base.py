@@ -31,11 +31,18 @@ from lightning_gossip.arguments import check_choice, check_timeout
 from lightning_gossip.consensus import Consensus
 from lightning_gossip.control import Control, RunStopped, Stop
 from lightning_gossip.models import check_models_agree, take_rank_zeros
-from lightning_gossip.strategies.launchers import ReplicaMultiProcessingLauncher, ReplicaSubprocessLauncher
+from lightning_gossip.strategies.launchers import (
+    ReplicaMultiProcessingLauncher,
+    ReplicaSubprocessLauncher,
+    grace_of,
+)
 
 log = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=5)
+_START_TIMEOUT = timedelta(minutes=2)
+"""For all processes to start; a shorter `timeout` of the user's holds from then on."""
+
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 Evaluate = Literal["consensus", "replica"]
 
@@ -85,6 +92,8 @@ class ReplicaStrategy(DDPStrategy):
         self._consensus: Consensus | None = None
         self._failed = False
         self._unsynced: list[Metric] = []
+        self.consensus_distance: float | None = None  # when the consensus model was last built
+        self.consensus_built = 0  # how often it was built
 
     # -- what a subclass does -----------------------------------------------------------------------------------
 
@@ -98,7 +107,7 @@ class ReplicaStrategy(DDPStrategy):
         """The strategy's arguments as JSON-able values, defaults filled in, for a run's metadata."""
         return {
             "evaluate": self.evaluate,
-            "timeout": self._grace,
+            "timeout": self.timeout_seconds,
             "process_group_backend": self.process_group_backend,
             "start_method": self._start_method,
         }
@@ -135,21 +144,30 @@ class ReplicaStrategy(DDPStrategy):
                 self.num_processes,
                 self.num_nodes,
                 report=self._report_child,
-                grace=self._grace,
+                timeout=self.timeout_seconds,
             )
         else:
             launcher = ReplicaMultiProcessingLauncher(self, start_method=self._start_method)
-            launcher.grace = self._grace
+            launcher.grace = grace_of(self.timeout_seconds)
             self._launcher = launcher
 
     @property
-    def _grace(self) -> float:
-        """Seconds that processes get to end by themselves after one of them failed."""
-        return self._timeout.total_seconds() if self._timeout is not None else TIMEOUT.total_seconds()
+    def timeout_seconds(self) -> float:
+        """How long a rank waits for one that gives no sign of life, in seconds."""
+        return (self._timeout or TIMEOUT).total_seconds()
 
     def _report_child(self, rank: int, how: str) -> None:
         if (control := self._control) is not None and control.stopped is None:
             control.stop("error", f"rank {rank} is gone: {how}", lost=rank)
+
+    @override
+    def setup_distributed(self) -> None:
+        # processes may take their time to start; once they have met, `_meet` watches over them
+        timeout, self._timeout = self._timeout, max(self._timeout or TIMEOUT, _START_TIMEOUT)
+        try:
+            super().setup_distributed()
+        finally:
+            self._timeout = timeout
 
     @override
     def setup_environment(self) -> None:
@@ -302,7 +320,8 @@ class ReplicaStrategy(DDPStrategy):
 
     def _enter_consensus(self, consensus: Consensus, reason: str) -> None:
         self._meet(f"consensus for {reason} at step {self.step}")
-        self.consensus_distance: float | None = consensus.enter()
+        self.consensus_distance = consensus.enter()
+        self.consensus_built += 1
 
     def adopt_consensus(self) -> None:
         """Make every rank's module the consensus model; call it on all ranks, after ``fit``.
@@ -371,6 +390,7 @@ class ReplicaStrategy(DDPStrategy):
         if self.evaluate == "consensus" and self._consensus is not None:
             self._meet(f"consensus for the end of training at step {self.step}")
             self.consensus_distance = self._consensus.adopt()
+            self.consensus_built += 1
 
     def _receive_sigterm(self) -> None:
         if self._control is not None:

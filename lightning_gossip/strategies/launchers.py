@@ -35,7 +35,7 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
     Args:
         cluster_environment, num_processes, num_nodes: as Lightning's launcher.
         report: called with a rank and a text when a child failed; tells the run.
-        grace: seconds that processes get to end by themselves.
+        timeout: seconds after a child's failure at which a call of the Trainer that has not ended is hanging.
     """
 
     def __init__(
@@ -44,18 +44,18 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
         num_processes: int,
         num_nodes: int,
         report: Callable[[int, str], None],
-        grace: float,
+        timeout: float,
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
-        self._report = report
-        self._grace = grace
+        self.report = report
+        self.timeout = timeout
+        self.running = threading.Event()
 
     @override
     def _call_children_scripts(self) -> None:
         super()._call_children_scripts()
-        atexit.register(end_processes, self.procs, self._grace)
-        first_rank = self.cluster_environment.node_rank() * self.num_processes
-        _Observer(self.procs, first_rank, self._report, self._grace).start()
+        atexit.register(end_processes, self.procs, grace_of(self.timeout))
+        _Observer(self).start()
 
     @override
     def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
@@ -64,12 +64,16 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
         if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
         _set_num_threads_if_needed(num_processes=self.num_processes)
-        return function(*args, **kwargs)
+        self.running.set()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.running.clear()
 
     @override
     def kill(self, signum: Any) -> None:
         if signum == SIGKILL:
-            end_processes(self.procs, self._grace)
+            end_processes(self.procs, grace_of(self.timeout))
         else:
             super().kill(signum)
 
@@ -92,31 +96,34 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
 
 
 class _Observer(threading.Thread):
-    """Tells the run when a child failed; kills what has not ended by itself after the grace period."""
+    """Tells the run when a child failed, and kills a launching process that hangs in spite of that."""
 
-    def __init__(self, procs: Sequence[Any], first_rank: int, report: Callable[[int, str], None], grace: float) -> None:
+    def __init__(self, launcher: ReplicaSubprocessLauncher) -> None:
         super().__init__(daemon=True, name="child-observer")
-        self._procs = procs
-        self._first_rank = first_rank
-        self._report = report
-        self._grace = grace
-        self._done = threading.Event()
+        self._launcher = launcher
+        self._pause = threading.Event()
 
     @override
     def run(self) -> None:
+        launcher = self._launcher
         while (failed := self._failed()) is None:
-            if all(proc.returncode == 0 for proc in self._procs):
+            if all(proc.returncode == 0 for proc in launcher.procs):
                 return
-            self._done.wait(_POLL)
-        self._done.wait(1.0)  # the rank's own word, or its partners', says more
-        self._report(self._first_rank + 1 + failed, _ending(self._procs[failed]))
-        self._done.wait(self._grace)
-        log.error("the launching process has not ended %.0f s after a child failed; killing it", self._grace)
-        end_processes(self._procs, 0)
+            self._pause.wait(_POLL)
+        self._pause.wait(1.0)  # the rank's own word, or its partners', says more
+        first_rank = launcher.cluster_environment.node_rank() * launcher.num_processes
+        launcher.report(first_rank + 1 + failed, _ending(launcher.procs[failed]))
+        deadline = time.monotonic() + launcher.timeout
+        while time.monotonic() < deadline:
+            if not launcher.running.is_set():
+                return  # whoever called the Trainer has the exception now
+            self._pause.wait(_POLL)
+        log.error("the launching process hangs since a child failed %.0f s ago; killing it", launcher.timeout)
+        end_processes(launcher.procs, 0)
         os.kill(os.getpid(), SIGKILL)
 
     def _failed(self) -> int | None:
-        codes = [proc.poll() for proc in self._procs]
+        codes = [proc.poll() for proc in self._launcher.procs]
         return next((index for index, code in enumerate(codes) if code), None)
 
 
@@ -124,6 +131,11 @@ def _ending(proc: subprocess.Popen) -> str:
     code = proc.returncode
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return f"its process (pid {proc.pid}) {how}"
+
+
+def grace_of(timeout: float) -> float:
+    """Return the seconds that processes get to end by themselves: all have to be gone within twice the timeout."""
+    return min(timeout / 2, 30.0)
 
 
 def end_processes(procs: Sequence[Any], grace: float) -> None:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_gossip.arguments import check_integer, check_wire_dtype
 from lightning_gossip.control import Control
-from lightning_gossip.exchange import Exchange, ExchangeStats
+from lightning_gossip.exchange import Exchange
 from lightning_gossip.link import Links
 from lightning_gossip.mixing import MixingRule
 from lightning_gossip.schedule import Chooser, Peers, Schedule
@@ -64,9 +64,9 @@ class PairwiseStrategy(ReplicaStrategy):
         return self._exchange.step if self._exchange is not None else self._last_step
 
     @property
-    def exchange_stats(self) -> ExchangeStats | None:
-        """What this rank's exchanges did so far; None outside ``fit``."""
-        return self._exchange.stats if self._exchange is not None else None
+    def exchange(self) -> Exchange | None:
+        """This rank's exchanges, with their counts and times in ``exchange.stats``; None outside ``fit``."""
+        return self._exchange
 
     @property
     @override
