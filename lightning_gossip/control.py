@@ -1,7 +1,9 @@
 """The run's store: who stops and why, who has arrived, who is alive.
 
-One thread a rank holds its own connection to the store. It writes a heartbeat, and it is woken by the stop word, which
-the first rank that stops writes for all: every wait of this package looks at it. Nothing here knows Lightning.
+One thread a rank holds its own connection to the store. It writes a heartbeat and looks for the stop word, which the
+first rank that stops writes for all: every wait of this package looks at what it found. Nothing here knows Lightning.
+
+Nobody blocks in the store: a wait there that times out makes torch log a warning each time.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
@@ -22,8 +24,8 @@ log = logging.getLogger(__name__)
 HEARTBEAT = 1.0
 """Seconds from one sign of life to the next."""
 
-SLICE = timedelta(seconds=0.25)
-"""Longest time for which a waiting thread does not look up: Python's signal handlers run in between."""
+LOOK = 0.2
+"""Seconds between looks at the stop word, and the longest for which a waiting thread does not look up."""
 
 _STOP = "stop"
 
@@ -110,9 +112,8 @@ class Control:
         self._raise_stop = raise_stop
         self._meetings = 0
         self._lock = threading.Lock()
-        self._store: Any = connect()  # never blocks: safe from any thread
-        self._meeting_store = connect()  # blocks in meet()
-        self._thread_store = connect()  # blocks in the thread
+        self._store = connect()
+        self._thread_store = connect()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._listen, name=f"control-{rank}", daemon=True)
         self._thread.start()
@@ -128,11 +129,7 @@ class Control:
         stop = Stop(kind, self.rank, self._clock(), cause, lost)
         with self._lock:
             try:
-                holds = self._store.compare_set(_STOP, "", json.dumps(asdict(stop)))
-                if json.loads(holds) == asdict(stop):
-                    everyone = [f"wake/{rank}" for rank in range(self.world_size)]
-                    self._store.multi_set(everyone, ["1"] * self.world_size)
-                self._receive(holds)
+                self._receive(self._store.compare_set(_STOP, "", json.dumps(asdict(stop))))
             except (DistNetworkError, DistStoreError):
                 self._lose_store()
         return self.stopped or stop
@@ -157,7 +154,7 @@ class Control:
         Raises:
             RunStopped: as :meth:`check`.
         """
-        while not event.wait(min(SLICE.total_seconds(), max(0.0, deadline - time.monotonic()))):
+        while not event.wait(min(LOOK, max(0.0, deadline - time.monotonic()))):
             self.check()
             if time.monotonic() >= deadline:
                 return False
@@ -209,14 +206,11 @@ class Control:
         heartbeats = _Heartbeats(self._store)
         limit = self.timeout.total_seconds()
         next_look = time.monotonic()
-        while True:
-            try:
-                self._meeting_store.wait([key], SLICE)
-                return
-            except DistNetworkError:
-                raise
-            except DistStoreError:  # nothing but the slice's end
-                self.check()
+        pause = 0.0002
+        while not self._store.check([key]):
+            self._closing.wait(pause)
+            self.check()
+            pause = min(1.5 * pause, LOOK / 10)
             if time.monotonic() < next_look:
                 continue
             next_look = time.monotonic() + min(2.0, limit / 4)
@@ -242,7 +236,6 @@ class Control:
             self._store.set(f"gone/{self.rank}", "1")
             if self.rank == 0:
                 self._await_leaving(grace)
-            self._store.set(f"wake/{self.rank}", "1")
         except (DistNetworkError, DistStoreError) as error:
             log.debug("rank %d left a run whose store is gone: %s", self.rank, error)
         self._closing.set()
@@ -261,28 +254,18 @@ class Control:
 
     def _listen(self) -> None:
         store = self._thread_store
-        wake = f"wake/{self.rank}"
+        looks = 0
         try:
-            while not self._closing.is_set():
-                store.add(f"alive/{self.rank}", 1)
-                if store.check([_STOP]):
+            while True:
+                if looks % round(HEARTBEAT / LOOK) == 0:
+                    store.add(f"alive/{self.rank}", 1)
+                if self.stopped is None and store.check([_STOP]):
                     self._receive(store.get(_STOP))
-                    return self._beat_until_closed(store)
-                try:
-                    store.wait([wake], timedelta(seconds=HEARTBEAT))
-                except DistNetworkError:
-                    raise
-                except DistStoreError:  # nothing but the interval's end
-                    continue
-                if not store.check([_STOP]):
-                    return None  # woken by close()
-        except DistNetworkError:
+                looks += 1
+                if self._closing.wait(LOOK):
+                    return
+        except (DistNetworkError, DistStoreError):
             self._lose_store()
-        return None
-
-    def _beat_until_closed(self, store: Store) -> None:
-        while not self._closing.wait(HEARTBEAT):
-            store.add(f"alive/{self.rank}", 1)
 
     def _receive(self, word: bytes) -> None:
         self.stopped = Stop(**json.loads(word))

@@ -8,13 +8,12 @@ strategy hook around the optimization of a batch. The functions here put attribu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.trainer.connectors.signal_connector import _get_sigkill_signal
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed import Store, distributed_c10d
@@ -89,8 +88,21 @@ def is_fitting(trainer: pl.Trainer | None) -> bool:
     return trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
 
 
+def logging_step(trainer: pl.Trainer) -> int:
+    """Return the abscissa under which Lightning logs the metrics of the present training step."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def show_in_progress_bar(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
+    """Show ``metrics`` until they are set again; unlike ``LightningModule.log``, nothing else sees them."""
+    trainer._logger_connector._progress_bar_metrics.update(metrics)
+
+
 def refuse_unsupported(trainer: pl.Trainer, strategy: str, layer_sync: object) -> None:
-    """Raise ``MisconfigurationException`` for features that replicas of their own can not have (design §4)."""
+    """Raise ``MisconfigurationException`` for features that replicas of their own can not have (design §4).
+
+    The batch-size finder is among them; Lightning refuses it with several devices by itself.
+    """
     if layer_sync is not None:
         raise MisconfigurationException(
             f"`Trainer(sync_batchnorm=True)` runs a collective in every layer of every step, which {strategy} exists"
@@ -100,10 +112,4 @@ def refuse_unsupported(trainer: pl.Trainer, strategy: str, layer_sync: object) -
         raise MisconfigurationException(
             f"A time-based `val_check_interval` makes each rank validate at a moment of its own, but under {strategy}"
             " all ranks validate together. Give a number of batches or a fraction of an epoch."
-        )
-    callbacks: list[Any] = vars(trainer)["callbacks"]
-    if any(isinstance(callback, BatchSizeFinder) for callback in callbacks):
-        raise MisconfigurationException(
-            f"The batch-size finder is not supported with {strategy}: an out-of-memory error on one rank would leave"
-            " the others waiting. Find the batch size on a single device, then pass it."
         )

@@ -64,7 +64,7 @@ class Header:
 
     def to_tensor(self) -> Tensor:
         """Return the header as it travels."""
-        return torch.tensor([_MAGIC, *astuple(self), 0], dtype=torch.int64)
+        return torch.tensor([_MAGIC, *astuple(self), _MAGIC], dtype=torch.int64)
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> Header:
@@ -73,9 +73,9 @@ class Header:
         Raises:
             LinkError: if it is none.
         """
-        magic, *fields, _ = tensor.tolist()
-        if magic != _MAGIC:
-            raise LinkError(f"what arrived is no header of this version of lightning-gossip (it begins with {magic})")
+        begin, *fields, end = tensor.tolist()
+        if (begin, end) != (_MAGIC, _MAGIC):  # at the end too: gloo accepts less than was asked for
+            raise LinkError(f"what arrived is no header of this version of lightning-gossip ({begin} … {end})")
         return cls(*fields)
 
 
@@ -152,7 +152,7 @@ class Link:
             RuntimeError: if the other end is gone, or sent none within ``timeout`` (the link's own by default).
             LinkError: if something else arrived.
         """
-        tensor = torch.empty(8, dtype=torch.int64)
+        tensor = torch.zeros(8, dtype=torch.int64)
         self._connected().recv([tensor], 1 - self._index, _TAG).wait(timeout or self._timeout)
         return Header.from_tensor(tensor)
 

@@ -91,7 +91,7 @@ class ReplicaStrategy(DDPStrategy):
         self._control: Control | None = None
         self._consensus: Consensus | None = None
         self._failed = False
-        self._unsynced: list[Metric] = []
+        self._unsynced: list[tuple[Metric, Any]] = []  # torchmetrics objects, and when they sync otherwise
         self.consensus_distance: float | None = None  # when the consensus model was last built
         self.consensus_built = 0  # how often it was built
 
@@ -373,13 +373,13 @@ class ReplicaStrategy(DDPStrategy):
     def _start_evaluation(self) -> None:
         """Keep torchmetrics objects from pooling the ranks' results where each rank evaluates its own replica."""
         if self.evaluate == "replica":
-            self._unsynced = [m for m in self._module.modules() if isinstance(m, Metric) and m.sync_on_compute]
-            for metric in self._unsynced:
-                metric.sync_on_compute = False
+            self._unsynced = [(m, m.distributed_available_fn) for m in self._module.modules() if isinstance(m, Metric)]
+            for metric, _ in self._unsynced:
+                metric.distributed_available_fn = _not_available
 
     def _end_evaluation(self) -> None:
-        for metric in self._unsynced:
-            metric.sync_on_compute = True
+        for metric, available in self._unsynced:
+            metric.distributed_available_fn = available
         self._unsynced = []
 
     # -- endings ------------------------------------------------------------------------------------------------
@@ -428,6 +428,10 @@ class ReplicaStrategy(DDPStrategy):
         state = super().__getstate__()
         state["_control"] = state["_consensus"] = state["_connect"] = None
         return state
+
+
+def _not_available() -> bool:
+    return False
 
 
 def _raise_stop(stop: Stop) -> NoReturn:

@@ -94,6 +94,12 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
         finally:
             end_processes(self.procs, self.grace)
 
+    @override
+    def _recover_results_in_main_process(self, worker_output: Any, trainer: Any) -> None:
+        super()._recover_results_in_main_process(worker_output, trainer)
+        if worker_output.weights_path is not None:
+            os.rmdir(os.path.dirname(worker_output.weights_path))  # Lightning leaves the folder that it made
+
 
 class _Observer(threading.Thread):
     """Tells the run when a child failed, and kills a launching process that hangs in spite of that."""

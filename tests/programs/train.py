@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--strategy", default="elastic_gossip")
     parser.add_argument("--devices", type=int, default=4)
     parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=0, help="seconds; 0 keeps the named strategy's default")
     parser.add_argument("--probability", type=float, default=1.0)
@@ -92,7 +93,7 @@ def main() -> None:
             timeout=timedelta(seconds=args.timeout), probability=args.probability
         )
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=args.accelerator,
         devices=args.devices,
         num_nodes=args.nodes,
         strategy=strategy,
