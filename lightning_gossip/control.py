@@ -28,6 +28,7 @@ LOOK = 0.2
 """Seconds between looks at the stop word, and the longest for which a waiting thread does not look up."""
 
 _STOP = "stop"
+_END = "end"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,21 @@ class Stop:
 
     def __str__(self) -> str:
         return self.cause if self.rank < 0 else f"rank {self.rank} stopped at step {self.step}: {self.cause}"
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What all ranks know after a meeting.
+
+    Attributes:
+        clock: the largest of the ranks' exchange clocks.
+        skipped: whether some rank skipped a partner since the meeting before: their links are out of step.
+        number: of the meeting.
+    """
+
+    clock: int
+    skipped: bool
+    number: int
 
 
 class RunStopped(RuntimeError):
@@ -109,6 +125,7 @@ class Control:
         self.timeout = timeout
         self._clock = clock
         self.stopped: Stop | None = None
+        self._end_asked_at = 0  # the meeting at which a rank waits that wants training to end
         self._raise_stop = raise_stop
         self._meetings = 0
         self._lock = threading.Lock()
@@ -169,19 +186,24 @@ class Control:
 
     # -- meeting ------------------------------------------------------------------------------------------------
 
-    def meet(self, reason: str) -> None:
+    def meet(self, reason: str, ending: bool = False) -> Meeting:
         """Wait until every rank calls this with the same ``reason``: what comes before any collective.
 
         A rank that is slow but alive is waited for without limit; one without a sign of life for ``timeout`` is not.
+        While it waits here a rank takes part in no exchange: :meth:`has_left` tells its partners.
+
+        Args:
+            reason: in words.
+            ending: whether this rank wants all to end training soon (see :attr:`asked_to_end`).
 
         Raises:
             RuntimeError: if ranks meet for different reasons, or a rank is dead.
             RunStopped: if some rank stops meanwhile.
         """
-        if self.world_size == 1:
-            return
         self.check()
         self._meetings += 1
+        if self.world_size == 1:
+            return Meeting(self._clock(), skipped=False, number=self._meetings)
         key = f"meet/{self._meetings}"
         try:
             first = self._store.compare_set(f"{key}/reason", "", f"{self.rank}|{reason}").decode()
@@ -191,16 +213,44 @@ class Control:
                     f"the ranks disagree on what comes next: rank {first_rank} is at '{first_reason}',"
                     f" rank {self.rank} at '{reason}'"
                 )
-            self._store.set(f"at/{self.rank}", str(self._meetings))
+            if ending:
+                self._store.set(_END, str(self._meetings))
+            self._store.set(f"at/{self.rank}", f"{self._meetings}:{self._clock()}")
             if self._store.add(f"{key}/count", 1) == self.world_size:
-                self._store.set(f"{key}/go", "1")
+                clock = max(self._whereabouts(rank)[1] for rank in range(self.world_size))
+                self._store.set(f"{key}/go", f"{clock}:{int(self._store.check([f'{key}/skipped']))}")
             self._await_others(f"{key}/go", reason)
+            clock, skipped = map(int, self._store.get(f"{key}/go").decode().split(":"))
             if self.rank == 0:
-                for field in ("reason", "count", "go"):  # everybody has left the meeting before this one
+                for field in ("reason", "count", "go", "skipped"):  # everybody has left the meeting before this one
                     self._store.delete_key(f"meet/{self._meetings - 1}/{field}")
         except DistNetworkError:
             self._lose_store()
             self.check()
+            raise
+        return Meeting(clock, bool(skipped), self._meetings)
+
+    @property
+    def asked_to_end(self) -> bool:
+        """Whether a rank that wants training to end waits at a meeting that this rank has not reached."""
+        return self._end_asked_at > self._meetings
+
+    def has_left(self, rank: int, step: int) -> bool:
+        """Whether ``rank`` waits at a meeting that this rank has not reached, and never began ``step``."""
+        meeting, clock = self._whereabouts(rank)
+        return meeting > self._meetings and clock < step
+
+    def note_skip(self) -> None:
+        """Record for the next meeting that this rank skipped a partner."""
+        self._store.set(f"meet/{self._meetings + 1}/skipped", "1")
+
+    def _whereabouts(self, rank: int) -> tuple[int, int]:
+        """Return the number of the last meeting at which ``rank`` arrived, and its clock then."""
+        key = f"at/{rank}"
+        if not self._store.check([key]):
+            return 0, 0
+        meeting, clock = map(int, self._store.get(key).decode().split(":"))
+        return meeting, clock
 
     def _await_others(self, key: str, reason: str) -> None:
         heartbeats = _Heartbeats(self._store)
@@ -215,7 +265,7 @@ class Control:
                 continue
             next_look = time.monotonic() + min(2.0, limit / 4)
             for rank in range(self.world_size):
-                late = rank != self.rank and self._store.add(f"at/{rank}", 0) < self._meetings
+                late = rank != self.rank and self._whereabouts(rank)[0] < self._meetings
                 if late and heartbeats.silence(rank) > limit:
                     raise RuntimeError(
                         f"rank {self.rank} waited at '{reason}' for rank {rank},"
@@ -261,6 +311,8 @@ class Control:
                     store.add(f"alive/{self.rank}", 1)
                 if self.stopped is None and store.check([_STOP]):
                     self._receive(store.get(_STOP))
+                if store.check([_END]):
+                    self._end_asked_at = int(store.get(_END))
                 looks += 1
                 if self._closing.wait(LOOK):
                     return

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from lightning_gossip.link import Header, Kind
 from lightning_gossip.mixing import MixingRule, Transfers, sum_of_differences
 from lightning_gossip.schedule import Schedule
 from lightning_gossip.transport import Posted, Transport
+
+_CHUNK = 2**17  # elements
 
 
 @dataclass
@@ -56,6 +60,13 @@ class _InFlight:
     parameters: Mapping[str, Tensor]
     buffers: _Buffers
     posted: Posted | None
+    skipped: Collection[int] = ()
+
+    def received(self) -> list[FlatBuffer]:
+        """Return what arrived, in ascending rank."""
+        partners = self.transfers.receive_from
+        buffers = self.buffers.receive(len(partners))
+        return [b for k, b in zip(partners, buffers, strict=True) if k not in self.skipped]
 
 
 @dataclass
@@ -141,6 +152,8 @@ class Exchange:
         self.stats.wait_seconds = self.stats.mix_seconds = 0.0
         self.stats.partner = -1
         self.stats.partner_distance = None
+        if self._in_flight is not None and self.step > self._in_flight.step + self._delay:
+            self._apply(self._in_flight)  # it fell due when the clock was set forward
         if self.world_size == 1 or not self._schedule.is_round(self.step):
             return
         choices = self._schedule.choices(self.step, self.world_size)
@@ -157,6 +170,15 @@ class Exchange:
         """
         if self._in_flight is not None and self.step >= self._in_flight.step + self._delay:
             self._apply(self._in_flight)
+
+    def align(self, clock: int) -> None:
+        """Set the clock to the largest of the ranks' clocks, where all ranks meet."""
+        self.step = max(self.step, clock)
+
+    def reset_links(self, generation: int) -> None:
+        """Begin anew with all partners, after some were skipped; called on all ranks where they meet."""
+        self.arrive()
+        self._transport.reset(generation)
 
     def arrive(self) -> None:
         """Wait until what is in flight has arrived, without applying it: nothing is on the wire afterwards.
@@ -175,6 +197,53 @@ class Exchange:
         """
         if self._in_flight is not None:
             self._apply(self._in_flight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return clock, counts and what is in flight, as tensors and numbers; it waits for what is on the wire.
+
+        Raises:
+            PartnerLost, RunStopped: as :meth:`end`.
+        """
+        self.arrive()
+        state: dict[str, Any] = {"step": self.step, "stats": asdict(self.stats), "in_flight": None}
+        if (exchange := self._in_flight) is not None and (received := exchange.received()):
+            state["in_flight"] = {
+                "step": exchange.step,
+                "names": list(exchange.parameters),
+                "own": exchange.buffers.own.payload.clone(),
+                "received": [buffer.payload.clone() for buffer in received],
+            }
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned on this rank.
+
+        Raises:
+            ValueError: if what was in flight does not fit this replica's parameters.
+        """
+        self.step = int(state["step"])
+        self.stats = ExchangeStats(**state["stats"])
+        self._in_flight = None
+        if (saved := state["in_flight"]) is None:
+            return
+        parameters = self._parameters()
+        missing = [name for name in saved["names"] if name not in parameters]
+        if missing:
+            raise ValueError(f"an exchange was in flight for parameters that this model does not have: {missing}")
+        travelling = {name: parameters[name] for name in saved["names"]}
+        buffers = self._room(travelling)
+        payloads = [(buffers.own, saved["own"])]
+        payloads += zip(buffers.receive(len(saved["received"])), saved["received"], strict=True)
+        for buffer, payload in payloads:
+            if payload.shape != buffer.payload.shape:
+                raise ValueError(
+                    f"an exchange was in flight with {payload.numel()} bytes, but this model's parameters take"
+                    f" {buffer.payload.numel()}; `wire_dtype` has to be as it was"
+                )
+            buffer.payload.copy_(payload)
+        buffers.own.unpack()
+        partners = Transfers(send_to=(), receive_from=tuple(range(len(saved["received"]))))
+        self._in_flight = _InFlight(int(saved["step"]), partners, travelling, buffers, posted=None)
 
     def close(self) -> None:
         """Give up what is in flight and release the transport."""
@@ -216,7 +285,7 @@ class Exchange:
     def _arrive(self, exchange: _InFlight) -> None:
         if exchange.posted is not None:
             start = time.perf_counter()
-            exchange.posted.wait()
+            exchange.skipped = exchange.posted.wait()
             exchange.posted = None
             self.stats.wait_seconds += time.perf_counter() - start
 
@@ -224,17 +293,18 @@ class Exchange:
     def _apply(self, exchange: _InFlight) -> None:
         self._arrive(exchange)
         self._in_flight = None
-        partners = len(exchange.transfers.receive_from)
-        if not partners:
+        received = exchange.received()
+        if not received:
             return
         start = time.perf_counter()
         buffers = exchange.buffers
-        received = buffers.receive(partners)
         for buffer in received:
             buffer.unpack()
         if self.measure:
+            pause = time.perf_counter()
             self.stats.partner_distance = _mean_distance(buffers.own, received)
-        weight = self._rule.weight(partners)
+            start += time.perf_counter() - pause  # no part of mixing
+        weight = self._rule.weight(len(received))
         layout = buffers.layout
         for index, segment in enumerate(layout.segments):
             snapshots = [buffer.segments[index] for buffer in received]
@@ -242,17 +312,29 @@ class Exchange:
             difference = sum_of_differences(buffers.own.segments[index], snapshots, out)
             parameters = [exchange.parameters[name] for name in segment.names]
             torch._foreach_add_(parameters, layout.views(segment, difference), alpha=-weight)
-        self.stats.exchanges += partners
+        self.stats.exchanges += len(received)
         self.stats.mix_seconds += time.perf_counter() - start
 
 
 def _mean_distance(own: FlatBuffer, received: list[FlatBuffer]) -> float:
     """Return the mean over ``received`` of ‖own − received_k‖ / ‖own‖."""
-    norm = _norm(own.segments)
-    distances = [_norm([x - y for x, y in zip(own.segments, k.segments, strict=True)]) for k in received]
+    norm = _distance(own.segments)
+    distances = [_distance(own.segments, k.segments) for k in received]
     return sum(distances) / len(distances) / norm if norm > 0 else 0.0
 
 
-def _norm(segments: list[Tensor]) -> float:
-    wide = [torch.complex128 if x.dtype.is_complex else torch.float64 for x in segments]
-    return math.hypot(*(float(torch.linalg.vector_norm(x, dtype=w)) for x, w in zip(segments, wide, strict=True)))
+def _distance(ours: Sequence[Tensor], theirs: Sequence[Tensor] | None = None) -> float:
+    """Return ‖ours − theirs‖, or ‖ours‖, over all segments.
+
+    In float32 at least, for a difference rounded to bfloat16 would show; on a CPU in chunks that its cache holds.
+    """
+    norms = []
+    for index, segment in enumerate(ours):
+        wide = torch.promote_types(segment.dtype, torch.float32)
+        chunk = _CHUNK if segment.device.type == "cpu" else segment.numel()
+        out = torch.empty(min(chunk, segment.numel()), dtype=wide, device=segment.device)
+        others = repeat(None) if theirs is None else theirs[index].split(chunk)
+        for x, y in zip(segment.split(chunk), others, strict=False):
+            difference = x.to(wide) if y is None else torch.sub(x.to(wide), y, out=out[: x.numel()])
+            norms.append(torch.linalg.vector_norm(difference))
+    return math.hypot(*torch.stack(norms).tolist())

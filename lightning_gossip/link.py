@@ -220,11 +220,18 @@ class Links:
     """
 
     def __init__(self, store: Store, own: str, timeout: timedelta) -> None:
-        self._store = store
+        self._run_store = self._store = store
         self._own = own
         self._timeout = timeout
         self._device: Any = None
         self._links: dict[str, Link] = {}
+
+    def reset(self, generation: int) -> None:
+        """Close every link; those made from now on meet links of the same generation at the other end."""
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
+        self._store = PrefixStore(f"generation/{generation}", self._run_store)
 
     def to(self, peer: str) -> Link:
         """Return the link to ``peer``."""

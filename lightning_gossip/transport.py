@@ -6,14 +6,14 @@ import re
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_gossip.control import Control, RunStopped
+from lightning_gossip.control import LOOK, Control, RunStopped
 from lightning_gossip.link import Header, Link, LinkError, Links
 
 _GLOO_DECORATION = re.compile(r"^\[\S+\.cc:\d+\] |This is typically caused by.*$")  # leaves what happened, and where
@@ -31,8 +31,8 @@ class Posted(ABC):
     """Transfers under way."""
 
     @abstractmethod
-    def wait(self) -> None:
-        """Wait until everything arrived and left.
+    def wait(self) -> Collection[int]:
+        """Wait until everything arrived and left; return the partners that were skipped: they never began the step.
 
         Raises:
             PartnerLost: if a partner died or stayed silent past the timeout.
@@ -58,6 +58,10 @@ class Transport(ABC):
         """
 
     @abstractmethod
+    def reset(self, generation: int) -> None:
+        """Begin anew with everybody, after partners were skipped; called on all ranks, with nothing under way."""
+
+    @abstractmethod
     def close(self) -> None:
         """Give up whatever is under way and release connections."""
 
@@ -75,15 +79,26 @@ class LinkTransport(Transport):
     def __init__(self, links: Links, control: Control) -> None:
         self._links = links
         self._control = control
+        self._left: set[int] = set()  # skipped since the last meeting; their links are closed
 
     def post(self, header: Header, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> Posted:
         """See :meth:`Transport.post`."""
         jobs: dict[int, Future[None]] = {}
-        for partner in sorted({*outgoing, *incoming}):
+        for partner in sorted({*outgoing, *incoming} - self._left):
             link = self._links.to(end_of_rank(partner))
             job = partial(_trade, link, header, outgoing.get(partner), incoming.get(partner))
             jobs[partner] = link.submit(job)
-        return _PostedOnLinks(jobs, header.step, self._control)
+        return _PostedOnLinks(jobs, {*outgoing, *incoming} & self._left, header.step, self._control, self._skip)
+
+    def _skip(self, partner: int) -> None:
+        self._left.add(partner)
+        self._control.note_skip()
+        self._links.to(end_of_rank(partner)).close()
+
+    def reset(self, generation: int) -> None:
+        """See :meth:`Transport.reset`."""
+        self._left.clear()
+        self._links.reset(generation)
 
     def close(self) -> None:
         """See :meth:`Transport.close`."""
@@ -108,38 +123,60 @@ def _trade(link: Link, header: Header, outgoing: Tensor | None, incoming: Tensor
 
 
 class _PostedOnLinks(Posted):
-    def __init__(self, jobs: Mapping[int, Future[None]], step: int, control: Control) -> None:
+    def __init__(
+        self,
+        jobs: Mapping[int, Future[None]],
+        skipped: set[int],
+        step: int,
+        control: Control,
+        skip: Callable[[int], None],
+    ) -> None:
         self._jobs = jobs
+        self._skipped = skipped
         self._step = step
         self._control = control
-        self._settled = threading.Event()  # all done, or one failed
-        self._left = len(jobs)
-        self._lock = threading.Lock()
+        self._skip = skip
+        self._changed = threading.Event()  # a transfer is done, or failed
         for future in jobs.values():
-            future.add_done_callback(self._count)
+            future.add_done_callback(lambda _: self._changed.set())
 
-    def _count(self, future: Future[None]) -> None:
-        with self._lock:
-            self._left -= 1
-            if self._left == 0 or future.exception() is not None:
-                self._settled.set()
-
-    def wait(self) -> None:
+    def wait(self) -> Collection[int]:
         limit = self._control.timeout.total_seconds()
+        deadline = time.monotonic() + limit
         try:
-            in_time = self._control.wait(self._settled, time.monotonic() + limit)
+            while waiting := self._waiting():
+                changed = self._control.wait(self._changed, min(deadline, time.monotonic() + LOOK))
+                self._changed.clear()
+                for partner in waiting:
+                    failure = self._jobs[partner].exception() if self._jobs[partner].done() else None
+                    overdue = not changed and failure is None
+                    if (overdue or failure is not None) and self._skip_if_left(partner):
+                        continue
+                    if failure is not None:
+                        self._explain(partner, failure)
+                if time.monotonic() >= deadline and (late := self._waiting()):
+                    self._explain(late[0], TimeoutError(f"it stayed silent for {limit:g} s"))
         except RunStopped as stopped:
             if stopped.stop.lost in self._waiting():
                 raise self._lost(stopped.stop.lost, stopped.stop.cause) from stopped
             raise
-        if not in_time:
-            self._explain(self._waiting()[0], TimeoutError(f"it stayed silent for {limit:g} s"))
-        for partner, future in self._jobs.items():
-            if future.done() and (error := future.exception()) is not None:
-                self._explain(partner, error)
+        return self._skipped
 
     def _waiting(self) -> list[int]:
-        return [partner for partner, future in self._jobs.items() if not future.done() or future.exception()]
+        """Return the partners whose transfers are not done, failed ones among them."""
+        return [
+            partner
+            for partner, future in self._jobs.items()
+            if partner not in self._skipped and (not future.done() or future.exception() is not None)
+        ]
+
+    def _skip_if_left(self, partner: int) -> bool:
+        """Skip a partner that waits elsewhere and never began this step."""
+        if not self._control.has_left(partner, self._step):
+            return False
+        self._skipped.add(partner)
+        self._skip(partner)
+        return True
 
     def _explain(self, partner: int, error: BaseException) -> None:
         """Raise why ``partner`` is not there: the reason that a rank gave when it stopped, or else its loss."""
@@ -179,6 +216,9 @@ class NcclTransport(Transport):
                 operations.append(dist.P2POp(dist.irecv, incoming[partner], partner, self._group))
         return _PostedOnStream(dist.batch_isend_irecv(operations))
 
+    def reset(self, generation: int) -> None:
+        """Nothing: unequal numbers of batches, and so skipped partners, are refused on NCCL."""
+
     def close(self) -> None:
         """See :meth:`Transport.close`."""
         dist.destroy_process_group(self._group)
@@ -188,6 +228,7 @@ class _PostedOnStream(Posted):
     def __init__(self, works: list[dist.Work]) -> None:
         self._works = works
 
-    def wait(self) -> None:
+    def wait(self) -> Collection[int]:
         for work in self._works:
             work.wait()
+        return ()

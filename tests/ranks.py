@@ -27,6 +27,7 @@ class Rank:
     world_size: int
     control: Control
     links: Links
+    clock: Callable[[], int] = lambda: 0
 
     def exchange(self, schedule: Any, rule: Any, parameters: Mapping[str, Tensor], **kwargs: Any) -> Exchange:
         transport = LinkTransport(self.links, self.control)
@@ -44,10 +45,11 @@ def run_ranks(
     results: list[Any] = [None] * world_size
 
     def run(rank: int) -> None:
-        control = Control(lambda: store, rank, world_size, timeout)
+        control = Control(lambda: store, rank, world_size, timeout, clock=lambda: me.clock())
         links = Links(store, f"rank{rank}", timeout)
+        me = Rank(rank, world_size, control, links)
         try:
-            results[rank] = body(Rank(rank, world_size, control, links))
+            results[rank] = body(me)
         except BaseException as error:  # noqa: BLE001 - given to the caller
             results[rank] = error
             control.stop("error", f"{type(error).__name__}: {error}", getattr(error, "partner", -1))
