@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -39,6 +43,19 @@ class Consensus:
         self._replica = _Copy(self._module)
         return self._average(_Copy(self._module))
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Give the module its replica back for a moment within the window; not a collective."""
+        if self._replica is None:
+            yield
+            return
+        consensus = _Copy(self._module)
+        self._replica.restore()
+        try:
+            yield
+        finally:
+            consensus.restore()
+
     def leave(self) -> None:
         """Give the module its replica back; not a collective, and harmless outside the window."""
         if self._replica is not None:
@@ -74,6 +91,17 @@ class _Copy:
         """Write the copies back."""
         self.parameters.copy_to(self._parameters)
         self.buffers.copy_to(self._buffers)
+
+
+def average_state(state: Mapping[str, Any], world_size: int) -> dict[str, Any]:
+    """Return the mean over ranks of a state dict, and rank 0's where an entry has no mean; a collective."""
+    tensors = {name: value.detach().clone() for name, value in state.items() if isinstance(value, Tensor)}
+    if world_size > 1:
+        buffer = _packed(tensors)
+        for flat in buffer.segments:
+            _average_(flat, world_size)
+        buffer.copy_to(tensors)
+    return {name: tensors.get(name, value) for name, value in state.items()}
 
 
 def _packed(tensors: dict[str, Tensor]) -> FlatBuffer:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from tbparse import SummaryReader
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 
 _EVENT_FILES = "*tfevents*"
 _FRAME_BYTES = 16  # length, its checksum and the data's checksum around each record
@@ -32,8 +33,8 @@ class Run:
     Args:
         path: its folder.
         metadata: the content of its ``metadata.json``; empty where there is none.
-        ranks: for each rank a table of scalars with the columns ``tag``, ``step``, ``seconds`` (since the
-            start) and ``value``.
+        ranks: for each rank a table of scalars with the columns ``tag``, ``step``, ``seconds`` (since
+            training began) and ``value``.
     """
 
     path: Path
@@ -165,12 +166,12 @@ def read_run(path: Path) -> Run:
         UnreadableRunError: if there is nothing to read, or a file is damaged or cut off.
     """
     folders = {int(folder.name[5:]): folder for folder in path.glob("rank_*/") if folder.name[5:].isdigit()}
-    frames = {rank: _read_rank(folder) for rank, folder in sorted((folders or {0: path}).items())}
-    frames = {rank: frame for rank, frame in frames.items() if len(frame)}
+    read = {rank: _read_rank(folder) for rank, folder in sorted((folders or {0: path}).items())}
+    frames = {rank: frame for rank, (frame, _) in read.items() if len(frame)}
     if not frames:
         raise UnreadableRunError("no scalars in its event files" if _event_files(path) else "no event files")
     metadata = _read_metadata(path / "metadata.json")
-    _add_seconds(frames, _start_times(metadata))
+    _add_seconds(frames, _start_times(metadata), [time for _, opened in read.values() for time in opened])
     return Run(path, metadata, {rank: _latest(frame) for rank, frame in frames.items()})
 
 
@@ -178,20 +179,22 @@ def _event_files(path: Path) -> list[Path]:
     return sorted([*path.glob(_EVENT_FILES), *path.glob(f"rank_*/{_EVENT_FILES}")])
 
 
-def _read_rank(folder: Path) -> pd.DataFrame:
-    """Return all scalars that one rank logged."""
-    frames = []
+def _read_rank(folder: Path) -> tuple[pd.DataFrame, list[float]]:
+    """Return all scalars that one rank logged, and when it opened its files, in seconds since the epoch."""
+    frames, opened = [], []
     for file in sorted(folder.glob(_EVENT_FILES)):
         # the event reader stops at a damaged record without a word
-        whole = sum(len(record) + _FRAME_BYTES for record in RawEventFileLoader(str(file)).Load())
+        records = list(RawEventFileLoader(str(file)).Load())
+        whole = sum(len(record) + _FRAME_BYTES for record in records)
         if whole != file.stat().st_size:
             raise UnreadableRunError(f"{file.relative_to(folder.parent)} is damaged or cut off at byte {whole}")
+        opened += [Event.FromString(record).wall_time for record in records[:1]]
         scalars = SummaryReader(str(file), event_types={"scalars"}, extra_columns={"wall_time"}).scalars
         if len(scalars):
             frames.append(scalars)
     if not frames:
-        return pd.DataFrame({"tag": [], "step": [], "value": [], "wall_time": []})
-    return pd.concat(frames)
+        return pd.DataFrame({"tag": [], "step": [], "value": [], "wall_time": []}), opened
+    return pd.concat(frames), opened
 
 
 def _latest(frame: pd.DataFrame) -> pd.DataFrame:
@@ -219,15 +222,20 @@ def _start_times(metadata: dict[str, Any]) -> list[float]:
         raise UnreadableRunError(f"start time in metadata.json cannot be read: {error}") from error
 
 
-def _add_seconds(frames: dict[int, pd.DataFrame], starts: list[float]) -> None:
-    """Turn wall times into seconds of running: a resumed run does not run between its end and its next start."""
+def _add_seconds(frames: dict[int, pd.DataFrame], starts: list[float], opened: list[float]) -> None:
+    """Turn wall times into seconds of running: a resumed run does not run between its end and its next start.
+
+    A start ends when the first file is opened, where that is known: loading and launching are not training.
+    """
     times = np.concatenate([frame["wall_time"].to_numpy(dtype=float) for frame in frames.values()])
     starts = starts or [times.min()]
     ran_before, offsets = 0.0, []
     for start, end in zip(starts, [*starts[1:], np.inf], strict=True):
-        offsets.append(ran_before - start)
         within = times[(times >= start) & (times < end)]
-        ran_before += within.max() - start if len(within) else 0.0
+        first, last = (within.min(), within.max()) if len(within) else (start, start)
+        begin = min((time for time in opened if start <= time <= first), default=start)
+        offsets.append(ran_before - begin)
+        ran_before += last - begin
     for frame in frames.values():
         wall = frame["wall_time"].to_numpy(dtype=float)
         part = np.clip(np.searchsorted(starts, wall, side="right") - 1, 0, None)

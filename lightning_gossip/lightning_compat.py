@@ -13,10 +13,15 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.signal_connector import _get_sigkill_signal
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed import Store, distributed_c10d
+
+from lightning_gossip.consensus import Consensus
 
 SIGKILL = _get_sigkill_signal()
 """What Lightning sends to its children after a KeyboardInterrupt."""
@@ -66,15 +71,102 @@ def run_steps_within(trainer: pl.Trainer, step: Callable[[], AbstractContextMana
         optimization.run = run  # type: ignore[method-assign]
 
 
+def allow_skipped_steps(trainer: pl.Trainer) -> None:
+    """Let ``training_step`` return None on some rank: no collective waits for its gradients."""
+    optimization = trainer.fit_loop.epoch_loop.automatic_optimization
+
+    def training_step(kwargs: Any) -> Any:
+        output = call._call_strategy_hook(trainer, "training_step", *kwargs.values())
+        return optimization.output_result_cls.from_training_step_output(output, trainer.accumulate_grad_batches)
+
+    optimization._training_step = training_step  # type: ignore[method-assign]
+
+
+def before_iterating(trainer: pl.Trainer, function: Callable[[], None]) -> None:
+    """Call ``function`` once, after ``train_dataloader()`` and before the loader is iterated."""
+    loop = trainer.fit_loop
+    load_states = loop._load_combined_loader_states
+
+    def load_states_then_call() -> None:
+        load_states()
+        vars(loop).pop("_load_combined_loader_states", None)
+        if loop._combined_loader is not None:
+            for loader in loop._combined_loader.flattened:  # Lightning sets the epoch after this iterator is made
+                _set_sampler_epoch(loader, trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+        function()
+
+    loop._load_combined_loader_states = load_states_then_call  # type: ignore[method-assign]
+
+
+def after_each_epoch(trainer: pl.Trainer, function: Callable[[], None]) -> None:
+    """Call ``function`` after the last batch of every training epoch, and the validation that may follow it."""
+    loop = trainer.fit_loop.epoch_loop
+    run_epoch = loop.run
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        run_epoch(*args, **kwargs)
+        function()
+
+    loop.run = run  # type: ignore[method-assign]
+
+
+def share_monitored_metrics(trainer: pl.Trainer, broadcast: Callable[[Any], Any]) -> None:
+    """Let every ``ModelCheckpoint`` decide by rank 0's metrics: one decision and one file name for all ranks."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+
+            def candidates(trainer: pl.Trainer, _own: Callable[..., Any] = callback._monitor_candidates) -> Any:
+                return broadcast(_own(trainer))
+
+            callback._monitor_candidates = candidates  # type: ignore[method-assign]
+
+
+CURRENT_MODEL_STATE = "current_model_state"
+"""Where ``WeightAveraging`` keeps the model's state in a checkpoint whose ``state_dict`` is its average."""
+
+
+def weight_averages(trainer: pl.Trainer) -> list[WeightAveraging]:
+    """Return the callbacks that validate an average of the weights."""
+    callbacks: list[Any] = vars(trainer)["callbacks"]
+    return [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
+
+
+def validate_mean_of_averages(
+    averages: list[WeightAveraging], consensus: Consensus, meet: Callable[[str], None]
+) -> None:
+    """Let validation run on the mean over ranks of what a weight-averaging callback swaps into the module.
+
+    Each rank's own average comes back before the callback swaps it out again.
+    """
+    for callback in averages:
+
+        def swap(module: Any, _swap: Callable[..., None] = callback._swap_models) -> None:
+            if consensus.holds:
+                consensus.leave()
+                _swap(module)
+            else:
+                _swap(module)
+                meet("consensus for the validation of averaged weights")
+                consensus.enter()
+
+        vars(callback)["_swap_models"] = swap
+
+
 def restore(trainer: pl.Trainer) -> None:
     """Undo what the functions above did to ``trainer``."""
     loop = trainer.fit_loop.epoch_loop
-    for owner, attribute in (
+    changed: list[tuple[Any, str]] = [
         (loop, "_broadcast_sigterm_tensor"),
+        (loop, "run"),
         (loop.automatic_optimization, "run"),
+        (loop.automatic_optimization, "_training_step"),
         (loop.manual_optimization, "run"),
+        (trainer.fit_loop, "_load_combined_loader_states"),
         (trainer._signal_connector, "_sigterm_notifier_fn"),
-    ):
+    ]
+    changed += [(callback, "_monitor_candidates") for callback in trainer.checkpoint_callbacks]
+    changed += [(callback, "_swap_models") for callback in weight_averages(trainer)]
+    for owner, attribute in changed:
         vars(owner).pop(attribute, None)
 
 

@@ -90,7 +90,7 @@ def accuracy_and_loss(
 
 
 def network(runs: Mapping[str, Run]) -> list[Plot]:
-    """Return the plots of consensus distance, traffic, waiting and staleness."""
+    """Return the plots of consensus and partner distance, traffic, waiting and staleness."""
     sent = _either(runs, "gossip/bytes_sent", "downpour/bytes_sent")
     largest = max((float(np.nanmax(curve["high"])) for curve in sent.values()), default=0.0)
     scale, unit = next((pair for pair in _BYTE_UNITS if largest >= pair[0]), _BYTE_UNITS[-1])
@@ -98,10 +98,12 @@ def network(runs: Mapping[str, Run]) -> list[Plot]:
     waits = _either(runs, "gossip/wait_seconds", "downpour/wait_seconds", _WINDOWS)
     waits = {label: _scaled(curve, 1e3) for label, curve in waits.items()}
     distance = _curves(runs, dict.fromkeys(runs, "gossip/consensus_distance"))
+    partners = _curves(runs, dict.fromkeys(runs, "gossip/partner_distance"), _WINDOWS)
     staleness = _curves(runs, dict.fromkeys(runs, "downpour/staleness"), _WINDOWS)
     averaged = f"averaged over {_WINDOWS} spans of steps; "
     return [
         Plot("consensus_distance", "Consensus distance (relative)", distance, log=True),
+        Plot("partner_distance", "Distance of partners (relative)", partners, log=True, note=averaged),
         Plot("bytes_sent", f"Sent by a rank since the start ({unit})", sent, from_zero=True),
         Plot("wait_seconds", "Waiting in a step (ms)", waits, from_zero=True, note=averaged),
         Plot("staleness", "Staleness (server updates by others)", staleness, from_zero=True, note=averaged),
@@ -146,6 +148,8 @@ def draw(plot: Plot, runs: Mapping[str, Run], out: Path, *, against: str = "step
                 every = max(1, len(curve) // _MARKERS_A_LINE)
                 # markers are staggered, so that runs which lie on each other all show
                 style |= {"markevery": (index * every // len(runs), every), "label": legend[label]}
+                if plot.from_zero:
+                    style |= {"clip_on": False, "zorder": 3}  # a line at 0 is neither cut in half nor covered
                 _draw_curve(axes, curve.assign(x=curve[against] / scale), style, log=plot.log)
             if label in plot.consensus:
                 curve = plot.consensus[label]

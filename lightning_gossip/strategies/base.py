@@ -1,56 +1,41 @@
-"""What all strategies with replicas share: start, exchange clock, consensus windows, endings (design §2-§4, §7)."""
+"""What all strategies with replicas share: start, exchange clock, consensus windows and checkpoints (design §2-§4)."""
 
 from __future__ import annotations
 
-import itertools
-import logging
+import uuid
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.types import ReduceOp
-from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.strategy import TBroadcast
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.distributed import PrefixStore, Store
+from torch.distributed import Store
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lightning_gossip import checkpoint as files
 from lightning_gossip import lightning_compat
 from lightning_gossip.arguments import check_choice, check_timeout
-from lightning_gossip.consensus import Consensus
-from lightning_gossip.control import Control, RunStopped, Stop
+from lightning_gossip.consensus import Consensus, average_state
+from lightning_gossip.control import Control, Meeting
 from lightning_gossip.models import check_models_agree, take_rank_zeros
-from lightning_gossip.strategies.launchers import (
-    ReplicaMultiProcessingLauncher,
-    ReplicaSubprocessLauncher,
-    grace_of,
-)
+from lightning_gossip.strategies.meeting import TIMEOUT, MeetingStrategy, StartMethod
 
-log = logging.getLogger(__name__)
+__all__ = ["TIMEOUT", "Evaluate", "ReplicaStrategy", "StartMethod"]
 
-TIMEOUT = timedelta(minutes=5)
-_START_TIMEOUT = timedelta(minutes=2)
-"""For all processes to start; a shorter `timeout` of the user's holds from then on."""
-
-StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 Evaluate = Literal["consensus", "replica"]
 
-_SIGTERM_EXIT_CODE = 143  # 128 + 15, as a shell reports it
-_runs = itertools.count()  # calls of Trainer.fit, validate, test and predict in this process; the same on all ranks
 
-
-class ReplicaStrategy(DDPStrategy):
+class ReplicaStrategy(MeetingStrategy):
     """Every rank trains its own replica; a subclass says how replicas are pulled together.
 
     Args:
@@ -88,19 +73,15 @@ class ReplicaStrategy(DDPStrategy):
             timeout=check_timeout("timeout", timeout),
             start_method=check_choice("start_method", start_method, ("popen", "spawn", "fork", "forkserver")),
         )
-        self._control: Control | None = None
-        self._consensus: Consensus | None = None
-        self._failed = False
-        self._unsynced: list[tuple[Metric, Any]] = []  # torchmetrics objects, and when they sync otherwise
         self.consensus_distance: float | None = None  # when the consensus model was last built
         self.consensus_built = 0  # how often it was built
+        self._consensus: Consensus | None = None
+        self._unsynced: list[tuple[Metric, Any]] = []  # torchmetrics objects, and when they sync otherwise
+        self._dumped: dict[str, Any] = {}  # this replica's state, as last given to a checkpoint
+        self._resume: dict[str, Any] | None = None  # this package's entry in the checkpoint that is resumed
+        self._saved: dict[str, str] = {}  # id of the last save to a path
 
     # -- what a subclass does -----------------------------------------------------------------------------------
-
-    @property
-    @abstractmethod
-    def step(self) -> int:
-        """The exchange clock: steps begun over the whole training."""
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -132,63 +113,20 @@ class ReplicaStrategy(DDPStrategy):
     def end_training(self) -> None:
         """Release what :meth:`start_training` made, on every ending; may be called twice."""
 
-    # -- launch and set-up --------------------------------------------------------------------------------------
+    @abstractmethod
+    def training_state(self) -> dict[str, Any]:
+        """Return what this rank needs to continue, as tensors and primitives; called on all ranks at one clock."""
 
-    @override
-    def _configure_launcher(self) -> None:
-        if self._start_method == "popen":
-            if self.cluster_environment is None:
-                raise MisconfigurationException(f"{type(self).__name__} has no cluster environment to launch in")
-            self._launcher = ReplicaSubprocessLauncher(
-                self.cluster_environment,
-                self.num_processes,
-                self.num_nodes,
-                report=self._report_child,
-                timeout=self.timeout_seconds,
-            )
-        else:
-            launcher = ReplicaMultiProcessingLauncher(self, start_method=self._start_method)
-            launcher.grace = grace_of(self.timeout_seconds)
-            self._launcher = launcher
+    @abstractmethod
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`training_state` returned."""
 
-    @property
-    def timeout_seconds(self) -> float:
-        """How long a rank waits for one that gives no sign of life, in seconds."""
-        return (self._timeout or TIMEOUT).total_seconds()
-
-    def _report_child(self, rank: int, how: str) -> None:
-        if (control := self._control) is not None and control.stopped is None:
-            control.stop("error", f"rank {rank} is gone: {how}", lost=rank)
-
-    @override
-    def setup_distributed(self) -> None:
-        # processes may take their time to start; once they have met, `_meet` watches over them
-        timeout, self._timeout = self._timeout, max(self._timeout or TIMEOUT, _START_TIMEOUT)
-        try:
-            super().setup_distributed()
-        finally:
-            self._timeout = timeout
+    # -- set-up -------------------------------------------------------------------------------------------------
 
     @override
     def setup_environment(self) -> None:
-        if not isinstance(self.accelerator, (CPUAccelerator, CUDAAccelerator)):
-            raise MisconfigurationException(
-                f"{type(self).__name__} runs on CPU and CUDA devices, not on {type(self.accelerator).__name__};"
-                " set `Trainer(accelerator='cpu')` or `'cuda'`."
-            )
+        self._resume = None
         super().setup_environment()
-        self._failed = False
-        prefix = f"lightning_gossip/{next(_runs)}"
-        default_store = lightning_compat.run_store()
-
-        def connect() -> Store:
-            return PrefixStore(prefix, default_store.clone())
-
-        self._connect = connect
-        timeout = self._timeout or TIMEOUT
-        self._control = Control(
-            connect, self.global_rank, self.world_size, timeout, clock=lambda: self.step, raise_stop=_raise_stop
-        )
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -212,89 +150,49 @@ class ReplicaStrategy(DDPStrategy):
         self.setup_precision_plugin()
         if fitting:
             lightning_compat.optimizers_to_device(self.optimizers, self.root_device)
-            self._consensus = Consensus(module, self.world_size)
-            self.start_training(trainer, self._run_control, self._connect())
-            lightning_compat.stop_broadcasting_before_batches(trainer, self._run_control.check)
-            lightning_compat.run_steps_within(trainer, self._step)
+            self._set_up_training(trainer, module)
 
-    @property
-    def _module(self) -> pl.LightningModule:
-        if self.lightning_module is None:
-            raise RuntimeError(f"{type(self).__name__} has no LightningModule yet: call Trainer.fit first")
-        return self.lightning_module
+    def _set_up_training(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._consensus = Consensus(module, self.world_size)
+        self.start_training(trainer, self.control, self._connect())
+        resume = self._resume
+        if resume is not None and "state" in resume:
+            self.load_training_state(resume["state"])
+            lightning_compat.before_iterating(trainer, lambda: files.restore_rng_state(resume["rng"]))
+        lightning_compat.stop_broadcasting_before_batches(trainer, self._before_batch)
+        lightning_compat.run_steps_within(trainer, self._step)
+        lightning_compat.allow_skipped_steps(trainer)
+        lightning_compat.share_monitored_metrics(trainer, self.broadcast)
+        if self.evaluate == "consensus":
+            averages = lightning_compat.weight_averages(trainer)
+            lightning_compat.validate_mean_of_averages(averages, Consensus(module, self.world_size), self._meet)
 
-    @property
-    def _trainer(self) -> pl.Trainer | None:
-        return self.lightning_module._trainer if self.lightning_module is not None else None
+    @override
+    def on_train_start(self) -> None:
+        lengths = self.gather(self._require_trainer().num_training_batches)
+        if len(set(lengths)) > 1 or lengths[0] == float("inf"):
+            if self.process_group_backend == "nccl":
+                raise lightning_compat.MisconfigurationException(
+                    f"The ranks have unequal or unknown numbers of training batches, {lengths}, which is not supported"
+                    " on NCCL. Give all ranks the same number, or set `process_group_backend='gloo'`."
+                )
+            lightning_compat.after_each_epoch(self._require_trainer(), lambda: self._meet("the end of an epoch"))
 
-    @property
-    def _run_control(self) -> Control:
-        if self._control is None:
-            raise RuntimeError(f"{type(self).__name__} is not in a call of the Trainer")
-        return self._control
+    def _require_trainer(self) -> pl.Trainer:
+        return self._module.trainer
 
     # -- steps --------------------------------------------------------------------------------------------------
+
+    def _before_batch(self) -> None:
+        self.control.check()
+        if self.control.asked_to_end:
+            self._require_trainer().should_stop = True
 
     @contextmanager
     def _step(self) -> Iterator[None]:
         self.begin_step()
         yield
         self.end_step()
-
-    @override
-    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        self._check_stop()
-        return super().validation_step(*args, **kwargs)
-
-    @override
-    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        self._check_stop()
-        return super().test_step(*args, **kwargs)
-
-    @override
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_stop()
-        return super().predict_step(*args, **kwargs)
-
-    def _check_stop(self) -> None:
-        if self._control is not None:
-            self._control.check()
-
-    # -- collectives: ranks meet first, where a slow one is waited for, and a dead one or a stop word is noticed ----
-
-    @property
-    def _alone(self) -> bool:
-        """Whether this rank must not wait for others: it is ending on an exception, which they may not know yet."""
-        return self._failed or (self._trainer is not None and self._trainer.interrupted)
-
-    def _meet(self, reason: str) -> None:
-        if self._control is not None:
-            self._control.meet(reason)
-
-    @override
-    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
-        if not self._alone:
-            self._meet(f"barrier {name}")
-            super().barrier(name)
-
-    @override
-    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        if self._alone:
-            return obj
-        self._meet("broadcast")
-        return super().broadcast(obj, src)
-
-    @override
-    def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean") -> Tensor:
-        if self._alone or not isinstance(tensor, Tensor):
-            return tensor
-        self._meet("reduce")
-        return super().reduce(tensor, group, reduce_op)
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        self._meet("all_gather")
-        return super().all_gather(tensor, group, sync_grads)
 
     # -- consensus ----------------------------------------------------------------------------------------------
 
@@ -305,21 +203,8 @@ class ReplicaStrategy(DDPStrategy):
             return {"num_replicas": 1, "rank": 0}  # each rank evaluates its own replica on the whole data
         return super().distributed_sampler_kwargs
 
-    @contextmanager
-    def consensus(self, reason: str) -> Iterator[None]:
-        """Let the module be the consensus model for a while, on all ranks; the window of a validation is reused."""
-        consensus = self._consensus
-        if consensus is None or consensus.holds or self._alone:
-            yield
-            return
-        self._enter_consensus(consensus, reason)
-        try:
-            yield
-        finally:
-            consensus.leave()
-
     def _enter_consensus(self, consensus: Consensus, reason: str) -> None:
-        self._meet(f"consensus for {reason} at step {self.step}")
+        self._meet(f"consensus for {reason}")
         self.consensus_distance = consensus.enter()
         self.consensus_built += 1
 
@@ -337,18 +222,10 @@ class ReplicaStrategy(DDPStrategy):
             )
         module = self._module
         device = module.device
-        self._meet(f"adopt_consensus at step {self.step}")
+        self._meet("adopt_consensus")
         module.to(self.root_device)
         Consensus(module, self.world_size).adopt()
         module.to(device)
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        if not lightning_compat.is_fitting(self._trainer):
-            return super().lightning_module_state_dict()
-        with self.consensus("a checkpoint"):
-            state = super().lightning_module_state_dict()
-            return {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
 
     @override
     def on_validation_start(self) -> None:
@@ -382,63 +259,167 @@ class ReplicaStrategy(DDPStrategy):
             metric.distributed_available_fn = available
         self._unsynced = []
 
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = files.AtomicCheckpointIO()
+        elif files.is_wrapper(self._checkpoint_io) and self._checkpoint_io.checkpoint_io is None:
+            self._checkpoint_io.checkpoint_io = files.AtomicCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """This replica's state; :meth:`save_checkpoint` makes the consensus of it."""
+        if self._consensus is None:
+            return super().lightning_module_state_dict()
+        with self._consensus.aside():
+            state = super().lightning_module_state_dict()
+            self._dumped = {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
+        return dict(self._dumped)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        if self._consensus is None or self._alone:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path, save_id = self.broadcast((str(filepath), uuid.uuid4().hex[:16]))
+        consensus = self._consensus_of(checkpoint)
+        if "optimizer_states" in checkpoint:  # not `weights_only`
+            consensus[files.KEY] = {"save_id": save_id, "world_size": self.world_size, "step": self.step}
+            self._save_replica(checkpoint, path, save_id, storage_options)
+        try:
+            self._meet("replica files are complete")
+            super().save_checkpoint(consensus, path, storage_options)
+        except BaseException:
+            if self.is_global_zero:
+                files.remove_save(self.checkpoint_io, path, save_id)
+            raise
+        if self.is_global_zero:
+            keep = {save_id, self._saved.get(path, save_id) if files.is_async(self.checkpoint_io) else save_id}
+            files.remove_other_saves(self.checkpoint_io, path, keep)
+            self._saved[path] = save_id
+
+    def _save_replica(self, checkpoint: dict[str, Any], path: str, save_id: str, storage_options: Any | None) -> None:
+        entry = {
+            "save_id": save_id,
+            "rank": self.global_rank,
+            "strategy": type(self).__name__,
+            "state": self.training_state(),
+            "rng": files.rng_state(),
+        }
+        file = files.replica_path(path, save_id, self.global_rank)
+        files.synchronous(self.checkpoint_io).save_checkpoint(checkpoint | {files.KEY: entry}, file, storage_options)
+
+    def _consensus_of(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Return ``checkpoint`` with the consensus model's state in place of this replica's, wherever it stands.
+
+        What a callback put into ``state_dict`` instead, such as an average of its own, is averaged over ranks.
+        """
+        if self._consensus is None:
+            return dict(checkpoint)
+        window = not self._consensus.holds
+        if window:
+            self._enter_consensus(self._consensus, "a checkpoint")
+        state = super().lightning_module_state_dict()
+        built = {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
+        if window:
+            self._consensus.leave()
+
+        def consensus_of(state: dict[str, Any]) -> dict[str, Any]:
+            foreign = {name: v for name, v in state.items() if v is not self._dumped.get(name)}
+            averaged = average_state(foreign, self.world_size)
+            return {name: averaged[name] if name in averaged else built[name] for name in state}
+
+        return {
+            key: consensus_of(value) if key in ("state_dict", lightning_compat.CURRENT_MODEL_STATE) else value
+            for key, value in checkpoint.items()
+        }
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        super().remove_checkpoint(filepath)
+        if self.is_global_zero:  # after the file that names them; of a symbolic link there are none
+            self.checkpoint_io.remove_checkpoint(files.replica_folder(filepath))
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        entry = checkpoint.get(files.KEY)
+        if entry is None or not lightning_compat.is_fitting(self._trainer):
+            return checkpoint
+        replica: dict[str, Any] = {}
+        problem = ""
+        try:
+            replica = self._load_replica(entry, checkpoint_path, weights_only)
+        except files.ReplicaFileError as error:
+            problem = str(error)
+        problems = [p for p in self.gather(problem) if p]
+        if problems:  # all ranks or none
+            rank_zero_warn(
+                f"Resuming all ranks from the consensus model and rank 0's optimizer state in {checkpoint_path}, not"
+                f" from their replicas: {'; '.join(dict.fromkeys(problems))}."
+            )
+            self._resume = {}
+            return checkpoint
+        self._resume = replica[files.KEY]
+        if self._consensus is not None:  # in the middle of a fit, as the learning-rate finder does
+            self.load_training_state(self._resume["state"])
+        return replica
+
+    def _load_replica(self, entry: dict[str, Any], path: _PATH, weights_only: bool | None) -> dict[str, Any]:
+        if entry["world_size"] != self.world_size:
+            raise files.ReplicaFileError(
+                f"it was saved by {entry['world_size']} ranks, and there are {self.world_size} now"
+            )
+        path = files.followed(path)
+        replica = files.load_replica(self.checkpoint_io, path, entry["save_id"], self.global_rank, weights_only)
+        if (saved_by := replica[files.KEY]["strategy"]) != type(self).__name__:
+            raise files.ReplicaFileError(f"it was saved by {saved_by}, and this is {type(self).__name__}")
+        return replica
+
     # -- endings ------------------------------------------------------------------------------------------------
 
     @override
     def on_train_end(self) -> None:
         self.settle()
         if self.evaluate == "consensus" and self._consensus is not None:
-            self._meet(f"consensus for the end of training at step {self.step}")
+            self._meet("consensus for the end of training")
             self.consensus_distance = self._consensus.adopt()
             self.consensus_built += 1
 
-    def _receive_sigterm(self) -> None:
-        if self._control is not None:
-            self._control.stop_locally("SIGTERM", "it received SIGTERM")
-
     @override
     def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        self._failed = True
-        if isinstance(exception, SIGTERMException) and not exception.code:
-            exception.code = _SIGTERM_EXIT_CODE  # Lightning's own ends the process with 0
         if self._consensus is not None:
             self._consensus.leave()
         self._end_evaluation()
-        if self._control is not None and not isinstance(exception, RunStopped):
-            kind = {SIGTERMException: "SIGTERM", KeyboardInterrupt: "SIGINT"}.get(type(exception), "error")
-            cause = f"{type(exception).__name__}: {exception}" if kind == "error" else f"it received {kind}"
-            self._control.stop(kind, cause, lost=getattr(exception, "partner", -1))
+        super().on_exception(exception)
 
     @override
     def teardown(self) -> None:
-        if self._control is not None and not self._failed:
+        if not self._failed:
             self._meet("the end")
         self.end_training()
         self._consensus = None
+        self._dumped = {}
         if self._trainer is not None:
             lightning_compat.restore(self._trainer)
-        if self._control is not None:
-            self._control.close()
-            self._control = None
         super().teardown()
 
     @override
     def __getstate__(self) -> dict:
-        state = super().__getstate__()
-        state["_control"] = state["_consensus"] = state["_connect"] = None
-        return state
+        return super().__getstate__() | {"_consensus": None}
+
+    @override
+    def on_meeting(self, meeting: Meeting) -> None:
+        """Set clocks to the largest; a subclass may have to begin anew with partners that were skipped."""
 
 
 def _not_available() -> bool:
     return False
-
-
-def _raise_stop(stop: Stop) -> NoReturn:
-    """Raise what Lightning handles: another rank's signal ends this rank as its own would."""
-    if stop.kind == "SIGTERM":
-        log.warning("ending: %s", stop)
-        raise SIGTERMException
-    if stop.kind == "SIGINT":
-        raise KeyboardInterrupt(str(stop))
-    raise RunStopped(stop)

@@ -12,7 +12,7 @@ from torch.distributed import Store
 from typing_extensions import override
 
 from lightning_gossip.arguments import check_integer, check_wire_dtype
-from lightning_gossip.control import Control
+from lightning_gossip.control import Control, Meeting
 from lightning_gossip.exchange import Exchange
 from lightning_gossip.link import Links
 from lightning_gossip.mixing import MixingRule
@@ -101,6 +101,21 @@ class PairwiseStrategy(ReplicaStrategy):
             group: Any = dist.new_group(backend="nccl")
             return NcclTransport(group)
         return LinkTransport(Links(store, end_of_rank(self.global_rank), control.timeout), control)
+
+    @override
+    def on_meeting(self, meeting: Meeting) -> None:
+        if self._exchange is not None:
+            self._exchange.align(meeting.clock)
+            if meeting.skipped:
+                self._exchange.reset_links(meeting.number)
+
+    @override
+    def training_state(self) -> dict[str, Any]:
+        return self._running.state_dict()
+
+    @override
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        self._running.load_state_dict(state)
 
     @override
     def begin_step(self) -> None:

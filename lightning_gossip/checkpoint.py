@@ -1,0 +1,180 @@
+"""Checkpoints of replicas: an ordinary ``.ckpt`` with the consensus model, and each rank's file beside it (design §4).
+
+::
+
+    last.ckpt                              what Lightning reads; names a save id
+    last.ckpt.replicas/<save id>/rank_0.pt each rank's whole checkpoint
+                                 rank_1.pt
+
+The replica files of a save are complete before its ``.ckpt`` appears under its name, and those of the save before are
+removed only after that: whenever a process is killed, the ``.ckpt`` names a set of files that is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from typing_extensions import override
+
+KEY = "lightning_gossip"
+"""Of this package's entry in a checkpoint."""
+
+
+class ReplicaFileError(RuntimeError):
+    """A replica file is missing, torn, or of another save; the message names it."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's ``TorchCheckpointIO``, writing to a temporary file in the target folder and renaming it.
+
+    Lightning's own moves a file from another folder, which on another file system copies it: a kill leaves half of it.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        if storage_options is not None or not isinstance(get_filesystem(path), LocalFileSystem):
+            super().save_checkpoint(checkpoint, path, storage_options)  # remote ones write whole objects
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")  # always the same name: the next save overwrites it
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def is_wrapper(checkpoint_io: CheckpointIO) -> TypeGuard[_WrappingCheckpointIO]:
+    """Whether ``checkpoint_io`` adds something to another one."""
+    return isinstance(checkpoint_io, _WrappingCheckpointIO)
+
+
+def is_async(checkpoint_io: CheckpointIO) -> bool:
+    """Whether ``save_checkpoint`` may return before the file is there."""
+    return isinstance(checkpoint_io, AsyncCheckpointIO)
+
+
+def synchronous(checkpoint_io: CheckpointIO) -> CheckpointIO:
+    """Return what writes at once: replica files have to be complete before the checkpoint that names them."""
+    while isinstance(checkpoint_io, AsyncCheckpointIO) and checkpoint_io.checkpoint_io is not None:
+        checkpoint_io = checkpoint_io.checkpoint_io
+    return checkpoint_io
+
+
+def replica_folder(path: _PATH) -> str:
+    """Return the folder of all replica files of the checkpoint at ``path``."""
+    return f"{path}.replicas"
+
+
+def replica_path(path: _PATH, save_id: str, rank: int) -> str:
+    """Return the path of a rank's file of one save."""
+    return f"{replica_folder(path)}/{save_id}/rank_{rank}.pt"
+
+
+def followed(path: _PATH) -> str:
+    """Return ``path`` with symbolic links followed, where it is a local one: replica files lie beside the target."""
+    return os.path.realpath(path) if isinstance(get_filesystem(path), LocalFileSystem) else str(path)
+
+
+def load_replica(
+    checkpoint_io: CheckpointIO, path: _PATH, save_id: str, rank: int, weights_only: bool | None
+) -> dict[str, Any]:
+    """Return a rank's own checkpoint of the save that the ``.ckpt`` at ``path`` names.
+
+    Args:
+        checkpoint_io: that wrote it.
+        path: of the ``.ckpt``.
+        save_id: that stands in it.
+        rank: of this process.
+        weights_only: None means True: nothing that is loaded can run code.
+
+    Raises:
+        ReplicaFileError: if the file is missing, torn or of another save or rank.
+    """
+    file = replica_path(path, save_id, rank)
+    try:
+        loaded = checkpoint_io.load_checkpoint(file, weights_only=weights_only is not False)
+    except FileNotFoundError as error:
+        raise ReplicaFileError(f"replica file {file} is missing") from error
+    except Exception as error:
+        raise ReplicaFileError(
+            f"replica file {file} is torn or unreadable ({type(error).__name__}: {error})"
+        ) from error
+    entry = loaded.get(KEY, {}) if isinstance(loaded, Mapping) else {}
+    if (entry.get("save_id"), entry.get("rank")) != (save_id, rank):
+        raise ReplicaFileError(
+            f"replica file {file} is of save {entry.get('save_id')!r} and rank {entry.get('rank')!r},"
+            f" not of save {save_id!r} and rank {rank}"
+        )
+    return dict(loaded)
+
+
+def remove_other_saves(checkpoint_io: CheckpointIO, path: _PATH, keep: set[str]) -> None:
+    """Remove the replica files of saves to ``path`` that are not to be kept, those of interrupted saves among them."""
+    folder = replica_folder(path)
+    filesystem = get_filesystem(folder)
+    if filesystem.exists(folder):
+        for entry in filesystem.ls(folder, detail=False):
+            if os.path.basename(str(entry).rstrip("/")) not in keep:
+                checkpoint_io.remove_checkpoint(f"{folder}/{os.path.basename(str(entry).rstrip('/'))}")
+
+
+def remove_save(checkpoint_io: CheckpointIO, path: _PATH, save_id: str) -> None:
+    """Remove the replica files of a save that did not come to its end, unless the ``.ckpt`` names them already."""
+    folder = replica_folder(path)
+    with contextlib.suppress(Exception):  # there is no readable checkpoint, so it names nothing
+        if checkpoint_io.load_checkpoint(path, weights_only=True)[KEY]["save_id"] == save_id:
+            return
+    checkpoint_io.remove_checkpoint(f"{folder}/{save_id}")
+    if isinstance(get_filesystem(folder), LocalFileSystem):
+        with contextlib.suppress(OSError):  # there, and empty
+            os.rmdir(folder)
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the states of all random number generators of this process, as tensors and numbers."""
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    # numpy's global generator, which data sets and transforms still use
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state["numpy"] = {
+        "name": name,
+        "keys": torch.tensor(keys.astype(np.int64)),
+        "position": position,
+        "has_gauss": has_gauss,
+        "cached": cached,
+    }
+    return state
+
+
+def restore_rng_state(state: Mapping[str, Any]) -> None:
+    """Continue all generators from what :func:`rng_state` returned."""
+    python, numpy = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    keys = numpy["keys"].numpy().astype(np.uint32)
+    np.random.set_state((numpy["name"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))

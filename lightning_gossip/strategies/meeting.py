@@ -1,0 +1,239 @@
+"""Ranks that meet: start, collectives and endings of a strategy, over control (design §7)."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from abc import abstractmethod
+from datetime import timedelta
+from typing import Any, Literal, NoReturn
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.fabric.utilities.types import ReduceOp
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.strategy import TBroadcast
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.distributed import PrefixStore, Store
+from typing_extensions import override
+
+from lightning_gossip import lightning_compat
+from lightning_gossip.control import Control, Meeting, RunStopped, Stop
+from lightning_gossip.strategies.launchers import (
+    ReplicaMultiProcessingLauncher,
+    ReplicaSubprocessLauncher,
+    grace_of,
+)
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = timedelta(minutes=5)
+"""Of every strategy by default."""
+
+_START_TIMEOUT = timedelta(minutes=2)
+"""For all processes to start; a shorter `timeout` of the user's holds from then on."""
+
+StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
+
+_SIGTERM_EXIT_CODE = 143  # 128 + 15, as a shell reports it
+_runs = itertools.count()  # calls of Trainer.fit, validate, test and predict in this process; the same on all ranks
+
+
+class MeetingStrategy(DDPStrategy):
+    """Lightning's DDP strategy without DDP: its launch and collectives, with ranks that meet before each collective.
+
+    A rank that waits there waits as long as the others are alive, and sees the stop word; it never blocks in gloo for
+    one that is slow. An exception or a signal on any rank ends all of them, each with the cause.
+    """
+
+    _control: Control | None = None
+    _failed = False
+
+    @property
+    @abstractmethod
+    def step(self) -> int:
+        """The exchange clock: steps begun over the whole training."""
+
+    @property
+    def timeout_seconds(self) -> float:
+        """How long a rank waits for one that gives no sign of life, in seconds."""
+        return (self._timeout or TIMEOUT).total_seconds()
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        if self.lightning_module is None:
+            raise RuntimeError(f"{type(self).__name__} has no LightningModule yet: call Trainer.fit first")
+        return self.lightning_module
+
+    @property
+    def _trainer(self) -> pl.Trainer | None:
+        return self.lightning_module._trainer if self.lightning_module is not None else None
+
+    @property
+    def control(self) -> Control:
+        """The control of the present call of the Trainer."""
+        if self._control is None:
+            raise RuntimeError(f"{type(self).__name__} is not in a call of the Trainer")
+        return self._control
+
+    # -- launch -----------------------------------------------------------------------------------------------
+
+    @override
+    def _configure_launcher(self) -> None:
+        if self._start_method == "popen":
+            if self.cluster_environment is None:
+                raise MisconfigurationException(f"{type(self).__name__} has no cluster environment to launch in")
+            self._launcher = ReplicaSubprocessLauncher(
+                self.cluster_environment,
+                self.num_processes,
+                self.num_nodes,
+                report=self._report_child,
+                timeout=self.timeout_seconds,
+            )
+        else:
+            launcher = ReplicaMultiProcessingLauncher(self, start_method=self._start_method)
+            launcher.grace = grace_of(self.timeout_seconds)
+            self._launcher = launcher
+
+    def _report_child(self, rank: int, how: str) -> None:
+        if (control := self._control) is not None and control.stopped is None:
+            control.stop("error", f"rank {rank} is gone: {how}", lost=rank)
+
+    @override
+    def setup_distributed(self) -> None:
+        # processes may take their time to start; once they have met, `_meet` watches over them
+        timeout, self._timeout = self._timeout, max(self._timeout or TIMEOUT, _START_TIMEOUT)
+        try:
+            super().setup_distributed()
+        finally:
+            self._timeout = timeout
+
+    @override
+    def setup_environment(self) -> None:
+        if not isinstance(self.accelerator, (CPUAccelerator, CUDAAccelerator)):
+            raise MisconfigurationException(
+                f"{type(self).__name__} runs on CPU and CUDA devices, not on {type(self.accelerator).__name__};"
+                " set `Trainer(accelerator='cpu')` or `'cuda'`."
+            )
+        super().setup_environment()
+        self._failed = False
+        prefix = f"lightning_gossip/{next(_runs)}"
+        default_store = lightning_compat.run_store()
+
+        def connect() -> Store:
+            return PrefixStore(prefix, default_store.clone())
+
+        self._connect = connect
+        timeout = self._timeout or TIMEOUT
+        self._control = Control(
+            connect, self.global_rank, self.world_size, timeout, clock=lambda: self.step, raise_stop=_raise_stop
+        )
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._check_stop()
+        return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._check_stop()
+        return super().test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_stop()
+        return super().predict_step(*args, **kwargs)
+
+    def _check_stop(self) -> None:
+        if self._control is not None:
+            self._control.check()
+
+    # -- collectives: ranks meet first, where a slow one is waited for, and a dead one or a stop word is noticed ----
+
+    @property
+    def _alone(self) -> bool:
+        """Whether this rank must not wait for others: it is ending on an exception, which they may not know yet."""
+        return self._failed or (self._trainer is not None and self._trainer.interrupted)
+
+    def _meet(self, reason: str) -> None:
+        """Wait for all ranks, at the same point of the program."""
+        if self._control is not None:
+            ending = self._trainer is not None and self._trainer.should_stop
+            self.on_meeting(self._control.meet(reason, ending=ending))
+
+    def on_meeting(self, meeting: Meeting) -> None:
+        """Called on all ranks when they have met."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value of each rank; a collective."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            self._meet("gather")
+            dist.all_gather_object(values, value)
+        return values
+
+    @override
+    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        if not self._alone:
+            self._meet(f"barrier {name}")
+            super().barrier(name)
+
+    @override
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        if self._alone:
+            return obj
+        self._meet("broadcast")
+        return super().broadcast(obj, src)
+
+    @override
+    def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean") -> Tensor:
+        if self._alone or not isinstance(tensor, Tensor):
+            return tensor
+        self._meet("reduce")
+        return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        self._meet("all_gather")
+        return super().all_gather(tensor, group, sync_grads)
+
+    # -- endings ----------------------------------------------------------------------------------------------------
+
+    def _receive_sigterm(self) -> None:
+        if self._control is not None:
+            self._control.stop_locally("SIGTERM", "it received SIGTERM")
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        self._failed = True
+        if isinstance(exception, SIGTERMException) and not exception.code:
+            exception.code = _SIGTERM_EXIT_CODE  # Lightning's own ends the process with 0
+        if self._control is not None and not isinstance(exception, RunStopped):
+            kind = {SIGTERMException: "SIGTERM", KeyboardInterrupt: "SIGINT"}.get(type(exception), "error")
+            cause = f"{type(exception).__name__}: {exception}" if kind == "error" else f"it received {kind}"
+            self._control.stop(kind, cause, lost=getattr(exception, "partner", -1))
+
+    @override
+    def teardown(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        super().teardown()
+
+    @override
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_control": None, "_connect": None}
+
+
+def _raise_stop(stop: Stop) -> NoReturn:
+    """Raise what Lightning handles: another rank's signal ends this rank as its own would."""
+    if stop.kind == "SIGTERM":
+        log.warning("ending: %s", stop)
+        raise SIGTERMException
+    if stop.kind == "SIGINT":
+        raise KeyboardInterrupt(str(stop))
+    raise RunStopped(stop)

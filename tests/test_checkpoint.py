@@ -1,0 +1,345 @@
+"""Checkpoints: a resumed run equals an unbroken one bit for bit, and what happens where it can not."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from forked import Linear, Recorder, fit, regression
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_gossip import ElasticGossipStrategy, GossipStrategy
+from lightning_gossip import checkpoint as files
+
+STRATEGIES: dict[str, Any] = {
+    "elastic": lambda **kwargs: ElasticGossipStrategy(alpha=0.3, **kwargs),
+    "pull": lambda **kwargs: GossipStrategy("pull", **kwargs),
+    "push": lambda **kwargs: GossipStrategy("push", **kwargs),
+}
+
+
+def make(name: str, **kwargs: Any) -> Any:
+    return STRATEGIES[name](start_method="fork", timeout=timedelta(seconds=30), peers="uniform", seed=4, **kwargs)
+
+
+class Noisy(Linear):
+    """Dropout, momentum, a scheduler, and noise from every generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.3)
+        self.norm = nn.BatchNorm1d(3, dtype=torch.float64)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        noise = random.random() + float(np.random.random())  # noqa: NPY002 - the global generator is what is tested
+        return nn.functional.mse_loss(self.layer(self.dropout(self.norm(x))).squeeze(1), y + 0.01 * noise)
+
+    def on_train_start(self) -> None:
+        if self.trainer.current_epoch == 0:
+            torch.manual_seed(100 + self.global_rank)
+            random.seed(self.global_rank)
+            np.random.seed(self.global_rank)  # noqa: NPY002
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.9), "interval": "step"}]
+
+
+def train(
+    folder: Path, name: str, epochs: int, ckpt_path: Any = None, devices: int = 4, ema: bool = False, **kwargs: Any
+) -> list[dict[str, Any]]:
+    folder.mkdir(exist_ok=True)
+    pl.seed_everything(5, verbose=False)
+    checkpoint = ModelCheckpoint(dirpath=folder / "saved", filename="{epoch}", save_top_k=-1, save_last=True)
+    callbacks = [checkpoint, EMAWeightAveraging(decay=0.8)] if ema else [checkpoint]
+    return fit(
+        folder,
+        Noisy(),
+        make(name, evaluate="replica", **kwargs),
+        devices=devices,
+        train=DataLoader(regression(), 4, shuffle=True),
+        val=DataLoader(regression(), 24),
+        callbacks=callbacks,
+        ckpt_path=ckpt_path,
+        enable_checkpointing=True,
+        max_epochs=epochs,
+    )
+
+
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("delay", [0, 3])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path, name: str, delay: int, ema: bool) -> None:
+    schedule = {"period": 4, "delay": delay} if delay else {"probability": 0.7}
+    unbroken = train(tmp_path / "unbroken", name, 4, ema=ema, **schedule)
+    train(tmp_path / "broken", name, 2, ema=ema, **schedule)
+    resumed = train(tmp_path / "broken", name, 4, tmp_path / "broken" / "saved" / "last.ckpt", ema=ema, **schedule)
+    for rank in range(4):
+        assert resumed[rank]["step"] == unbroken[rank]["step"] == 12
+        for key, value in unbroken[rank]["state"].items():
+            assert torch.equal(resumed[rank]["state"][key], value), (rank, key)
+    assert not torch.equal(unbroken[0]["state"]["layer.weight"], unbroken[1]["state"]["layer.weight"])
+
+
+def test_a_rank_with_other_generators_would_be_noticed(tmp_path: Path, monkeypatch: Any) -> None:
+    unbroken = train(tmp_path / "unbroken", "elastic", 4)
+    train(tmp_path / "broken", "elastic", 2)
+    monkeypatch.setattr(files, "restore_rng_state", lambda state: None)
+    resumed = train(tmp_path / "broken", "elastic", 4, tmp_path / "broken" / "saved" / "last.ckpt")
+    assert not torch.equal(resumed[0]["state"]["layer.weight"], unbroken[0]["state"]["layer.weight"])
+
+
+@pytest.mark.parametrize("devices", [2, 6])
+def test_resuming_on_another_world_size_warns_and_starts_from_the_consensus(
+    tmp_path: Path, devices: int, monkeypatch: Any
+) -> None:
+    train(tmp_path, "elastic", 2)
+    path = tmp_path / "saved" / "last.ckpt"
+    consensus = torch.load(path, weights_only=True)["state_dict"]
+    warned = tmp_path / "warned"
+    monkeypatch.setattr("lightning_gossip.strategies.base.rank_zero_warn", warned.write_text)
+    ranks = fit(tmp_path, Start(), make("elastic"), devices=devices, ckpt_path=path, max_epochs=3)
+    assert f"it was saved by 4 ranks, and there are {devices} now" in warned.read_text()
+    for rank in ranks:
+        for name, value in consensus.items():
+            assert torch.equal(rank["start"][name], value), name
+        assert rank["momentum"], "rank 0's optimizer state"
+
+
+class Start(Noisy):
+    """Keeps what it starts from."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        recorder = self.trainer.callbacks[-1]
+        if "start" not in recorder.seen:
+            recorder.seen["start"] = {name: value.clone() for name, value in self.state_dict().items()}
+            recorder.seen["momentum"] = len(self.optimizers().state) > 0
+
+
+def test_the_checkpoint_holds_the_mean_and_the_replica_files_the_replicas(tmp_path: Path) -> None:
+    train(tmp_path, "elastic", 1)
+    path = tmp_path / "saved" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    replicas = [replica_of(path, rank) for rank in range(4)]
+    for name, value in checkpoint["state_dict"].items():
+        stacked = torch.stack([replica["state_dict"][name] for replica in replicas])
+        if value.is_floating_point():
+            torch.testing.assert_close(value, stacked.mean(0), rtol=1e-12, atol=1e-12)
+        else:
+            assert torch.equal(value, stacked[0])
+    assert not torch.equal(replicas[0]["state_dict"]["layer.weight"], replicas[1]["state_dict"]["layer.weight"])
+
+
+def replica_of(path: Path, rank: int) -> dict[str, Any]:
+    save_id = torch.load(path, weights_only=True)[files.KEY]["save_id"]
+    return torch.load(files.replica_path(path.resolve(), save_id, rank), weights_only=True)
+
+
+def test_averages_of_a_callback_are_averaged_over_ranks_and_restored_per_rank(tmp_path: Path) -> None:
+    train(tmp_path, "elastic", 1, ema=True)
+    path = tmp_path / "saved" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    replicas = [replica_of(path, rank) for rank in range(4)]
+    for key in ("state_dict", "current_model_state"):
+        mean = torch.stack([replica[key]["layer.weight"] for replica in replicas]).mean(0)
+        torch.testing.assert_close(checkpoint[key]["layer.weight"], mean, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(checkpoint["state_dict"]["layer.weight"], checkpoint["current_model_state"]["layer.weight"])
+
+
+LOAD = """
+import sys
+sys.modules["lightning_gossip"] = None  # importing it fails
+import torch
+from forked import Linear, regression
+module = Linear.load_from_checkpoint(sys.argv[1], weights_only=True)
+x, y = regression().tensors
+print(repr(float(torch.nn.functional.mse_loss(module.layer(x).squeeze(1), y))))
+"""
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_the_checkpoint_loads_without_this_package_and_gives_the_validated_metric(tmp_path: Path, ema: bool) -> None:
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "saved", filename="best", monitor="val_loss")
+    callbacks = [checkpoint, EMAWeightAveraging(decay=0.5)] if ema else [checkpoint]
+    ranks = fit(
+        tmp_path,
+        Linear(),
+        make("elastic"),
+        devices=3,
+        max_epochs=2,
+        val=DataLoader(regression(), 16),
+        callbacks=callbacks,
+        enable_checkpointing=True,
+    )
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "saved" / "best.ckpt")]
+    printed = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
+    assert float(printed) == pytest.approx(ranks[0]["metrics"]["val_loss"], rel=1e-9)
+    assert len({rank["metrics"]["val_loss"] for rank in ranks}) == 1
+
+
+def damaged(tmp_path: Path, damage: Any, monkeypatch: Any, **kwargs: Any) -> str:
+    """Train, damage, resume; return the warning. Every rank has to start from the consensus."""
+    train(tmp_path, "elastic", 2, devices=3)
+    path = tmp_path / "saved" / "last.ckpt"
+    save_id = torch.load(path, weights_only=True)[files.KEY]["save_id"]
+    damage(Path(files.replica_path(path, save_id, 1)))
+    warned = tmp_path / "warned"
+    monkeypatch.setattr("lightning_gossip.strategies.base.rank_zero_warn", warned.write_text)
+    ranks = fit(tmp_path, Start(), make("elastic"), devices=3, ckpt_path=path, max_epochs=3, **kwargs)
+    consensus = torch.load(path, weights_only=True)["state_dict"]
+    for rank in ranks:
+        assert all(torch.equal(rank["start"][name], value) for name, value in consensus.items())
+    return warned.read_text()
+
+
+def test_a_missing_replica_file_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    assert "rank_1.pt is missing" in damaged(tmp_path, Path.unlink, monkeypatch)
+
+
+@pytest.mark.parametrize("part", [0, 0.5, 0.99])
+def test_a_torn_replica_file_is_named(tmp_path: Path, monkeypatch: Any, part: float) -> None:
+    def tear(file: Path) -> None:
+        file.write_bytes(file.read_bytes()[: int(part * file.stat().st_size)])
+
+    assert "rank_1.pt is torn or unreadable" in damaged(tmp_path, tear, monkeypatch)
+
+
+def test_a_replica_file_of_another_save_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    def swap(file: Path) -> None:
+        checkpoint = torch.load(file, weights_only=True)
+        checkpoint[files.KEY]["save_id"] = "another"
+        torch.save(checkpoint, file)
+
+    assert "rank_1.pt is of save 'another' and rank 1, not of save" in damaged(tmp_path, swap, monkeypatch)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("evil"),))
+
+
+def test_nothing_that_is_loaded_runs_code(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def poison(file: Path) -> None:
+        torch.save({"evil": Evil()}, file)
+
+    assert "rank_1.pt is torn or unreadable" in damaged(tmp_path, poison, monkeypatch)
+    assert not (tmp_path / "evil").exists()
+
+
+def saves(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_removal_takes_the_replica_files_along(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "saved", filename="{epoch}", save_top_k=1, monitor="worse")
+    fit(tmp_path, Worse(), make("elastic"), max_epochs=3, callbacks=[checkpoint], enable_checkpointing=True)
+    assert saves(tmp_path / "saved") == {"epoch=2.ckpt", "epoch=2.ckpt.replicas"}
+    assert len(saves(tmp_path / "saved" / "epoch=2.ckpt.replicas")) == 1
+
+
+class Worse(Linear):
+    """Logs a metric that falls from epoch to epoch, and that ranks do not agree on."""
+
+    def on_train_epoch_end(self) -> None:
+        self.log("worse", -float(self.current_epoch) + (0.5 * self.global_rank) * (-1) ** self.current_epoch)
+
+
+def test_a_symbolic_link_is_followed_to_load_and_not_to_remove(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "saved", filename="{epoch}", save_top_k=-1, save_last="link")
+    fit(tmp_path, Noisy(), make("elastic"), max_epochs=2, callbacks=[checkpoint], enable_checkpointing=True)
+    link = tmp_path / "saved" / "last.ckpt"
+    assert link.is_symlink()
+    ranks = fit(tmp_path, Start(), make("elastic"), max_epochs=3, ckpt_path=link)
+    assert [rank["step"] for rank in ranks] == [18, 18]
+    for rank in range(2):
+        assert torch.equal(ranks[rank]["start"]["layer.weight"], replica_of(link, rank)["state_dict"]["layer.weight"])
+    strategy = make("elastic")
+    strategy.remove_checkpoint(str(link))
+    assert saves(tmp_path / "saved") >= {"epoch=1.ckpt", "epoch=1.ckpt.replicas"}
+    assert not link.exists()
+
+
+def test_ranks_that_disagree_on_a_metric_make_one_decision_and_one_file(tmp_path: Path) -> None:
+    class Paths(Recorder):
+        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+            callback = trainer.checkpoint_callback
+            self.seen["best"] = (callback.best_model_path, float(callback.best_model_score))
+            super().on_fit_end(trainer, pl_module)
+
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "saved", filename="{worse:.2f}", save_top_k=2, monitor="worse")
+    ranks = fit(
+        tmp_path,
+        Worse(),
+        make("elastic"),
+        devices=3,
+        max_epochs=4,
+        callbacks=[checkpoint],
+        recorder=Paths(tmp_path),
+        enable_checkpointing=True,
+    )
+    assert len({rank["best"] for rank in ranks}) == 1
+    assert Path(ranks[0]["best"][0]).name == "worse=-3.00.ckpt"
+    assert {name for name in saves(tmp_path / "saved") if name.endswith(".ckpt")} == {
+        "worse=-3.00.ckpt",
+        "worse=-2.00.ckpt",
+    }
+
+
+@pytest.mark.parametrize("plugin", [TorchCheckpointIO, AsyncCheckpointIO])
+def test_checkpoint_plugins_keep_working(tmp_path: Path, plugin: Any) -> None:
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "saved", filename="last")
+    fit(
+        tmp_path, Noisy(), make("elastic"), max_epochs=2, callbacks=[checkpoint], enable_checkpointing=True,
+        plugins=[plugin()],
+    )  # fmt: skip
+    path = tmp_path / "saved" / "last.ckpt"
+    ranks = fit(tmp_path, Start(), make("elastic"), max_epochs=3, ckpt_path=path)
+    for rank in range(2):
+        assert torch.equal(ranks[rank]["start"]["layer.weight"], replica_of(path, rank)["state_dict"]["layer.weight"])
+
+
+def test_save_weights_only_writes_no_replicas(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "saved", filename="weights", save_weights_only=True)
+    fit(tmp_path, Noisy(), make("elastic"), max_epochs=1, callbacks=[checkpoint], enable_checkpointing=True)
+    assert saves(tmp_path / "saved") == {"weights.ckpt"}
+
+
+class FailingIO(files.AtomicCheckpointIO):
+    """Its disk is full for one kind of file from the second save on."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.saved = what, 0
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        failing = str(path).endswith(self.what)
+        self.saved += failing
+        if failing and self.saved > 1:
+            raise OSError("no space left on device")
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+@pytest.mark.parametrize("what", ["rank_1.pt", "last.ckpt"])
+def test_a_failing_save_ends_the_run_and_leaves_the_last_checkpoint_whole(tmp_path: Path, what: str) -> None:
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "saved", filename="last", enable_version_counter=False)
+    strategy = make("elastic", checkpoint_io=FailingIO(what))
+    with pytest.raises(Exception, match="no space left on device"):
+        fit(tmp_path, Noisy(), strategy, max_epochs=3, callbacks=[checkpoint], enable_checkpointing=True)
+    path = tmp_path / "saved" / "last.ckpt"
+    assert torch.load(path, weights_only=True)["epoch"] == 0
+    for rank in range(2):
+        assert replica_of(path, rank)["epoch"] == 0
+    assert not [p for p in (tmp_path / "saved").rglob("*") if p.name.endswith(".tmp")]
