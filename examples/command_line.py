@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from typing import Any
 
@@ -13,10 +14,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from lightning_gossip import ElasticGossipStrategy, GossipStrategy, RankTensorBoardLogger
+from lightning_gossip import ElasticGossipStrategy, GossipMonitor, GossipStrategy, RankTensorBoardLogger
 from lightning_gossip.schedule import SELECTORS
 
 STRATEGIES = ("local", "none", "all-reduce", "gossip", "elastic-gossip")
+NO_REPLICAS = ("local", "all-reduce")
+LOG_EVERY_N_STEPS = 10
 
 
 class Nobody:
@@ -103,16 +106,18 @@ def train_and_test(
         model: logs ``test_accuracy`` in its test step.
         data: gives each rank its share for training and the whole sets for validation and test.
     """
+    logger = RankTensorBoardLogger(args.log_dir, name=name, version=args.run_id)
     trainer = pl.Trainer(
         accelerator=args.accelerator,
         devices=args.devices,
         strategy=args.strategy_object,
         max_epochs=args.epochs,
-        logger=RankTensorBoardLogger(args.log_dir, name=name, version=args.run_id),
+        logger=logger,
+        callbacks=[] if args.strategy in NO_REPLICAS else [GossipMonitor(every_n_steps=LOG_EVERY_N_STEPS)],
         enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        log_every_n_steps=10,
+        log_every_n_steps=LOG_EVERY_N_STEPS,
         num_sanity_val_steps=0,
     )
     trainer.fit(model, data)
@@ -123,7 +128,8 @@ def train_and_test(
     [tested] = trainer.test(model, data, verbose=False)
     if trainer.is_global_zero:
         print_table(args, accuracies, tested["test_accuracy"])
-        print(f"Curves: tensorboard --logdir {args.log_dir}")
+        # not `trainer.log_dir`: that is a broadcast, and the other ranks are not here
+        print(f"Curves of every rank: tensorboard --logdir {shlex.quote(logger.log_dir)}")
 
 
 def gather(value: float, world_size: int) -> list[float]:

@@ -158,7 +158,8 @@ def rng_state() -> dict[str, Any]:
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
     # numpy's global generator, which data sets and transforms still use
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    legacy: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = legacy
     state["numpy"] = {
         "name": name,
         "keys": torch.tensor(keys.astype(np.int64)),

@@ -16,22 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from curves import scalars
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_gossip import run_folder
 from lightning_gossip.loggers import RankTensorBoardLogger
-
-
-def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
-    """Return (step, value) of a tag over all event files of a folder."""
-    events = []
-    for file in sorted(folder.glob("*tfevents*")):
-        reader = EventAccumulator(str(file)).Reload()
-        if tag in reader.Tags()["scalars"]:
-            events += [(event.step, event.value) for event in reader.Scalars(tag)]
-    return sorted(events)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_fork"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,6 +52,7 @@ GOSSIP: Points = {
     "val_loss": [(10, 1.5), (20, 0.5)],
     "consensus/val_acc": [(10, 0.6), (20, 0.8)],
     "gossip/consensus_distance": [(10, 0.0), (20, 0.01)],
+    "gossip/partner_distance": [(10, 0.02), (20, 0.015)],
     "gossip/bytes_sent": [(10, 4e6), (20, 8e6)],
     "gossip/wait_seconds": [(10, 0.001), (20, 0.003)],
     "test_acc": [(20, 0.7)],
@@ -128,6 +130,19 @@ def test_of_a_step_logged_again_after_a_resume_the_last_value_counts_and_the_pau
     assert curve["seconds"].tolist() == [1, 2 + 2, 2 + 3]
 
 
+def test_launching_is_no_part_of_the_time(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "rank_0"
+    begin = time.time()
+    writer = SummaryWriter(str(folder))  # opened now, a minute after the start
+    writer.add_scalar("x", 1.0, 1, walltime=begin + 5)
+    writer.close()
+    stamp = datetime.fromtimestamp(begin - 60, UTC).isoformat()
+    (folder.parent / "metadata.json").write_text(json.dumps({"start_time": stamp}))
+    curve = read_run(folder.parent).curve("x")
+    assert curve is not None
+    assert 4 < curve["seconds"].item() <= 5
+
+
 @pytest.mark.parametrize(
     ("tags", "chosen"),
     [
@@ -159,6 +174,7 @@ def test_a_report_has_every_plot_that_there_is_data_for(
         "consensus_distance_vs_updates.png",
         "loss_vs_time.png",
         "loss_vs_updates.png",
+        "partner_distance_vs_updates.png",
         "staleness_vs_updates.png",
         "wait_seconds_vs_updates.png",
     ]
@@ -326,6 +342,7 @@ def test_bytes_and_waiting_are_scaled_to_the_unit_on_their_axis(gossip_run: Path
     assert plots["wait_seconds"].label.endswith("(ms)")
     assert plots["wait_seconds"].curves["downpour"]["mean"].tolist() == pytest.approx([500.0])
     assert plots["consensus_distance"].log
+    assert plots["partner_distance"].log
     assert list(plots["staleness"].curves) == ["downpour"]
 
 

@@ -1,0 +1,44 @@
+"""Fixtures that make one process look like the ranks of a run."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+import pytest
+from curves import AsProcess, Connect
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_gossip import loggers, run_folder
+from lightning_gossip.run_folder import GroupStore
+
+
+@pytest.fixture
+def as_process(monkeypatch: pytest.MonkeyPatch) -> AsProcess:
+    """Make this process look like one that has just started as a rank, with the environment that it inherited."""
+    monkeypatch.setenv("LIGHTNING_GOSSIP_RUN_FOLDERS", "{}")
+    for variable in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "PL_GLOBAL_SEED", "SLURM_LOCALID"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def become(rank: int) -> None:
+        monkeypatch.setattr(run_folder, "_handed_on", {})
+        monkeypatch.setattr(loggers, "_constructed", count())
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        monkeypatch.setattr(fabric_rank_zero_only, "rank", rank)
+        monkeypatch.setattr(run_folder, "group_store", lambda: None)
+
+    become(0)
+    return become
+
+
+@pytest.fixture
+def connect(monkeypatch: pytest.MonkeyPatch) -> Connect:
+    """Make the present process a rank of a process group, as Lightning does when a training starts."""
+
+    def join(store: Any, rank: int, world_size: int) -> None:
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        monkeypatch.setattr(fabric_rank_zero_only, "rank", rank)
+        monkeypatch.setattr(run_folder, "group_store", lambda: GroupStore(store, rank, world_size))
+
+    return join
