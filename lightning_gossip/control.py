@@ -60,11 +60,13 @@ class Meeting:
     Attributes:
         clock: the largest of the ranks' exchange clocks.
         skipped: whether some rank skipped a partner since the meeting before: their links are out of step.
+        ending: whether some rank wants all to end training.
         number: of the meeting.
     """
 
     clock: int
     skipped: bool
+    ending: bool
     number: int
 
 
@@ -203,7 +205,7 @@ class Control:
         self.check()
         self._meetings += 1
         if self.world_size == 1:
-            return Meeting(self._clock(), skipped=False, number=self._meetings)
+            return Meeting(self._clock(), skipped=False, ending=ending, number=self._meetings)
         key = f"meet/{self._meetings}"
         try:
             first = self._store.compare_set(f"{key}/reason", "", f"{self.rank}|{reason}").decode()
@@ -214,21 +216,29 @@ class Control:
                     f" rank {self.rank} at '{reason}'"
                 )
             if ending:
+                self._store.set(f"{key}/ending", "1")
                 self._store.set(_END, str(self._meetings))
             self._store.set(f"at/{self.rank}", f"{self._meetings}:{self._clock()}")
             if self._store.add(f"{key}/count", 1) == self.world_size:
                 clock = max(self._whereabouts(rank)[1] for rank in range(self.world_size))
-                self._store.set(f"{key}/go", f"{clock}:{int(self._store.check([f'{key}/skipped']))}")
+                notes = [int(self._store.check([f"{key}/{note}"])) for note in ("skipped", "ending")]
+                self._store.set(f"{key}/go", ":".join(map(str, (clock, *notes))))
             self._await_others(f"{key}/go", reason)
-            clock, skipped = map(int, self._store.get(f"{key}/go").decode().split(":"))
+            clock, skipped, some_ending = map(int, self._store.get(f"{key}/go").decode().split(":"))
             if self.rank == 0:
-                for field in ("reason", "count", "go", "skipped"):  # everybody has left the meeting before this one
+                for field in (
+                    "reason",
+                    "count",
+                    "go",
+                    "skipped",
+                    "ending",
+                ):  # everybody has left the meeting before this one
                     self._store.delete_key(f"meet/{self._meetings - 1}/{field}")
         except DistNetworkError:
             self._lose_store()
             self.check()
             raise
-        return Meeting(clock, bool(skipped), self._meetings)
+        return Meeting(clock, bool(skipped), bool(some_ending), self._meetings)
 
     @property
     def asked_to_end(self) -> bool:

@@ -176,8 +176,7 @@ class Exchange:
         self.step = max(self.step, clock)
 
     def reset_links(self, generation: int) -> None:
-        """Begin anew with all partners, after some were skipped; called on all ranks where they meet."""
-        self.arrive()
+        """Begin anew with all partners, after some were skipped; called on all ranks after :meth:`arrive`."""
         self._transport.reset(generation)
 
     def arrive(self) -> None:

@@ -31,6 +31,7 @@ def test_a_rank_that_is_done_is_skipped_and_clocks_meet(rule: MixingRule, peers:
                 exchange.begin()
                 exchange.end()
             clocks.append(exchange.step)
+            exchange.arrive()
             meeting = rank.control.meet("the end of the epoch")
             exchange.align(meeting.clock)
             if meeting.skipped:

@@ -161,8 +161,15 @@ class MeetingStrategy(DDPStrategy):
     def _meet(self, reason: str) -> None:
         """Wait for all ranks, at the same point of the program."""
         if self._control is not None:
-            ending = self._trainer is not None and self._trainer.should_stop
-            self.on_meeting(self._control.meet(reason, ending=ending))
+            self.before_meeting()
+            trainer = self._trainer
+            meeting = self._control.meet(reason, ending=trainer is not None and trainer.should_stop)
+            if trainer is not None and meeting.ending:
+                trainer.should_stop = True
+            self.on_meeting(meeting)
+
+    def before_meeting(self) -> None:
+        """Called before this rank waits for the others: what is under way with a partner has to come to its end."""
 
     def on_meeting(self, meeting: Meeting) -> None:
         """Called on all ranks when they have met."""

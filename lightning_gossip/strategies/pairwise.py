@@ -103,6 +103,11 @@ class PairwiseStrategy(ReplicaStrategy):
         return LinkTransport(Links(store, end_of_rank(self.global_rank), control.timeout), control)
 
     @override
+    def before_meeting(self) -> None:
+        if self._exchange is not None:
+            self._exchange.arrive()
+
+    @override
     def on_meeting(self, meeting: Meeting) -> None:
         if self._exchange is not None:
             self._exchange.align(meeting.clock)
