@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -160,6 +164,7 @@ def test_averages_of_a_callback_are_averaged_over_ranks_and_restored_per_rank(tm
 
 LOAD = """
 import sys
+import time
 sys.modules["lightning_gossip"] = None  # importing it fails
 import torch
 from forked import Linear, regression
@@ -343,3 +348,43 @@ def test_a_failing_save_ends_the_run_and_leaves_the_last_checkpoint_whole(tmp_pa
     for rank in range(2):
         assert replica_of(path, rank)["epoch"] == 0
     assert not [p for p in (tmp_path / "saved").rglob("*") if p.name.endswith(".tmp")]
+
+
+def save_at_every_step(folder: Path) -> None:
+    os.setsid()
+    checkpoint = ModelCheckpoint(
+        dirpath=folder / "saved",
+        filename="{step}",
+        every_n_train_steps=1,
+        save_last=True,
+        enable_version_counter=False,
+    )
+    kept = ModelCheckpoint(dirpath=folder / "saved", filename="same", every_n_epochs=1, enable_version_counter=False)
+    fit(
+        folder, Noisy(), make("elastic"), max_epochs=-1, callbacks=[checkpoint, kept], enable_checkpointing=True,
+    )  # fmt: skip
+
+
+def test_a_kill_at_any_moment_leaves_checkpoints_whole(tmp_path: Path) -> None:
+    """SIGKILL to all processes at 30 random points of saving: what has a checkpoint's name loads, with its files."""
+    generator = random.Random(11)
+    whole = 0
+    for _ in range(30):
+        process = multiprocessing.get_context("fork").Process(target=save_at_every_step, args=(tmp_path,))
+        process.start()
+        deadline = time.monotonic() + 5
+        begun = time.time()
+        last = tmp_path / "saved" / "last.ckpt"
+        while not (last.exists() and last.stat().st_mtime > begun) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(generator.uniform(0, 0.15))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join(10)
+        for path in (tmp_path / "saved").glob("*.ckpt"):
+            checkpoint = torch.load(path, weights_only=True)
+            entry = checkpoint[files.KEY]
+            for rank in range(entry["world_size"]):
+                replica = files.load_replica(files.AtomicCheckpointIO(), path, entry["save_id"], rank, True)
+                assert replica["global_step"] == checkpoint["global_step"]
+                whole += 1
+    assert whole > 100
