@@ -22,6 +22,8 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_gossip import checkpoint as files
+
 PROGRAM = Path(__file__).parent / "programs" / "train.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
@@ -58,6 +60,11 @@ def finish(process: subprocess.Popen[str], out: Path, seconds: float = 90, linge
             time.sleep(0.1)
         assert not left, f"processes left: {left}\n{printed[-3000:]}"
         assert not list((out / "tmp").iterdir()), "temporary files left"
+        assert not list(out.rglob("*.tmp")), "a save was left half done"
+        for path in out.rglob("*.ckpt"):
+            entry = torch.load(path, weights_only=True)[files.KEY]
+            for rank in range(entry["world_size"]):
+                files.load_replica(files.AtomicCheckpointIO(), path, entry["save_id"], rank, True)
         return printed
     finally:
         for pid in members(process.pid):
