@@ -1,0 +1,334 @@
+"""A worker's side of Downpour SGD (Dean et al., "Large Scale Distributed Deep Networks", 2012, §4.1).
+
+Usable from any training loop::
+
+    client = DownpourClient(addresses, control, n_push=5, n_pull=5)
+    client.start(parameters)            # worker 0's parameters are everybody's
+    for batch in batches:
+        ...                             # forward, backward, the optimizer's step
+        client.end_step(parameters)     # push, ask, apply what has arrived: never waits
+    client.finish(parameters)           # everything made is on the server
+    client.close()
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.distributed import Store
+
+from lightning_gossip.arguments import check_integer
+from lightning_gossip.control import Control
+from lightning_gossip.flat import FlatLayout
+from lightning_gossip.parameter_server import questions, snapshot
+from lightning_gossip.parameter_server.displacement import Cut
+from lightning_gossip.parameter_server.optimizers import ServerOptimizer
+from lightning_gossip.parameter_server.shard_links import ShardLinks, check_addresses, connect_store
+from lightning_gossip.parameter_server.traffic import Answered, DownpourStats, Traffic
+
+
+class DownpourClient:
+    """One worker of a Downpour training.
+
+    A push or pull that is due while the last one is still under way waits for the first step's end at which that one
+    has come back: the displacement goes on accumulating, and nothing is lost.
+
+    Args:
+        addresses: of the shards, ``host:port``, in an order that is the same for all workers.
+        control: of the run; its rank is this worker's number, its world size the number of workers, its timeout that
+            of every wait.
+        n_push: steps from one push to the next.
+        n_pull: steps from one request for the server's parameters to the next.
+        max_staleness: a worker known to be more server updates behind than this waits for a pull at the step's end;
+            the knowledge is at most a step old. None never waits.
+        warmup_steps: for which worker 0 trains alone before the others begin from the server's parameters.
+        server_optimizer: an element-wise ``torch.optim`` class, or a :class:`functools.partial` of one with JSON-able
+            keywords, that gets minus the displacement as the gradient; None adds the displacement.
+        connect: returns a connection to the store at an address.
+        on_answer: called with every push acknowledged and pull applied.
+
+    Attributes:
+        step: the exchange clock, counted from 1 over the whole training.
+        stats: see :class:`DownpourStats`.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        control: Control,
+        *,
+        n_push: int = 5,
+        n_pull: int = 5,
+        max_staleness: int | None = None,
+        warmup_steps: int = 0,
+        server_optimizer: Any = None,
+        connect: Callable[[str, timedelta], Store] = connect_store,
+        on_answer: Callable[[Answered], None] = lambda answered: None,
+    ) -> None:
+        self.addresses = check_addresses("addresses", addresses)
+        self.step = 0
+        self.stats = DownpourStats()
+        self._n_push = check_integer("n_push", n_push, low=1)
+        self._n_pull = check_integer("n_pull", n_pull, low=1)
+        self._max_staleness = None if max_staleness is None else check_integer("max_staleness", max_staleness, low=0)
+        self._warmup_steps = check_integer("warmup_steps", warmup_steps, low=0)
+        self._optimizer = None if server_optimizer is None else ServerOptimizer.of(server_optimizer)
+        self._control = control
+        self._connect = connect
+        self._on_answer = on_answer
+        self._links: ShardLinks | None = None
+        self._cut: Cut | None = None
+        self._traffic: Traffic | None = None
+        self._trainings = 0
+        self._warming_up = False
+        self._push_due = self._pull_due = False
+        self._pushed_at = 0
+        self._loaded: Mapping[str, Any] | None = None
+
+    # -- a training's life ----------------------------------------------------------------------------------------
+
+    def start(self, parameters: Mapping[str, Tensor], server_state: Mapping[str, Any] | None = None) -> None:
+        """Begin a training; called once more, begin another on the same shards.
+
+        Worker 0 gives the server its parameters (or ``server_state``); the others wait for that and for the end of the
+        warm-up, as long as worker 0 lives. Those that were given no state of their own (:meth:`load_state_dict`) then
+        take the server's parameters.
+
+        Args:
+            parameters: by name, the same on all workers; those that require a gradient now are the server's.
+            server_state: of :meth:`server_state`: worker 0 lets the server go on from there.
+
+        Raises:
+            ShardLost: if a shard is lost, or refuses.
+            RunStopped: if some rank stopped.
+            ValueError: if a state does not belong to these parameters.
+        """
+        travelling = {name: p for name, p in parameters.items() if p.requires_grad}
+        if not travelling:
+            raise ValueError("`parameters` must hold at least one that requires a gradient")
+        layout = FlatLayout(travelling)
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and loaded["layout"] != layout.fingerprint:
+            raise ValueError("the worker's state belongs to other parameters: names, shapes or dtypes differ")
+        if loaded is not None and server_state is None and self._control.rank == 0:
+            raise ValueError("worker 0 can not go on from a state of its own without `server_state`")
+        links, cut = self._meet_shards(layout)
+        self._trainings += 1
+        self._restore_counts(loaded)
+        device = next(iter(travelling.values())).device
+        traffic = Traffic(links, cut, device, self._trainings, self.stats, self._on_answer)
+        own = traffic.displacement.begin(travelling)
+        if self._control.rank == 0:
+            everybody = not self._warming_up
+            if server_state is None:
+                job = questions.initialise(cut, own, self._trainings, everybody)
+            else:
+                job = snapshot.load(cut, server_state, self._trainings, everybody)
+            traffic.learn(traffic.wait(links.ask(job)))
+        else:
+            self._warming_up = False
+            links.await_training(self._trainings)
+        if loaded is not None:
+            traffic.displacement.begin_from(loaded["reference"])
+            seen = loaded["seen"]  # shards that are cut anew hold elements of those that were seen least
+            traffic.seen = tuple(seen) if len(seen) == cut.shards else (min(seen),) * cut.shards
+        elif self._control.rank != 0 or server_state is not None:
+            traffic.take_over(travelling, self.step)
+        self._traffic = traffic
+
+    def end_step(self, parameters: Mapping[str, Tensor]) -> None:
+        """End a step, after the optimizer's update: apply what arrived, push and ask when due.
+
+        Args:
+            parameters: of this replica, by name.
+
+        Raises:
+            ShardLost: if a shard was lost, as far as is known.
+            RunStopped: if some rank stopped.
+            RuntimeError: if a parameter requires a gradient that did not when the training started.
+        """
+        begin = time.perf_counter()
+        traffic = self._running()
+        self.stats.wait_seconds = 0.0
+        self.step += 1
+        self._control.check()
+        self._links_in_use().check()
+        traffic.collect(parameters, self.step)
+        self._push_due |= self.step % self._n_push == 0
+        self._pull_due |= self.step % self._n_pull == 0
+        self._ask_for_what_is_due(traffic, parameters)
+        if self._max_staleness is not None:
+            traffic.keep_up(parameters, self.step, self._max_staleness)
+        if self._warming_up and self.step >= self._warmup_steps:
+            self.end_warmup(parameters)
+        self.stats.call_seconds = time.perf_counter() - begin
+
+    def end_warmup(self, parameters: Mapping[str, Tensor]) -> None:
+        """Let the other workers begin now, from all that worker 0 has made; nothing where no warm-up is under way.
+
+        To be called before anything for which worker 0 waits for the others.
+
+        Raises:
+            ShardLost, RunStopped: as :meth:`end_step`.
+        """
+        if self._warming_up:
+            self._push_rest(parameters)
+            traffic = self._running()
+            traffic.wait(self._links_in_use().ask(questions.ready(self.step, traffic.training)))
+            self._warming_up = False
+
+    def finish(self, parameters: Mapping[str, Tensor]) -> None:
+        """End a training: apply the pull that is under way, push what is left, wait until all of it is on the server.
+
+        Raises:
+            ShardLost, RunStopped: as :meth:`end_step`.
+        """
+        self._push_rest(parameters)
+        self.end_warmup(parameters)
+
+    def drain(self) -> None:
+        """Wait until everything sent is on the server and everything asked for is here; apply nothing.
+
+        Raises:
+            ShardLost, RunStopped: as :meth:`end_step`.
+        """
+        self._running().drain(self.step)
+
+    def pull_now(self, into: Mapping[str, Tensor]) -> None:
+        """Copy the server's parameters to ``into`` and wait for it; the replica and its pulls stay as they are.
+
+        Args:
+            into: by name; all that the server has.
+
+        Raises:
+            ShardLost, RunStopped: as :meth:`end_step`.
+        """
+        traffic = self._running()
+        displacement = traffic.displacement
+        storage = displacement.free()
+        job = questions.pull(displacement.cut, self.step, traffic.training, storage)
+        traffic.wait(self._links_in_use().ask(job))
+        displacement.copies.write(storage, into)
+
+    def close(self) -> None:
+        """Say goodbye to the shards, which end once everybody did, and give up the links."""
+        if self._links is not None:
+            self._links.close()
+        self._links = self._traffic = None
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this worker's state (tensors and numbers), to be saved together with its parameters.
+
+        Waits for what is under way. A pull that is not applied yet is asked for again after loading.
+
+        Raises:
+            ShardLost, RunStopped: as :meth:`end_step`.
+        """
+        self.drain()
+        traffic = self._running()
+        displacement = traffic.displacement
+        return {
+            "step": self.step,
+            "push_due": self._push_due,
+            "pull_due": self._pull_due or not traffic.can_pull,
+            "pushed_at": self._pushed_at,
+            "seen": list(traffic.seen),
+            "stats": asdict(self.stats),
+            "layout": displacement.cut.layout.fingerprint,
+            "reference": [part.clone() for part in displacement.cut.whole(displacement.reference())],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next :meth:`start` go on from ``state``, with the parameters that belong to it."""
+        self._loaded = dict(state)
+
+    def server_state(self) -> dict[str, Any]:
+        """Return the server's state (tensors, numbers and strings), whatever the number of shards; for one worker.
+
+        Nobody may push meanwhile: let all :meth:`drain`, and meet, before it, and meet after it.
+
+        Raises:
+            ShardLost, RunStopped: as :meth:`end_step`.
+        """
+        traffic = self._running()
+        cut = traffic.displacement.cut
+        fetch = partial(snapshot.fetch, cut, self.step, traffic.training)
+        return snapshot.gather(cut, traffic.wait(self._links_in_use().ask(fetch)))
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _running(self) -> Traffic:
+        if self._traffic is None:
+            raise RuntimeError("the client has no training under way: call `start` first")
+        return self._traffic
+
+    def _links_in_use(self) -> ShardLinks:
+        if self._links is None:
+            raise RuntimeError("the client has no links: call `start` first")
+        return self._links
+
+    def _meet_shards(self, layout: FlatLayout) -> tuple[ShardLinks, Cut]:
+        if self._links is not None and self._cut is not None:
+            if self._cut.layout.fingerprint != layout.fingerprint:
+                raise ValueError(
+                    "`parameters` must stay the same, in name, shape and dtype, as long as the shards live"
+                )
+            return self._links, self._cut
+        cut = Cut(layout, len(self.addresses), self._control.world_size, self._optimizer)
+        self._links = ShardLinks(self.addresses, self._control, self._connect, clock=lambda: self.step)
+        self._links.greet(cut.setups)
+        self._cut = cut
+        return self._links, cut
+
+    def _restore_counts(self, loaded: Mapping[str, Any] | None) -> None:
+        self._traffic = None
+        self.step = 0 if loaded is None else loaded["step"]
+        self.stats = DownpourStats() if loaded is None else DownpourStats(**loaded["stats"])
+        self._push_due = loaded is not None and loaded["push_due"]
+        self._pull_due = loaded is not None and loaded["pull_due"]
+        self._pushed_at = 0 if loaded is None else loaded["pushed_at"]
+        self._warming_up = self.step < self._warmup_steps
+
+    def _ask_for_what_is_due(self, traffic: Traffic, parameters: Mapping[str, Tensor]) -> None:
+        push = self._push_due and traffic.can_push
+        pull = self._pull_due and traffic.can_pull
+        if push:
+            self._refuse_new_parameters(traffic, parameters)
+            self._push_due, self._pushed_at = False, self.step
+        if pull:
+            self._pull_due = False
+        if push and pull:
+            traffic.push_pull(parameters, self.step)
+        elif push:
+            traffic.push(parameters, self.step)
+        elif pull:
+            traffic.pull(self.step)
+
+    def _push_rest(self, parameters: Mapping[str, Tensor]) -> None:
+        traffic = self._running()
+        traffic.drain(self.step)
+        traffic.collect(parameters, self.step)
+        if self._pushed_at < self.step:
+            self._push_due, self._pushed_at = False, self.step
+            traffic.push(parameters, self.step)
+            traffic.drain(self.step)
+
+    def _refuse_new_parameters(self, traffic: Traffic, parameters: Mapping[str, Tensor]) -> None:
+        known = traffic.displacement.cut.layout.shapes
+        new = [name for name, p in parameters.items() if p.requires_grad and name not in known]
+        if new:
+            raise RuntimeError(
+                f"parameter '{new[0]}' requires a gradient, but did not when the training started, and is not on the"
+                " server: let it require one from the start, or unfreeze it in a training of its own"
+            )

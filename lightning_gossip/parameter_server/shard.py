@@ -1,0 +1,181 @@
+"""A shard's state: its stretch of the parameters θ̃ and what pushes do to it. No transport here.
+
+Dean et al., "Large Scale Distributed Deep Networks" (2012), §4.1.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_gossip.parameter_server.protocol import Position, ProtocolError, Setup, require
+
+
+@dataclass
+class ShardState:
+    """All that a shard would need to go on elsewhere.
+
+    Attributes:
+        version: number of updates.
+        pushes: how many of them each worker made.
+        parameters: a 1-D tensor a segment.
+        optimizer: the server optimizer's state by name, a segment; None before its first step.
+    """
+
+    version: int
+    pushes: dict[int, int]
+    parameters: list[Tensor]
+    optimizer: list[dict[str, Tensor]] | None
+
+
+class Shard:
+    """One shard. Every method may be called from any thread; an update is atomic for all others.
+
+    Args:
+        setup: what all workers agreed on.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.lock = threading.Lock()
+        self.training = 0
+        self.version = 0
+        self.ready = False
+        self.pushes: Counter[int] = Counter()
+        self._parameters: list[Tensor] = []
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._stepped = False
+
+    def initialise(self, training: int, parameters: Sequence[Tensor], ready: bool) -> Position:
+        """Begin a training from ``parameters`` (a 1-D tensor a segment, taken over).
+
+        Args:
+            training: its number, one more than the last one's.
+            parameters: the first worker's.
+            ready: whether the others may begin at once.
+
+        Raises:
+            ProtocolError: if it is not this training's turn.
+        """
+        return self.load(training, ShardState(0, {}, list(parameters), None), ready)
+
+    def load(self, training: int, state: ShardState, ready: bool) -> Position:
+        """Begin a training from ``state``, which is taken over; see :meth:`initialise`."""
+        with self.lock:
+            require(training == self.training + 1, f"training {training} can not follow training {self.training}")
+            self._parameters = [p.requires_grad_() for p in state.parameters]
+            optimizer = self.setup.optimizer
+            self._optimizer = None if optimizer is None else optimizer.build(self._parameters)
+            if self._optimizer is not None and state.optimizer is not None:
+                for parameter, tensors in zip(self._parameters, state.optimizer, strict=True):
+                    self._optimizer.state[parameter] = dict(tensors)
+            self._stepped = state.optimizer is not None
+            self.version, self.pushes = state.version, Counter(state.pushes)
+            self.training, self.ready = training, ready
+            return self._position(0)
+
+    def begin_all(self, training: int) -> Position:
+        """End the warm-up: workers other than 0 may begin."""
+        with self.lock:
+            self._check(training)
+            self.ready = True
+            return self._position(0)
+
+    def push(self, worker: int, training: int, delta: Sequence[Tensor]) -> Position:
+        """Apply a displacement.
+
+        Args:
+            worker: that made it.
+            training: to which it belongs.
+            delta: a 1-D tensor a segment; overwritten where an optimizer takes it.
+
+        Returns:
+            The version that it made, and the updates by others until then.
+
+        Raises:
+            ProtocolError: before the shard is initialised, or the warm-up ended.
+        """
+        self._negate(delta)
+        with self.lock:
+            self._update(worker, training, delta)
+            return self._position(worker)
+
+    def pull(self, worker: int, training: int, out: Sequence[Tensor]) -> Position:
+        """Copy the parameters to ``out`` and return the version that was read.
+
+        Raises:
+            ProtocolError: before the shard is initialised.
+        """
+        with self.lock:
+            self._check(training)
+            self._read(out)
+            return self._position(worker)
+
+    def push_pull(self, worker: int, training: int, delta: Sequence[Tensor]) -> Position:
+        """Apply a displacement and read the parameters that it made to ``delta``; see :meth:`push`."""
+        self._negate(delta)
+        with self.lock:
+            self._update(worker, training, delta)
+            self._read(delta)
+            return self._position(worker)
+
+    def position(self, worker: int) -> Position:
+        """Return where the shard stands."""
+        with self.lock:
+            return self._position(worker)
+
+    def save(self, training: int) -> ShardState:
+        """Return a copy of the state.
+
+        Raises:
+            ProtocolError: before the shard is initialised.
+        """
+        with self.lock:
+            self._check(training)
+            parameters = [p.detach().clone() for p in self._parameters]
+            optimizer = None
+            if self._optimizer is not None and self._stepped:
+                states: list[Mapping[str, Tensor]] = [self._optimizer.state[p] for p in self._parameters]
+                optimizer = [{name: state[name].clone() for name in sorted(state)} for state in states]
+            return ShardState(self.version, dict(self.pushes), parameters, optimizer)
+
+    # -- with the lock held, but for _negate ----------------------------------------------------------------------
+
+    def _check(self, training: int) -> None:
+        require(self.training > 0, "the shard is not initialised yet")
+        require(training == self.training, f"training {training} is not the one under way, {self.training}")
+
+    def _position(self, worker: int) -> Position:
+        return Position(self.version, self.version - self.pushes[worker])
+
+    def _negate(self, delta: Sequence[Tensor]) -> None:
+        if self.setup.optimizer is not None:  # the displacement downhill is minus the gradient
+            for part in delta:
+                part.neg_()
+
+    def _update(self, worker: int, training: int, delta: Sequence[Tensor]) -> None:
+        self._check(training)
+        if worker != 0 and not self.ready:
+            raise ProtocolError(f"worker {worker} pushed while worker 0 warms up")
+        with torch.no_grad():
+            if self._optimizer is None:
+                for parameter, part in zip(self._parameters, delta, strict=True):
+                    parameter.add_(part)
+            else:
+                for parameter, part in zip(self._parameters, delta, strict=True):
+                    parameter.grad = part
+                self._optimizer.step()
+                self._optimizer.zero_grad(set_to_none=True)
+                self._stepped = True
+        self.version += 1
+        self.pushes[worker] += 1
+
+    def _read(self, out: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, part in zip(self._parameters, out, strict=True):
+                part.copy_(parameter)

@@ -1,0 +1,252 @@
+"""A worker's links to all shards: one question to each at a time, and a sign of life when there is nothing to ask."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+from torch.distributed import Store, TCPStore
+
+from lightning_gossip.control import Control
+from lightning_gossip.link import Link, gloo_device
+from lightning_gossip.parameter_server import questions
+from lightning_gossip.parameter_server.protocol import ARRIVALS, SHARD, Setup, arrival_key, encode
+
+T = TypeVar("T")
+
+GOODBYE = 5.0
+"""Seconds in which shards have to answer a goodbye."""
+
+
+class ShardLost(RuntimeError):
+    """A shard died, stayed silent past the timeout or refused this worker; :attr:`shard` is its number."""
+
+    def __init__(self, message: str, shard: int) -> None:
+        super().__init__(message)
+        self.shard = shard
+
+
+class Question(Generic[T]):
+    """Something asked of every shard; the answers come one by one.
+
+    Attributes:
+        settled: set when all shards answered, or one failed.
+    """
+
+    def __init__(self, futures: Sequence[Future[T]]) -> None:
+        self.settled = threading.Event()
+        self._futures = futures
+        self._left = len(futures)
+        self._lock = threading.Lock()
+        for future in futures:
+            future.add_done_callback(self._count)
+
+    def _count(self, future: Future[T]) -> None:
+        with self._lock:
+            self._left -= 1
+            if self._left == 0 or future.exception() is not None:
+                self.settled.set()
+
+    def answers(self) -> list[T]:
+        """Return what the shards answered, once settled without a failure."""
+        return [future.result() for future in self._futures]
+
+    def failure(self) -> tuple[int, BaseException] | None:
+        """Return the first shard that failed, and how."""
+        for shard, future in enumerate(self._futures):
+            if future.done() and (error := future.exception()) is not None:
+                return shard, error
+        return None
+
+    def unanswered(self) -> int:
+        """Return the first shard that did not answer yet."""
+        return next((shard for shard, future in enumerate(self._futures) if not future.done()), 0)
+
+
+class ShardLinks:
+    """The links of one worker to all shards.
+
+    Args:
+        addresses: of the shards, in their order.
+        control: of the run; its rank is the worker's number, its timeout that of every wait.
+        connect: returns a connection to the store at an address.
+        clock: returns the worker's step, for messages.
+
+    Raises:
+        ShardLost: if a shard is not there.
+        RunStopped: if some rank stopped.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        control: Control,
+        connect: Callable[[str, timedelta], Store],
+        clock: Callable[[], int],
+    ) -> None:
+        self.addresses = tuple(addresses)
+        self._control = control
+        self._clock = clock
+        self._closing = threading.Event()
+        self._links: list[Link] = []
+        self._last: Sequence[Future[Any]] = ()
+        self._alive: threading.Thread | None = None
+        device = gloo_device()
+        own, timeout = f"worker{control.rank}", control.timeout
+        jobs = [partial(_arrive, connect, address, device, own, timeout) for address in self.addresses]
+        arriving = [_in_thread(job) for job in jobs]
+        try:
+            self._links = self.wait(Question(arriving))
+        except BaseException:
+            for link in arriving:
+                link.add_done_callback(_discard)
+            raise
+
+    def greet(self, setups: Sequence[Setup]) -> None:
+        """Say hello to every shard, once.
+
+        Raises:
+            ShardLost: if a shard is lost, or refuses.
+        """
+        hellos = [encode({"worker": self._control.rank, "setup": setup.to_json()}) for setup in setups]
+        silence = self.wait(self.ask(lambda link, shard: questions.hello(link, hellos[shard])))
+        # a sleeping process or a long collection of garbage must not look like death
+        interval = min(self._control.timeout.total_seconds(), *silence) / 5
+        self._alive = threading.Thread(target=self._stay_alive, args=(interval,), name="downpour-alive", daemon=True)
+        self._alive.start()
+
+    def ask(self, job: Callable[[Link, int], T]) -> Question[T]:
+        """Let every link's thread call ``job(link, shard)``, after those before it."""
+        futures = [link.submit(partial(job, link, shard)) for shard, link in enumerate(self._links)]
+        self._last = futures
+        return Question(futures)
+
+    def wait(self, question: Question[T]) -> list[T]:
+        """Wait for the answers to ``question`` and return them.
+
+        Raises:
+            ShardLost: if a shard fails, or does not answer within the timeout.
+            RunStopped: if some rank stopped.
+        """
+        limit = self._control.timeout.total_seconds()
+        if not self._control.wait(question.settled, time.monotonic() + limit):
+            raise self._lost(question.unanswered(), f"it stayed silent for {limit:g} s")
+        if (failure := question.failure()) is not None:
+            raise self._explain(*failure)
+        return question.answers()
+
+    def check(self) -> None:
+        """Raise if a link failed meanwhile.
+
+        Raises:
+            ShardLost: if a shard is lost.
+            RunStopped: if that was the consequence of some rank's stop.
+        """
+        for shard, future in enumerate(self._last):
+            if future.done() and (error := future.exception()) is not None:
+                raise self._explain(shard, error)
+
+    def await_training(self, number: int) -> None:
+        """Wait until worker 0 has begun training ``number`` and its warm-up is over on all shards, as long as it lives.
+
+        Raises:
+            ShardLost: if a shard is lost, or worker 0 is gone or does not come within the timeout.
+            RunStopped: if some rank stopped.
+        """
+        limit = self._control.timeout.total_seconds()
+        latest, pause, never = time.monotonic() + limit, 0.005, threading.Event()
+        while True:
+            states = self.wait(self.ask(questions.status))
+            if all(state.training == number and state.ready for state in states):
+                return
+            for shard, state in enumerate(states):
+                if state.lead == "gone":
+                    raise self._explain(shard, RuntimeError("worker 0, which has to initialise it, is gone"))
+                if state.lead == "absent" and time.monotonic() > latest:
+                    raise self._explain(shard, RuntimeError(f"worker 0 did not come to initialise it in {limit:g} s"))
+            self._control.wait(never, time.monotonic() + pause)
+            pause = min(2 * pause, 0.1)
+
+    def close(self) -> None:
+        """Say goodbye where there is still someone to hear it, and end all links."""
+        self._closing.set()
+        if self._alive is not None:
+            self._alive.join()
+            goodbye = self.ask(questions.bye(self._clock()))
+            goodbye.settled.wait(GOODBYE)
+        for link in self._links:
+            link.close()
+        self._links = []
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _explain(self, shard: int, error: BaseException) -> ShardLost:
+        """Return what to raise for a failed link, unless a stop of the run explains it, which is raised then."""
+        if not isinstance(error, questions.Refused) and self._control.await_stop(1.0) is not None:
+            self._control.check()
+        lost = self._lost(shard, str(error))
+        lost.__cause__ = error
+        return lost
+
+    def _lost(self, shard: int, why: str) -> ShardLost:
+        where = f"parameter server shard {shard} ({self.addresses[shard]})"
+        return ShardLost(f"worker {self._control.rank} lost {where} at step {self._clock()}: {why}", shard)
+
+    def _stay_alive(self, interval: float) -> None:
+        while not self._closing.wait(interval):
+            if all(future.done() for future in self._last):
+                self.ask(questions.ping(self._clock()))
+
+
+def connect_store(address: str, timeout: timedelta) -> Store:
+    """Return a connection to the store at ``address`` (``host:port``), waiting until it is there."""
+    host, _, port = address.rpartition(":")
+    return TCPStore(host.strip("[]"), int(port), None, False, timeout, wait_for_workers=False)
+
+
+def check_addresses(name: str, value: Any) -> tuple[str, ...]:
+    """Return ``value`` as a tuple if it is a sequence of distinct addresses ``host:port``.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+    parts = [str(address).rpartition(":") for address in value] if is_sequence else []
+    valid = bool(parts) and all(host and port.isdecimal() and 0 < int(port) < 1 << 16 for host, _, port in parts)
+    if not valid or len(set(value)) < len(value):
+        raise ValueError(f"`{name}` must be a list of distinct strings 'host:port', got {value!r}")
+    return tuple(value)
+
+
+def _arrive(
+    connect: Callable[[str, timedelta], Store], address: str, device: object, own: str, timeout: timedelta
+) -> Link:
+    store = connect(address, timeout)
+    number = store.add(ARRIVALS, 1)
+    name = f"{own}.{number}"
+    store.set(arrival_key(number), name)
+    return Link(store, device, name, SHARD, timeout)
+
+
+def _in_thread(job: Callable[[], T]) -> Future[T]:
+    """Call ``job`` in a daemon thread, which nobody waits for at the interpreter's end."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(job())
+        except Exception as error:  # noqa: BLE001 - it belongs to whoever waits for the future
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="downpour-connect", daemon=True).start()
+    return future
+
+
+def _discard(arriving: Future[Link]) -> None:
+    if arriving.exception() is None:
+        arriving.result().close()

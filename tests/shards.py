@@ -1,0 +1,57 @@
+"""The one helper that starts shards inside the test's process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from ranks import Rank
+from torch.distributed import HashStore, Store
+
+from lightning_gossip.link import gloo_device
+from lightning_gossip.parameter_server import DownpourClient
+from lightning_gossip.parameter_server.server import ShardServer
+from lightning_gossip.parameter_server.shard import Shard
+
+
+@dataclass
+class Shards:
+    """Shards in threads of this process; a context manager."""
+
+    count: int
+    timeout: timedelta = timedelta(seconds=20)
+    servers: list[ShardServer] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._stores = {f"shard:{number + 1}": HashStore() for number in range(self.count)}
+        self.addresses = tuple(self._stores)
+        for address, store in self._stores.items():
+            self.servers.append(ShardServer(store, lambda s=store: s, gloo_device(), self.timeout, address))
+
+    def connect(self, address: str, timeout: timedelta) -> Store:
+        return self._stores[address]
+
+    def client(self, rank: Rank, **kwargs: Any) -> DownpourClient:
+        return DownpourClient(self.addresses, rank.control, connect=self.connect, **kwargs)
+
+    def shard(self, number: int = 0) -> Shard:
+        shard = self.servers[number].roster.shard
+        assert shard is not None
+        return shard
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for server in self.servers:
+            server.close()
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.002)
