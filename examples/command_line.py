@@ -14,10 +14,16 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from lightning_gossip import ElasticGossipStrategy, GossipMonitor, GossipStrategy, RankTensorBoardLogger
+from lightning_gossip import (
+    DownpourStrategy,
+    ElasticGossipStrategy,
+    GossipMonitor,
+    GossipStrategy,
+    RankTensorBoardLogger,
+)
 from lightning_gossip.schedule import SELECTORS
 
-STRATEGIES = ("local", "none", "all-reduce", "gossip", "elastic-gossip")
+STRATEGIES = ("local", "none", "all-reduce", "gossip", "elastic-gossip", "downpour")
 NO_REPLICAS = ("local", "all-reduce")
 LOG_EVERY_N_STEPS = 10
 
@@ -43,6 +49,9 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
     add("--period", type=int, default=1, help="steps between rounds")
     add("--peers", choices=tuple(SELECTORS), default="matching", help="who exchanges with whom")
     add("--delay", type=int, default=0, help="steps from posting an exchange to applying it")
+    add("--n-push", type=int, default=5, help="steps between pushes of downpour")
+    add("--n-pull", type=int, default=5, help="steps between pulls of downpour")
+    add("--shards", type=int, default=1, help="processes of downpour's parameter server")
     add("--epochs", type=int, default=20)
     add("--batch-size", type=int, default=128, help="over all devices")
     add("--lr", type=float, default=0.01, help="learning rate")
@@ -82,6 +91,8 @@ def make_strategy(args: argparse.Namespace) -> Any:
         return "ddp"
     if args.strategy == "none":
         return ElasticGossipStrategy(peers=Nobody(), evaluate="replica")
+    if args.strategy == "downpour":
+        return DownpourStrategy(n_push=args.n_push, n_pull=args.n_pull, shards=args.shards, evaluate="replica")
     common: dict[str, Any] = {
         "probability": args.probability,
         "period": args.period,

@@ -1,15 +1,11 @@
 """PyTorch Lightning strategies for decentralised training: replicas that gossip, or talk to a parameter server."""
 
-from lightning.pytorch.strategies import StrategyRegistry
-
-from lightning_gossip.callbacks import GossipMonitor
-from lightning_gossip.loggers import RankTensorBoardLogger
-from lightning_gossip.schedule import WeightedPeers
-from lightning_gossip.strategies import ElasticGossipStrategy, GossipStrategy
+import sys
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DownpourStrategy",
     "ElasticGossipStrategy",
     "GossipMonitor",
     "GossipStrategy",
@@ -18,12 +14,26 @@ __all__ = [
     "__version__",
 ]
 
-for _name, _strategy in (("gossip", GossipStrategy), ("elastic_gossip", ElasticGossipStrategy)):
-    for _suffix, _start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
-        StrategyRegistry.register(
-            f"{_name}{_suffix}",
-            _strategy,
-            description=f"{_strategy.__name__} with `start_method` '{_start_method}'",
-            override=True,
-            start_method=_start_method,
-        )
+# a parameter server's process (`python -m lightning_gossip.parameter_server`) imports this package too, and has no use
+# for Lightning, which takes seconds and some hundred MB
+if "lightning_gossip.parameter_server" not in sys.orig_argv:
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    from lightning_gossip.callbacks import GossipMonitor
+    from lightning_gossip.loggers import RankTensorBoardLogger
+    from lightning_gossip.schedule import WeightedPeers
+    from lightning_gossip.strategies import DownpourStrategy, ElasticGossipStrategy, GossipStrategy
+
+    for _name, _strategy in (
+        ("gossip", GossipStrategy),
+        ("elastic_gossip", ElasticGossipStrategy),
+        ("downpour", DownpourStrategy),
+    ):
+        for _suffix, _start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
+            StrategyRegistry.register(
+                f"{_name}{_suffix}",
+                _strategy,
+                description=f"{_strategy.__name__} with `start_method` '{_start_method}'",
+                override=True,
+                start_method=_start_method,
+            )

@@ -102,6 +102,7 @@ class GossipMonitor(Callback):
         self._log_consensus_distance(trainer)  # of a checkpoint after the last step
         self._step = strategy.step
         self._abscissa = lightning_compat.logging_step(trainer)
+        self._stats = _stats_of(strategy)
         distance = getattr(self._stats.get("gossip"), "partner_distance", None)
         self._arm(strategy, waiting=distance is None)
         self._steps += 1
@@ -111,7 +112,6 @@ class GossipMonitor(Callback):
         if distance is not None:
             metrics["gossip/partner_distance"] = distance
         if self._step % self.every_n_steps == 0:
-            self._stats = _stats_of(strategy)
             self._totals = _read(self._stats, _TOTALS)
             metrics |= self._totals | _read(self._stats, _OF_THE_STEP)
             metrics |= {tag: seconds / self._steps for tag, seconds in self._seconds.items()}

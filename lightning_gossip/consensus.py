@@ -63,19 +63,27 @@ class Consensus:
             self._replica = None
 
     def _average(self, copy: _Copy) -> float:
-        if self._world_size == 1:
-            return 0.0
-        squares = torch.zeros(2, dtype=torch.float64)  # of ‖θ_i − θ̄‖ and ‖θ̄‖
-        for flat in copy.parameters.segments:
-            squares += _average_(flat, self._world_size)
-        for flat in copy.buffers.segments:
-            _average_(flat, self._world_size)
+        distance, norm = self._build(copy.parameters).tolist()
+        if self._world_size > 1:
+            for flat in copy.buffers.segments:
+                _average_(flat, self._world_size)
+            total = torch.tensor([distance], dtype=torch.float64, device=_collective_device(copy.parameters.storage))
+            dist.all_reduce(total)
+            distance = float(total) / self._world_size
         copy.restore()
-        distance, norm = squares.tolist()
-        total = torch.tensor([distance], dtype=torch.float64, device=_collective_device(copy.parameters.storage))
-        dist.all_reduce(total)
-        mean = float(total) / self._world_size
-        return (mean / norm) ** 0.5 if norm > 0 else 0.0
+        return (distance / norm) ** 0.5 if norm > 0 else 0.0
+
+    def _build(self, parameters: FlatBuffer) -> Tensor:
+        """Replace ``parameters``, this replica's, by the consensus model's: here, the mean over ranks.
+
+        Returns:
+            ‖θ_i − θ̄‖² of this rank and ‖θ̄‖², shape (2,), float64.
+        """
+        squares = torch.zeros(2, dtype=torch.float64)
+        if self._world_size > 1:
+            for flat in parameters.segments:
+                squares += _average_(flat, self._world_size)
+        return squares
 
 
 class _Copy:
@@ -132,10 +140,21 @@ def _average_(flat: Tensor, world_size: int) -> Tensor:
             offset = torch.where(chunk == first, 0, chunk.to(wide) - base)
             dist.all_reduce(torch.view_as_real(offset) if wide.is_complex else offset)
             mean = torch.where(offset == 0, base, base + offset / world_size).to(chunk.dtype)
-            squares[0] += torch.linalg.vector_norm(torch.where(chunk == mean, 0, chunk - mean).double()).cpu() ** 2
-            squares[1] += torch.linalg.vector_norm(mean.double()).cpu() ** 2
+            squares += _squares(chunk, mean)
         chunk.copy_(mean)
     return squares
+
+
+@torch.no_grad()
+def squares_to(flat: Tensor, consensus: Tensor) -> Tensor:
+    """Return ‖x_i − x̃‖² and ‖x̃‖², shape (2,), float64, of ``flat`` and ``consensus`` (both 1-D)."""
+    chunks = zip(flat.split(_CHUNK), consensus.split(_CHUNK), strict=True)
+    return sum((_squares(own, other) for own, other in chunks), torch.zeros(2, dtype=torch.float64))
+
+
+def _squares(chunk: Tensor, consensus: Tensor) -> Tensor:
+    difference = torch.where(chunk == consensus, 0, chunk - consensus)
+    return torch.stack([torch.linalg.vector_norm(x.double()).cpu() ** 2 for x in (difference, consensus)])
 
 
 def _collective_device(like: Tensor) -> torch.device:

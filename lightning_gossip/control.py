@@ -246,8 +246,17 @@ class Control:
         return self._end_asked_at > self._meetings
 
     def has_left(self, rank: int, step: int) -> bool:
-        """Whether ``rank`` waits at a meeting that this rank has not reached, and never began ``step``."""
-        meeting, clock = self._whereabouts(rank)
+        """Whether ``rank`` waits at a meeting that this rank has not reached, and never began ``step``.
+
+        Raises:
+            RunStopped: as :meth:`check`.
+        """
+        try:
+            meeting, clock = self._whereabouts(rank)
+        except DistNetworkError:
+            self._lose_store()
+            self.check()
+            raise
         return meeting > self._meetings and clock < step
 
     def note_skip(self) -> None:
@@ -308,7 +317,7 @@ class Control:
             staying = [rank for rank in range(1, self.world_size) if not self._store.check([f"gone/{rank}"])]
             if all(heartbeats.silence(rank) > 3 * HEARTBEAT for rank in staying):
                 return
-            self._closing.wait(0.05)
+            self._closing.wait(0.01)
 
     # -- the thread ---------------------------------------------------------------------------------------------
 

@@ -110,6 +110,18 @@ def after_each_epoch(trainer: pl.Trainer, function: Callable[[], None]) -> None:
     loop.run = run  # type: ignore[method-assign]
 
 
+def before_training_ends(trainer: pl.Trainer, function: Callable[[], None]) -> None:
+    """Call ``function`` after the last epoch, before the hooks of ``on_train_end``, in which callbacks swap weights."""
+    loop = trainer.fit_loop
+    end_run = loop.on_run_end
+
+    def on_run_end() -> None:
+        function()
+        end_run()
+
+    loop.on_run_end = on_run_end  # type: ignore[method-assign]
+
+
 def share_monitored_metrics(trainer: pl.Trainer, broadcast: Callable[[Any], Any]) -> None:
     """Let every ``ModelCheckpoint`` decide by rank 0's metrics: one decision and one file name for all ranks."""
     for callback in trainer.checkpoint_callbacks:
@@ -162,6 +174,7 @@ def restore(trainer: pl.Trainer) -> None:
         (loop.automatic_optimization, "_training_step"),
         (loop.manual_optimization, "run"),
         (trainer.fit_loop, "_load_combined_loader_states"),
+        (trainer.fit_loop, "on_run_end"),
         (trainer._signal_connector, "_sigterm_notifier_fn"),
     ]
     changed += [(callback, "_monitor_candidates") for callback in trainer.checkpoint_callbacks]

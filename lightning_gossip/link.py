@@ -100,6 +100,7 @@ class Link:
         self._group: Any = None
         self._sending: list[tuple[Any, Tensor]] = []
         self._closed = threading.Event()
+        self._busy = threading.Event()  # the thread is at a job, which may wait in gloo
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"link-{own}-{peer}", daemon=True)
         self._thread.start()
@@ -119,10 +120,12 @@ class Link:
         """Give up the link, whatever its thread waits for. The other end notices within milliseconds."""
         self._closed.set()
         self._jobs.put(None)
-        self._thread.join(timeout=0.02)  # an idle thread ends at once
-        if self._thread.is_alive():
-            self._poison()
-            self._thread.join(timeout=5)
+        for _ in range(5):
+            if self._busy.is_set():
+                self._poison()  # once more where the group was only being made
+            self._thread.join(timeout=1)
+            if not self._thread.is_alive():
+                return
 
     # -- from the link's thread ---------------------------------------------------------------------------------
 
@@ -169,6 +172,7 @@ class Link:
     def _work(self) -> None:
         while (item := self._jobs.get()) is not None:
             job, future = item
+            self._busy.set()
             if self._closed.is_set():
                 future.set_exception(LinkError(f"the link between {self.own} and {self.peer} is closed"))
                 continue
@@ -178,6 +182,8 @@ class Link:
                 self._closed.set()
                 self._poison()
                 future.set_exception(error)
+            finally:
+                self._busy.clear()
         self._sending.clear()
         self._group = None
 
@@ -188,7 +194,10 @@ class Link:
             options = ProcessGroupGloo._Options()
             options._devices = [self._device]
             options._timeout = self._timeout
-            self._group = ProcessGroupGloo(PrefixStore("gloo", self._store), self._index, 2, options)
+            # a connection of its own: gloo blocks in it for the other end's address, and links of other threads that
+            # shared it could not give theirs, in a circle of ranks for ever
+            store = PrefixStore("gloo", self._store.clone())
+            self._group = ProcessGroupGloo(store, self._index, 2, options)
         return self._group
 
     def _await_peer(self) -> None:

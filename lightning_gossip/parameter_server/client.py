@@ -94,6 +94,11 @@ class DownpourClient:
         self._pushed_at = 0
         self._loaded: Mapping[str, Any] | None = None
 
+    @property
+    def running(self) -> bool:
+        """Whether a training is under way: between :meth:`start` and :meth:`close`."""
+        return self._traffic is not None
+
     # -- a training's life ----------------------------------------------------------------------------------------
 
     def start(self, parameters: Mapping[str, Tensor], server_state: Mapping[str, Any] | None = None) -> None:

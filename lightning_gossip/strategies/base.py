@@ -97,6 +97,10 @@ class ReplicaStrategy(MeetingStrategy):
     def start_training(self, trainer: pl.Trainer, control: Control, store: Store) -> None:
         """Set up for a ``fit``; all replicas are equal. ``store`` is a connection that nobody blocks."""
 
+    def make_consensus(self, module: pl.LightningModule) -> Consensus:
+        """Return what builds the consensus model in a ``fit``: the mean of the replicas, unless a subclass differs."""
+        return Consensus(module, self.world_size)
+
     @abstractmethod
     def begin_step(self) -> None:
         """Begin a step, just before ``training_step``."""
@@ -116,6 +120,9 @@ class ReplicaStrategy(MeetingStrategy):
     @abstractmethod
     def training_state(self) -> dict[str, Any]:
         """Return what this rank needs to continue, as tensors and primitives; called on all ranks at one clock."""
+
+    def continue_from(self, step: int) -> None:
+        """Set the exchange clock, where a training goes on from a consensus model."""
 
     @abstractmethod
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -153,12 +160,14 @@ class ReplicaStrategy(MeetingStrategy):
             self._set_up_training(trainer, module)
 
     def _set_up_training(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._consensus = Consensus(module, self.world_size)
+        self._consensus = self.make_consensus(module)
         self.start_training(trainer, self.control, self._connect())
         resume = self._resume
         if resume is not None and "state" in resume:
             self.load_training_state(resume["state"])
             lightning_compat.before_iterating(trainer, lambda: files.restore_rng_state(resume["rng"]))
+        elif resume is not None:
+            self.continue_from(resume["step"])
         lightning_compat.stop_broadcasting_before_batches(trainer, self._before_batch)
         lightning_compat.run_steps_within(trainer, self._step)
         lightning_compat.allow_skipped_steps(trainer)
@@ -366,7 +375,7 @@ class ReplicaStrategy(MeetingStrategy):
                 f"Resuming all ranks from the consensus model and rank 0's optimizer state in {checkpoint_path}, not"
                 f" from their replicas: {'; '.join(dict.fromkeys(problems))}."
             )
-            self._resume = {}
+            self._resume = {"step": entry["step"]}
             return checkpoint
         self._resume = replica[files.KEY]
         if self._consensus is not None:  # in the middle of a fit, as the learning-rate finder does

@@ -99,6 +99,11 @@ class ElasticGossipStrategy(PairwiseStrategy):
     @override
     def start_training(self, trainer: pl.Trainer, control: Control, store: Store) -> None:
         super().start_training(trainer, control, store)
+        # one half is stable on every schedule of this package, and one rank's word is enough
+        if self.is_global_zero and (self.alpha > 0.5 or not isinstance(self.schedule.peers, Peers)):
+            self._warn_if_unstable()
+
+    def _warn_if_unstable(self) -> None:
         limit = stability_limit(self.schedule, self.world_size)
         if self.alpha > limit:
             rank_zero_warn(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import Store
 from typing_extensions import override
 
+from lightning_gossip import lightning_compat
 from lightning_gossip.arguments import check_integer, check_wire_dtype
 from lightning_gossip.control import Control, Meeting
 from lightning_gossip.exchange import Exchange
@@ -95,6 +96,14 @@ class PairwiseStrategy(ReplicaStrategy):
             delay=self.delay,
             wire_dtype=self.wire_dtype,
         )
+        if trainer.global_step > 0:  # a further `fit` of one training
+            self.continue_from(self._last_step)
+        # before callbacks put averages of their own in place of the replicas
+        lightning_compat.before_training_ends(trainer, self.settle)
+
+    @override
+    def continue_from(self, step: int) -> None:
+        self._running.align(step)
 
     def _make_transport(self, control: Control, store: Store) -> Transport:
         if self.process_group_backend == "nccl" and self.world_size > 1:

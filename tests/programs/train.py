@@ -60,6 +60,8 @@ class Fault(Callback):
             return
         if self.kind == "raise":
             raise ValueError("boom")
+        if self.kind == "shard":
+            os.kill(trainer.strategy._processes[0].pid, signal.SIGKILL)
         if self.kind == "hang":
             time.sleep(3600)
         if self.kind in ("SIGKILL", "SIGTERM", "SIGINT", "SIGSTOP"):
@@ -78,6 +80,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--fits", type=int, default=1, help="each after the first goes on for one more epoch")
     parser.add_argument("--timeout", type=float, default=0, help="seconds; 0 keeps the named strategy's default")
     parser.add_argument("--probability", type=float, default=1.0)
     parser.add_argument("--fault", default="none:0:0", help="kind:rank:batch")
@@ -105,7 +108,9 @@ def main() -> None:
         callbacks=[Fault(kind, int(rank), int(batch), args.out)],
     )
     module = Blobs()
-    trainer.fit(module, DataLoader(data, 16, shuffle=True), DataLoader(data, 64))
+    for _ in range(args.fits):
+        trainer.fit(module, DataLoader(data, 16, shuffle=True), DataLoader(data, 64))
+        trainer.fit_loop.max_epochs += 1
     [tested] = trainer.test(module, DataLoader(data, 64), verbose=False)
     result = {
         "accuracy": tested["accuracy"],

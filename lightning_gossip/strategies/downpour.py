@@ -1,0 +1,300 @@
+"""Downpour SGD (Dean et al., "Large Scale Distributed Deep Networks", 2012, §4.1): an asynchronous parameter server."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor
+from torch.distributed import Store
+from typing_extensions import override
+
+from lightning_gossip import lightning_compat
+from lightning_gossip.arguments import check_integer
+from lightning_gossip.control import Control
+from lightning_gossip.models import take_rank_zeros
+from lightning_gossip.parameter_server import DownpourClient, DownpourStats, ShardProcess, check_addresses
+from lightning_gossip.parameter_server.consensus import ServerConsensus
+from lightning_gossip.parameter_server.optimizers import ServerOptimizer
+from lightning_gossip.strategies.base import TIMEOUT, Evaluate, ReplicaStrategy, StartMethod
+
+
+class DownpourStrategy(ReplicaStrategy):
+    """Downpour SGD: workers push what their optimizers made to a server, and pull its parameters, without waiting.
+
+    Pick it where some workers are slower than others for good: nobody waits for anybody within an epoch. Every worker
+    trains with its own optimizer, whichever it is; what it changed since its last push is added to the server's
+    parameters, or handed, negated, as a gradient to ``server_optimizer``. The server's parameters are the consensus
+    model. With many workers the learning rate has to be smaller than alone: the server adds up what all of them make.
+
+    An adaptive ``server_optimizer`` such as Adagrad divides by the size of what it gets, and so undoes the workers'
+    learning-rate schedule. Shards obey whoever reaches their port, and a payload larger than its header announces
+    aborts them inside gloo: for trusted networks only.
+
+    Args:
+        n_push: steps from one push to the next, at least 1.
+        n_pull: steps from one request for the server's parameters to the next, at least 1.
+        shards: processes between which the server's parameters are cut evenly; started by the ranks with local rank 0,
+            on the node of rank 0 first and over the nodes in turn, for one ``fit``.
+        shard_addresses: ``host:port`` of shards started by hand (``python -m lightning_gossip.parameter_server``), the
+            same on all ranks; none is started then. They serve one ``fit`` and end.
+        server_optimizer: an element-wise ``torch.optim`` class, or a :class:`functools.partial` of one with JSON-able
+            keywords; None adds.
+        max_staleness: a worker known to be more updates of others behind the server than this waits for a pull; None
+            never waits.
+        warmup_steps: for which rank 0 trains alone before the others begin, from the server's parameters. It ends early
+            where rank 0 would wait for the others: at a validation, a checkpoint, or the end of training.
+        evaluate: ``"consensus"`` or ``"replica"``; what validation and test run on, and what remains after ``fit``.
+        timeout: how long a rank waits for a rank or a shard that gives no sign of life.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
+            start_method: as for Lightning's ``DDPStrategy``.
+
+    Raises:
+        ValueError: for an argument that is not allowed.
+        ShardLost: (a ``RuntimeError``) in ``fit``, naming a shard that is gone; all ranks end with that cause.
+
+    Example::
+
+        Trainer(accelerator="cpu", devices=4, strategy=DownpourStrategy(n_push=5, n_pull=5, shards=2))
+    """
+
+    def __init__(
+        self,
+        n_push: int = 5,
+        n_pull: int = 5,
+        shards: int = 1,
+        shard_addresses: Sequence[str] | None = None,
+        server_optimizer: Any = None,
+        max_staleness: int | None = None,
+        warmup_steps: int = 0,
+        evaluate: Evaluate = "consensus",
+        timeout: timedelta = TIMEOUT,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        start_method: StartMethod = "popen",
+    ) -> None:
+        self.n_push = check_integer("n_push", n_push, low=1)
+        self.n_pull = check_integer("n_pull", n_pull, low=1)
+        self.shards = check_integer("shards", shards, low=1)
+        self.shard_addresses: tuple[str, ...] | None = None
+        if shard_addresses is not None:
+            self.shard_addresses = check_addresses("shard_addresses", shard_addresses)
+            if shards not in (1, len(self.shard_addresses)):
+                raise ValueError(
+                    f"`shards` must be {len(self.shard_addresses)}, the number of `shard_addresses`, or be left out;"
+                    f" got {shards!r}"
+                )
+            self.shards = len(self.shard_addresses)
+        self.server_optimizer = server_optimizer
+        self._optimizer = None if server_optimizer is None else ServerOptimizer.of(server_optimizer)
+        self.max_staleness = None if max_staleness is None else check_integer("max_staleness", max_staleness, low=0)
+        self.warmup_steps = check_integer("warmup_steps", warmup_steps, low=0)
+        self._client: DownpourClient | None = None
+        self._processes: list[ShardProcess] = []  # the shards that this rank started
+        self._training = False  # on the server: from `on_train_start` on
+        self._loaded: dict[str, Any] = {}  # state with which that training begins
+        self._last_step = 0  # before it begins, and after it
+        self._finished: dict[str, Tensor] = {}  # this replica, when all that it made was on the server
+        self._final: dict[str, Tensor] | None = None  # the server's parameters at the end of `fit`, on rank 0
+        super().__init__(
+            evaluate=evaluate,
+            timeout=timeout,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            start_method=start_method,
+        )
+
+    @property
+    @override
+    def step(self) -> int:
+        return self._client.step if self._client is not None and self._training else self._last_step
+
+    @property
+    def downpour_stats(self) -> DownpourStats | None:
+        """Counts and times of this worker's pushes and pulls; None outside ``fit``."""
+        return None if self._client is None else self._client.stats
+
+    @property
+    @override
+    def hyperparameters(self) -> dict[str, Any]:
+        optimizer = self._optimizer
+        return {
+            "n_push": self.n_push,
+            "n_pull": self.n_pull,
+            "shards": self.shards,
+            "shard_addresses": None if self.shard_addresses is None else list(self.shard_addresses),
+            "server_optimizer": None if optimizer is None else {"class": optimizer.path, **optimizer.keywords},
+            "max_staleness": self.max_staleness,
+            "warmup_steps": self.warmup_steps,
+            **super().hyperparameters,
+        }
+
+    # -- start ----------------------------------------------------------------------------------------------------
+
+    @override
+    def start_training(self, trainer: pl.Trainer, control: Control, store: Store) -> None:
+        self._last_step, self._loaded, self._final = 0, {}, None
+        self._client = DownpourClient(
+            self.shard_addresses or self._start_shards(),
+            control,
+            n_push=self.n_push,
+            n_pull=self.n_pull,
+            max_staleness=self.max_staleness,
+            warmup_steps=self.warmup_steps,
+            server_optimizer=self.server_optimizer,
+        )
+        lightning_compat.before_training_ends(trainer, self._finish)
+
+    def _start_shards(self) -> list[str]:
+        """Start this node's shards, and return the addresses of all, in their order; a collective."""
+        own = range(self.node_rank, self.shards, self.num_nodes) if self.local_rank == 0 else range(0)
+        host = self._host() if own else ""
+        self._processes = [ShardProcess(host, timeout=self._timeout or TIMEOUT) for _ in own]
+        started = {shard: process.address for shard, process in zip(own, self._processes, strict=True)}
+        addresses = {shard: address for some in self.gather(started) for shard, address in some.items()}
+        return [addresses[shard] for shard in range(self.shards)]
+
+    def _host(self) -> str:
+        """Return a name or address under which all ranks reach this node."""
+        if self.num_nodes == 1 or self.cluster_environment is None:
+            return "127.0.0.1"
+        main = self.cluster_environment.main_address
+        if self.node_rank == 0:
+            return main
+        family, kind, protocol, _, address = socket.getaddrinfo(main, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # sends nothing: it only finds the interface that leads there
+            return str(probe.getsockname()[0])
+
+    @override
+    def on_train_start(self) -> None:
+        """Begin on the server, last of all: from now on a rank may wait for rank 0's warm-up."""
+        super().on_train_start()
+        loaded, self._loaded = self._loaded, {}
+        if loaded:
+            self._running.load_state_dict(loaded["worker"])
+        self._running.start(self._parameters(), loaded.get("server"))
+        self._training = True
+
+    @property
+    def _running(self) -> DownpourClient:
+        if self._client is None:
+            raise RuntimeError(f"{type(self).__name__} is not in `fit`")
+        return self._client
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return dict(self._module.named_parameters())
+
+    @override
+    def make_consensus(self, module: pl.LightningModule) -> ServerConsensus:
+        return ServerConsensus(
+            module, self.global_rank, self.world_size, lambda: self._client if self._training else None, self._meet
+        )
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    @override
+    def begin_step(self) -> None:
+        """Nothing is sent before an update."""
+
+    @override
+    def end_step(self) -> None:
+        self._running.end_step(self._parameters())
+
+    @override
+    def before_meeting(self) -> None:
+        if self._client is not None and self._training:
+            self._client.end_warmup(self._parameters())
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    @override
+    def training_state(self) -> dict[str, Any]:
+        """Return the worker's state, and on rank 0 the server's: all pushes are on it, for the consensus was built."""
+        if not self._training:
+            return self._loaded
+        state: dict[str, Any] = {"worker": self._running.state_dict()}
+        if self.global_rank == 0:
+            state["server"] = self._running.server_state()
+        return state
+
+    @override
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Continue from ``state`` at the next :meth:`on_train_start`."""
+        self._loaded = dict(state)
+        self._last_step = state["worker"]["step"] if state else 0
+        self._training = False
+
+    # -- endings --------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Push what is left, before callbacks replace this replica at the end of training."""
+        self._running.finish(self._parameters())
+        self._finished = {name: p.detach().clone() for name, p in self._parameters().items()}
+
+    @override
+    def settle(self) -> None:
+        """Keep the server's final parameters for :meth:`adopt_consensus` where the replica remains.
+
+        What a callback has put in place of the replicas, such as averages of its own, is not on the server: the
+        consensus model is then the mean of that.
+        """
+        finished, self._finished = self._finished, {}
+        replaced = any(not torch.equal(p, finished[name]) for name, p in self._parameters().items())
+        if any(self.gather(replaced)):
+            self._last_step, self._training = self.step, False
+        elif self.evaluate == "replica":
+            self._final = {}
+            if self.global_rank == 0:
+                self._final = finished
+                self._running.pull_now(finished)
+
+    @override
+    def adopt_consensus(self) -> None:
+        """Make every rank's module the server's final parameters; call it on all ranks, after ``fit``.
+
+        Floating-point buffers are the workers' mean. The shards have ended by then: rank 0 has kept the parameters.
+
+        Raises:
+            RuntimeError: where the other ranks are out of reach, see :meth:`ReplicaStrategy.adopt_consensus`.
+        """
+        super().adopt_consensus()
+        if self._final is None:
+            return
+        module = self._module
+        device = module.device
+        module.to(self.root_device)
+        for name, value in self._final.items():
+            module.get_parameter(name).data.copy_(value)
+        self._meet("adopt_consensus")
+        take_rank_zeros(module, self.world_size)
+        module.to(device)
+
+    @override
+    def end_training(self) -> None:
+        self._last_step, self._training = self.step, False
+        client, self._client = self._client, None
+        goodbye = client is not None and client.running and not self._failed
+        if client is not None:
+            client.close()
+        while self._processes:
+            self._processes.pop().close(grace=10.0 if goodbye else 0.0)
+
+    @override
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_client": None, "_processes": [], "_final": None}

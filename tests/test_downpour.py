@@ -1,0 +1,380 @@
+"""Downpour SGD in real `Trainer.fit` runs with real shards: nothing is lost or doubled, and nothing is left behind."""
+
+from __future__ import annotations
+
+import signal
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from forked import Linear, Recorder, fit, regression
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from shards import until
+from test_launch import endings, finish, results, start
+from test_strategies import Gan
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_gossip import DownpourStrategy, GossipMonitor
+from lightning_gossip import checkpoint as files
+from lightning_gossip.parameter_server import ShardProcess
+
+LR = 0.01
+State = dict[str, Tensor]
+
+
+def downpour(**kwargs: Any) -> DownpourStrategy:
+    return DownpourStrategy(start_method="fork", timeout=timedelta(seconds=20), **kwargs)
+
+
+class Constant(Linear):
+    """The gradient is the same wherever the parameters are, so that what the server must hold can be added up."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.layer(batch[0]).sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=LR)
+
+
+def initial(module: type[pl.LightningModule] = Constant) -> pl.LightningModule:
+    pl.seed_everything(3, verbose=False)
+    return module()
+
+
+def after(epochs: float, rows: Tensor | None = None) -> State:
+    """What `Constant` becomes when every row was seen by somebody, once an epoch."""
+    x = regression().tensors[0] if rows is None else rows
+    state = initial().state_dict()
+    state["layer.weight"] -= epochs * LR * x.sum(0, keepdim=True)
+    state["layer.bias"] -= epochs * LR * len(x)
+    return state
+
+
+def assert_equal(state: State, expected: State, atol: float = 1e-12) -> None:
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name], value, rtol=0, atol=atol)
+
+
+# -- the rule ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_worker_of_a_server_started_by_hand_that_pushes_and_pulls_at_every_step_is_plain_sgd(
+    tmp_path: Path,
+) -> None:
+    class Plain(Linear):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=LR)
+
+    data: dict[str, Any] = {"devices": 1, "max_epochs": 4, "use_distributed_sampler": False}
+    with ShardProcess() as shard:
+        strategy = downpour(n_push=1, n_pull=1, shard_addresses=[shard.address])
+        [alone] = fit(tmp_path, initial(Plain), strategy, **data)
+        shard.close(grace=5)
+        assert shard._process.returncode == 0, "it ended by itself"
+    [expected] = fit(tmp_path, initial(Plain), "auto", **data)
+    assert_equal(alone["state"], expected["state"])
+    assert alone["step"] == 48
+
+
+@pytest.mark.parametrize(
+    ("arguments", "accumulate"),
+    [
+        ({"n_push": 2, "n_pull": 3, "shards": 2, "max_staleness": 1}, 1),
+        ({"n_push": 1, "n_pull": 1, "warmup_steps": 5}, 1),
+        ({"n_push": 2, "n_pull": 2, "warmup_steps": 2}, 2),
+    ],
+)
+def test_after_fit_all_hold_all_that_all_have_made(tmp_path: Path, arguments: Any, accumulate: int) -> None:
+    strategy = downpour(**arguments)
+    ranks = fit(tmp_path, initial(), strategy, devices=3, max_epochs=3, accumulate_grad_batches=accumulate)
+    for rank in ranks:
+        assert_equal(rank["state"], after(3 / accumulate))
+        assert all(torch.equal(value, ranks[0]["state"][name]) for name, value in rank["state"].items())
+        assert rank["step"] == 3 * 4 // accumulate
+
+
+class Ends(Recorder):
+    """Keeps when each step ended."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        time.sleep(0.02)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.setdefault("ends", []).append(time.monotonic())
+
+
+def test_the_others_begin_when_the_warm_up_is_over(tmp_path: Path) -> None:
+    strategy = downpour(n_push=1, n_pull=1, warmup_steps=5)
+    first, *others = fit(tmp_path, initial(), strategy, devices=3, max_epochs=3, recorder=Ends(tmp_path))
+    for other in others:
+        assert first["ends"][3] < other["ends"][0]
+    assert min(other["ends"][0] for other in others) < first["ends"][-1]
+
+
+def test_a_gan_under_manual_optimization(tmp_path: Path) -> None:
+    ranks = fit(tmp_path, initial(Gan), "downpour_notebook", max_epochs=2)
+    assert [rank["step"] for rank in ranks] == [12, 12]
+    before = initial(Gan).state_dict()
+    for name in ("generator.weight", "discriminator.weight"):
+        assert torch.equal(ranks[0]["state"][name], ranks[1]["state"][name])
+        assert 0.001 < (ranks[0]["state"][name] - before[name]).abs().max() < 1
+
+
+def test_a_registered_name_that_forks_fits_and_tests(tmp_path: Path) -> None:
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="downpour_fork",
+        max_epochs=40,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = initial(Linear)
+    trainer.fit(module, DataLoader(regression(), 4))
+    [tested] = trainer.test(module, DataLoader(regression(), 4), verbose=False)
+    assert tested["test_loss"] < 2, "of 14 at the start"
+
+
+def test_a_registered_name_that_starts_processes_anew(tmp_path: Path) -> None:
+    process = start(tmp_path, "--strategy", "downpour", "--devices", 2, "--epochs", 6)
+    printed = finish(process, tmp_path, seconds=35)
+    assert process.returncode == 0, printed
+    first, second = results(tmp_path, 2)
+    assert first["state"] == second["state"]
+    assert first["accuracy"] == second["accuracy"] > 0.8
+
+
+# -- what is evaluated and what remains -------------------------------------------------------------------------------
+
+
+class Validated(Recorder):
+    """Keeps what was validated, and the model before and after `adopt_consensus`."""
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.seen.setdefault("validated", []).append(copy_of(pl_module))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.seen.setdefault("trained", []).append(copy_of(pl_module))
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self.seen["kept"] = copy_of(pl_module)
+        self.seen["distance"] = trainer.strategy.consensus_distance
+        trainer.strategy.adopt_consensus()
+        super().on_fit_end(trainer, pl_module)
+
+
+def copy_of(module: pl.LightningModule) -> State:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def norm(state: State, minus: State) -> Tensor:
+    return torch.cat([(value - minus[name]).flatten() for name, value in state.items()]).norm()
+
+
+@pytest.mark.parametrize("evaluate", ["consensus", "replica"])
+def test_validation_runs_on_the_servers_parameters_or_the_replica(tmp_path: Path, evaluate: str) -> None:
+    """Nobody pushes before the end: the server holds the initial model until then."""
+    strategy = downpour(n_push=100, n_pull=100, evaluate=evaluate)
+    ranks = fit(
+        tmp_path,
+        initial(),
+        strategy,
+        max_epochs=2,
+        val=DataLoader(regression(), 48),
+        recorder=Validated(tmp_path),
+        num_sanity_val_steps=0,
+    )
+    for rank in ranks:
+        in_validation = rank["validated"][-1]
+        expected = after(0) if evaluate == "consensus" else rank["trained"][-1]
+        assert all(torch.equal(value, expected[name]) for name, value in in_validation.items())
+        assert_equal(rank["state"], after(2))
+        assert_equal(rank["kept"], after(2) if evaluate == "consensus" else rank["trained"][-1])
+    assert not torch.equal(ranks[0]["trained"][-1]["layer.weight"], ranks[1]["trained"][-1]["layer.weight"])
+    if evaluate == "consensus":
+        zero = {name: torch.zeros_like(value) for name, value in after(2).items()}
+        squares = sum(norm(rank["trained"][-1], after(2)) ** 2 for rank in ranks)
+        expected_distance = (squares / 2) ** 0.5 / norm(after(2), zero)
+        assert ranks[0]["distance"] == pytest.approx(float(expected_distance), rel=1e-9)
+
+
+def test_an_average_that_a_callback_leaves_is_averaged_over_ranks_and_not_pushed(tmp_path: Path) -> None:
+    average = EMAWeightAveraging(decay=0.5)
+    ranks = fit(tmp_path, initial(), downpour(n_push=1, n_pull=1), max_epochs=2, callbacks=[average])
+    assert all(torch.equal(value, ranks[0]["state"][name]) for name, value in ranks[1]["state"].items())
+    behind = ranks[0]["state"]["layer.bias"] - after(2)["layer.bias"]
+    assert 0 < behind < after(0)["layer.bias"] - after(2)["layer.bias"]
+
+
+def test_the_monitor_logs_what_downpour_does_and_a_long_warm_up_ends_at_a_validation(tmp_path: Path) -> None:
+    ranks = fit(
+        tmp_path,
+        initial(),
+        downpour(n_push=1, n_pull=1, warmup_steps=1000),
+        max_epochs=3,
+        val=DataLoader(regression(), 24),
+        callbacks=[GossipMonitor(every_n_steps=3)],
+        logger=CSVLogger(tmp_path, name="run"),
+    )
+    [path] = tmp_path.rglob("metrics.csv")
+    tags = set(path.read_text().splitlines()[0].split(","))
+    counts = ("staleness", "pushes", "pulls", "bytes_sent", "wait_seconds")
+    assert {"gossip/consensus_distance", *(f"downpour/{name}" for name in counts)} <= tags
+    assert_equal(ranks[1]["state"], after(3))
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+class Starts(Recorder):
+    """Keeps the replica, the clock and the server's state at the first batch."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if "start" not in self.seen:
+            self.seen["start"] = copy_of(pl_module)
+            self.seen["start_step"] = trainer.strategy.step
+            if trainer.world_size == 1:
+                self.seen["server"] = trainer.strategy._client.server_state()
+
+
+def train(
+    folder: Path, epochs: int, path: Any = None, devices: int = 2, **arguments: Any
+) -> tuple[list[dict[str, Any]], Path]:
+    folder.mkdir(exist_ok=True)
+    saves = ModelCheckpoint(dirpath=folder / "saved", save_last=True)
+    ranks = fit(
+        folder,
+        initial(),
+        downpour(**arguments),
+        devices=devices,
+        max_epochs=epochs,
+        callbacks=[saves],
+        recorder=Starts(folder),
+        ckpt_path=path,
+        enable_checkpointing=True,
+    )
+    return ranks, folder / "saved" / "last.ckpt"
+
+
+def replica_of(path: Path, rank: int) -> dict[str, Any]:
+    save_id = torch.load(path, weights_only=True)[files.KEY]["save_id"]
+    return files.load_replica(files.AtomicCheckpointIO(), path, save_id, rank, True)
+
+
+def test_a_resumed_run_loses_nothing_and_on_another_world_size_begins_from_the_server(tmp_path: Path) -> None:
+    _, path = train(tmp_path / "first", 2, n_push=5, n_pull=3)
+    server = replica_of(path, 0)[files.KEY]["state"]["server"]
+    assert "server" not in replica_of(path, 1)[files.KEY]["state"]
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert torch.equal(server["parameters"][0], torch.cat([saved["layer.weight"].flatten(), saved["layer.bias"]]))
+    replicas = [replica_of(path, rank)["state_dict"] for rank in range(2)]
+    assert not torch.equal(replicas[0]["layer.weight"], replicas[1]["layer.weight"])
+
+    ranks, _ = train(tmp_path / "same", 4, path, n_push=5, n_pull=3, shards=2)
+    for number, rank in enumerate(ranks):
+        assert all(torch.equal(rank["start"][name], value) for name, value in replicas[number].items())
+        assert (rank["start_step"], rank["step"]) == (12, 24)
+        assert_equal(rank["state"], after(4))
+
+    ranks, _ = train(tmp_path / "other", 3, path, devices=3)
+    for rank in ranks:
+        assert all(torch.equal(rank["start"][name], value) for name, value in saved.items())
+        assert all(torch.equal(value, ranks[0]["state"][name]) for name, value in rank["state"].items())
+
+
+def test_the_servers_optimizer_goes_on(tmp_path: Path) -> None:
+    arguments = {"devices": 1, "n_push": 1, "n_pull": 1, "server_optimizer": partial(torch.optim.Adagrad, lr=0.05)}
+    _, path = train(tmp_path, 1, **arguments)
+    saved = replica_of(path, 0)[files.KEY]["state"]["server"]
+    [[rank], _] = train(tmp_path, 2, path, **arguments)
+    [before], [now] = saved["optimizer"], rank["server"]["optimizer"]
+    assert before["sum"].abs().max() > 0
+    assert all(torch.equal(before[name], now[name]) for name in before)
+    assert torch.equal(saved["parameters"][0], rank["server"]["parameters"][0])
+
+
+# -- endings ----------------------------------------------------------------------------------------------------------
+
+
+class Raising(Callback):
+    """Raises on one rank, in the middle; rank 0 writes which its shards are."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.is_global_zero:
+            (self.folder / "pids").write_text(" ".join(str(process.pid) for process in trainer.strategy._processes))
+        if trainer.current_epoch == 2 and trainer.global_rank == 1:
+            raise ValueError("boom")
+
+
+def test_an_exception_on_one_worker_leaves_no_server(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="boom"):
+        fit(tmp_path, initial(), downpour(shards=2), devices=3, max_epochs=500, callbacks=[Raising(tmp_path)])
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(pids) == 2
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 5)
+
+
+def test_a_killed_shard_ends_all_with_its_name_and_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
+    process = start(tmp_path, "--strategy", "downpour", "--fault", "shard:0:20", "--devices", 2, "--epochs", 500)
+    finish(process, tmp_path, seconds=35)
+    assert process.returncode == 1
+    assert list(tmp_path.rglob("*.ckpt"))
+    ended = endings(tmp_path)
+    assert set(ended) == {0, 1}
+    for ending in ended.values():
+        assert ending["type"] in ("ShardLost", "RunStopped")
+        assert "parameter server shard 0 (127.0.0.1:" in ending["text"]
+
+
+def test_shards_end_with_a_run_whose_launching_process_is_killed(tmp_path: Path) -> None:
+    process = start(tmp_path, "--strategy", "downpour", "--fault", "SIGKILL:0:10", "--devices", 2)
+    finish(process, tmp_path, seconds=35)  # nothing is left within 5 seconds
+    assert process.returncode == -signal.SIGKILL
+    assert set(endings(tmp_path)) == {1}
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_push": 0}, "`n_push` must be an integer of at least 1, got 0"),
+        ({"n_pull": 1.5}, "`n_pull` must be an integer of at least 1, got 1.5"),
+        ({"shards": 0}, "`shards` must be an integer of at least 1, got 0"),
+        ({"shard_addresses": ["here"]}, "`shard_addresses` must be a list of distinct strings 'host:port'"),
+        ({"shard_addresses": ["a:1", "b:2"], "shards": 3}, "`shards` must be 2, the number of `shard_addresses`"),
+        ({"server_optimizer": torch.optim.LBFGS}, "`server_optimizer` must be one of"),
+        ({"server_optimizer": partial(torch.optim.SGD, learning=1)}, "`server_optimizer` must take its keywords"),
+        ({"max_staleness": -1}, "`max_staleness` must be an integer of at least 0, got -1"),
+        ({"warmup_steps": True}, "`warmup_steps` must be an integer of at least 0, got True"),
+        ({"evaluate": "mean"}, "`evaluate` must be one of 'consensus', 'replica'; got 'mean'"),
+        ({"timeout": 5}, "`timeout` must be a positive datetime.timedelta, got 5"),
+    ],
+)
+def test_arguments_are_checked_at_construction(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 - the message is compared below
+        DownpourStrategy(**arguments)
+    assert message in str(raised.value)
+
+
+def test_arguments_in_a_runs_metadata() -> None:
+    strategy = DownpourStrategy(
+        shard_addresses=["a:1", "b:2"], server_optimizer=partial(torch.optim.Adagrad, lr=0.1), max_staleness=3
+    )
+    assert strategy.hyperparameters.items() >= {"n_push": 5, "n_pull": 5, "shards": 2, "max_staleness": 3}.items()
+    assert strategy.hyperparameters["shard_addresses"] == ["a:1", "b:2"]
+    assert strategy.hyperparameters["server_optimizer"] == {"class": "torch.optim.Adagrad", "lr": 0.1}
