@@ -147,7 +147,7 @@ def test_a_registered_name_that_forks_fits_and_tests(tmp_path: Path) -> None:
 
 def test_a_registered_name_that_starts_processes_anew(tmp_path: Path) -> None:
     process = start(tmp_path, "--strategy", "downpour", "--devices", 2, "--epochs", 6)
-    printed = finish(process, tmp_path, seconds=35)
+    printed = finish(process, tmp_path)
     assert process.returncode == 0, printed
     first, second = results(tmp_path, 2)
     assert first["state"] == second["state"]
@@ -329,7 +329,7 @@ def test_an_exception_on_one_worker_leaves_no_server(tmp_path: Path) -> None:
 
 def test_a_killed_shard_ends_all_with_its_name_and_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
     process = start(tmp_path, "--strategy", "downpour", "--fault", "shard:0:20", "--devices", 2, "--epochs", 500)
-    finish(process, tmp_path, seconds=35)
+    finish(process, tmp_path)
     assert process.returncode == 1
     assert list(tmp_path.rglob("*.ckpt"))
     ended = endings(tmp_path)
@@ -341,7 +341,7 @@ def test_a_killed_shard_ends_all_with_its_name_and_leaves_the_last_checkpoint_wh
 
 def test_shards_end_with_a_run_whose_launching_process_is_killed(tmp_path: Path) -> None:
     process = start(tmp_path, "--strategy", "downpour", "--fault", "SIGKILL:0:10", "--devices", 2)
-    finish(process, tmp_path, seconds=35)  # nothing is left within 5 seconds
+    finish(process, tmp_path)  # nothing is left within 5 seconds
     assert process.returncode == -signal.SIGKILL
     assert set(endings(tmp_path)) == {1}
 
