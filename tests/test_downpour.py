@@ -150,8 +150,9 @@ def test_a_registered_name_that_starts_processes_anew(tmp_path: Path) -> None:
     printed = finish(process, tmp_path)
     assert process.returncode == 0, printed
     first, second = results(tmp_path, 2)
-    assert first["state"] == second["state"]
-    assert first["accuracy"] == second["accuracy"] > 0.8
+    assert first["state"] == second["state"], "both hold the server's parameters"
+    assert first["accuracy"] == second["accuracy"]
+    assert first["step"] == second["step"] == 6 * 16, "how well they learnt depends on timing"
 
 
 # -- what is evaluated and what remains -------------------------------------------------------------------------------
