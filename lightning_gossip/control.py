@@ -12,7 +12,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -207,7 +208,7 @@ class Control:
         if self.world_size == 1:
             return Meeting(self._clock(), skipped=False, ending=ending, number=self._meetings)
         key = f"meet/{self._meetings}"
-        try:
+        with self._reaching_store():
             first = self._store.compare_set(f"{key}/reason", "", f"{self.rank}|{reason}").decode()
             first_rank, _, first_reason = first.partition("|")
             if first_reason != reason:
@@ -226,18 +227,9 @@ class Control:
             self._await_others(f"{key}/go", reason)
             clock, skipped, some_ending = map(int, self._store.get(f"{key}/go").decode().split(":"))
             if self.rank == 0:
-                for field in (
-                    "reason",
-                    "count",
-                    "go",
-                    "skipped",
-                    "ending",
-                ):  # everybody has left the meeting before this one
+                # everybody has left the meeting before this one
+                for field in ("reason", "count", "go", "skipped", "ending"):
                     self._store.delete_key(f"meet/{self._meetings - 1}/{field}")
-        except DistNetworkError:
-            self._lose_store()
-            self.check()
-            raise
         return Meeting(clock, bool(skipped), bool(some_ending), self._meetings)
 
     @property
@@ -251,17 +243,28 @@ class Control:
         Raises:
             RunStopped: as :meth:`check`.
         """
-        try:
+        with self._reaching_store():
             meeting, clock = self._whereabouts(rank)
+        return meeting > self._meetings and clock < step
+
+    def note_skip(self) -> None:
+        """Record for the next meeting that this rank skipped a partner.
+
+        Raises:
+            RunStopped: as :meth:`check`.
+        """
+        with self._reaching_store():
+            self._store.set(f"meet/{self._meetings + 1}/skipped", "1")
+
+    @contextmanager
+    def _reaching_store(self) -> Iterator[None]:
+        """Tell a store that is gone as the end of the run that it is."""
+        try:
+            yield
         except DistNetworkError:
             self._lose_store()
             self.check()
             raise
-        return meeting > self._meetings and clock < step
-
-    def note_skip(self) -> None:
-        """Record for the next meeting that this rank skipped a partner."""
-        self._store.set(f"meet/{self._meetings + 1}/skipped", "1")
 
     def _whereabouts(self, rank: int) -> tuple[int, int]:
         """Return the number of the last meeting at which ``rank`` arrived, and its clock then."""

@@ -101,6 +101,7 @@ def before_iterating(trainer: pl.Trainer, function: Callable[[], None]) -> None:
 def after_each_epoch(trainer: pl.Trainer, function: Callable[[], None]) -> None:
     """Call ``function`` after the last batch of every training epoch, and the validation that may follow it."""
     loop = trainer.fit_loop.epoch_loop
+    vars(loop).pop("run", None)  # the learning-rate finder begins a training twice in one set-up
     run_epoch = loop.run
 
     def run(*args: Any, **kwargs: Any) -> None:

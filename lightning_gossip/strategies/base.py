@@ -26,7 +26,7 @@ from lightning_gossip import checkpoint as files
 from lightning_gossip import lightning_compat
 from lightning_gossip.arguments import check_choice, check_timeout
 from lightning_gossip.consensus import Consensus, average_state
-from lightning_gossip.control import Control, Meeting
+from lightning_gossip.control import Control
 from lightning_gossip.models import check_models_agree, take_rank_zeros
 from lightning_gossip.strategies.meeting import TIMEOUT, MeetingStrategy, StartMethod
 
@@ -424,10 +424,6 @@ class ReplicaStrategy(MeetingStrategy):
     @override
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"_consensus": None}
-
-    @override
-    def on_meeting(self, meeting: Meeting) -> None:
-        """Set clocks to the largest; a subclass may have to begin anew with partners that were skipped."""
 
 
 def _not_available() -> bool:
