@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 from lightning_gossip.event_files import Run
 
 # Okabe and Ito's palette, told apart with every common colour blindness; its yellow is too pale for a line
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 _MARKERS_A_LINE = 10
 _WIDTH, _HEIGHT, _LEGEND_LINE = 5.0, 3.3, 0.16  # inches
-_DPI = 300
-_STYLE: dict[Any, Any] = {
+DPI = 300
+STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "xtick.labelsize": 8.0,
     "ytick.labelsize": 8.0,
@@ -132,7 +132,7 @@ def draw(plot: Plot, runs: Mapping[str, Run], out: Path, *, against: str = "step
     last = max((float(np.nanmax(curve["seconds"])) for curve in plot.curves.values()), default=0.0)
     unit, unit_name = next((seconds, name) for least, seconds, name in _TIME_UNITS if last >= least)
     scale = 1.0 if against == "step" else unit
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, _HEIGHT + _LEGEND_LINE * lines), layout="constrained")
         axes = figure.add_subplot(ylabel=plot.label)
         axes.set_xlabel("Updates of each replica" if against == "step" else f"Wall time ({unit_name})")
@@ -140,7 +140,7 @@ def draw(plot: Plot, runs: Mapping[str, Run], out: Path, *, against: str = "step
             axes.set_yscale("log")
         for index, label in enumerate(runs):
             style: dict[str, Any] = {
-                "color": _COLOURS[index % len(_COLOURS)],
+                "color": COLOURS[index % len(COLOURS)],
                 "marker": _MARKERS[index % len(_MARKERS)],
             }
             if label in plot.curves:
@@ -164,7 +164,7 @@ def draw(plot: Plot, runs: Mapping[str, Run], out: Path, *, against: str = "step
             title=plot.note + ("mean over ranks (line), min–max (band)" if spread else ""),
         )
         file = out / f"{plot.name}_vs_{'updates' if against == 'step' else 'time'}.png"
-        figure.savefig(file, dpi=_DPI)
+        figure.savefig(file, dpi=DPI)
     return file
 
 
