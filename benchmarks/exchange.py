@@ -1,0 +1,241 @@
+"""What an exchange costs a step, beside Lightning's DDP and decent-dp: ranks on one host.
+
+    python benchmarks/exchange.py                                     # all models at 2, 4 and 8 ranks
+    python benchmarks/exchange.py --models mlp --ranks 4 --rounds 30  # one cell
+    python benchmarks/exchange.py --plot                              # the picture, from the rows that are there
+
+Every set-up trains the same model in blocks of steps that take turns (`side_by_side.py`). Each block is a row in
+``results/exchange.csv``; a round of blocks that is there already is not run again, so a run can be ended and continued.
+The table has the step time as a ratio to the same loop without communication, its quartiles over the rounds, bytes a
+step and rank, peak memory beyond that run in copies of the parameters, and where the training thread's time goes.
+decent-dp (``pip install decent-dp==0.2.3``) swallows the optimizer and so can not run under Lightning: it is compared
+with a plain loop, as is torch's own DDP there. Without it that set-up is left out, and the program says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from inside import InterfaceMeter, MemoryMeter, PartsMeter
+from lightning.pytorch.strategies import DDPStrategy
+from local_ranks import start_ranks
+from models import TASKS
+from numpy.typing import NDArray
+from plain_loop import DecentSetup, PlainDDPSetup, PlainSetup
+from rich.console import Console
+from rich.table import Table
+from side_by_side import LightningSetup, Plan, Setup, Values, ratios, run_rank
+
+from lightning_gossip import ElasticGossipStrategy
+
+RESULTS = Path(__file__).parent / "results" / "exchange.csv"
+TIMEOUT = timedelta(minutes=1)
+KEY = ("model", "ranks", "setup", "round")
+MEASURED = (
+    "step_ms", "step_max_ms", "cpu_ms", "helper_cpu_ms",
+    "payload_mb", "network_mb", "peak_mb", "parameters_mb",
+    "snapshot_ms", "post_ms", "wait_ms", "mix_ms", "python_ms", "idle_us",
+)  # fmt: skip
+PARTS = ("snapshot_ms", "post_ms", "wait_ms", "mix_ms", "python_ms")
+
+Row = dict[str, Any]
+
+
+class Nobody:
+    """Peers that never choose: replicas that never talk."""
+
+    def choices(self, step: int, world_size: int) -> NDArray[np.int64]:
+        return np.full(world_size, -1)
+
+
+def gossip(name: str, **arguments: Any) -> LightningSetup:
+    """Return a set-up with elastic gossip."""
+    return LightningSetup(
+        name, lambda seed: ElasticGossipStrategy(seed=seed, evaluate="replica", timeout=TIMEOUT, **arguments)
+    )
+
+
+def make_setups() -> dict[str, Setup]:
+    """Return all set-ups by name; the first of the two without communication is what the others are compared with."""
+    setups: list[Setup] = [
+        gossip("none", peers=Nobody()),
+        gossip("none again", peers=Nobody()),
+        gossip("matching"),
+        gossip("matching, p 1/8", probability=1 / 8),
+        gossip("uniform", peers="uniform"),
+        gossip("uniform, p 1/8", peers="uniform", probability=1 / 8),
+        gossip("matching, period 8", period=8),
+        gossip("matching, period 8, delay 7", period=8, delay=7),
+        gossip("matching, bfloat16", wire_dtype=torch.bfloat16),
+        LightningSetup("ddp", lambda seed: DDPStrategy(process_group_backend="gloo", timeout=TIMEOUT)),
+        PlainSetup("plain none"),
+        PlainDDPSetup("plain ddp", "plain none"),
+    ]
+    if importlib.util.find_spec("decent_dp"):
+        setups.append(DecentSetup("decent-dp", "plain none"))
+    else:
+        print("decent-dp is not installed (pip install decent-dp==0.2.3): left out", file=sys.stderr)
+    return {setup.name: setup for setup in setups}
+
+
+def measure(model: str, ranks: int, setups: dict[str, Setup], rounds: Iterable[int], args: argparse.Namespace) -> None:
+    """Run the rounds and append a row a block to ``args.out``."""
+    task = TASKS[model]
+    parameters = sum(p.numel() * p.element_size() for p in task.model().parameters()) / 1e6
+
+    def report(setup: str, round_: int, values: Values) -> None:
+        row = {"model": model, "ranks": ranks, "setup": setup, "round": round_, "parameters_mb": parameters} | values
+        append(args.out, row)
+        print(f"{model}, {ranks} ranks, round {round_}: {setup} {values['step_ms']:.1f} ms", flush=True)
+
+    def rank() -> None:
+        meters = [PartsMeter(), MemoryMeter(), InterfaceMeter(ranks)]
+        plan = Plan(steps=args.steps, timeout=TIMEOUT)
+        run_rank(list(setups.values()), task.model(), task.batch(), rounds, report, plan, meters, args.seconds)
+
+    start_ranks(ranks, rank, seconds=2 * args.seconds + 600)
+
+
+def append(file: Path, row: Row) -> None:
+    """Append a row, after a header where the file is new."""
+    new = not file.exists()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", newline="") as out:
+        writer = csv.DictWriter(out, [*KEY, *MEASURED], lineterminator="\n")
+        if new:
+            out.write(f"# {machine()}\n")
+            writer.writeheader()
+        writer.writerow({name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()})
+
+
+def read(file: Path) -> list[Row]:
+    """Return the rows of a file, the last where a block was measured twice; none where there is no file."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as lines:
+        rows = csv.DictReader(line for line in lines if not line.startswith("#"))
+        typed = [
+            {name: value if name in ("model", "setup") else float(value or "nan") for name, value in row.items()}
+            for row in rows
+        ]
+    return list({tuple(row[name] for name in KEY): row for row in typed}.values())
+
+
+def machine() -> str:
+    """Return the machine in words."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{os.cpu_count()} cores ({cpu}), {memory:.0f} GiB of memory; torch {torch.__version__}, gloo, 1 thread a rank"
+    )
+
+
+def rounds_missing(rows: list[Row], model: str, ranks: int, setups: Iterable[str], rounds: int) -> list[int]:
+    """Return the rounds of which some block is not there."""
+    there = {(row["setup"], row["round"]) for row in rows if row["model"] == model and row["ranks"] == ranks}
+    return [round_ for round_ in range(rounds) if any((setup, round_) not in there for setup in setups)]
+
+
+def print_table(rows: list[Row], model: str, ranks: int, setups: dict[str, Setup]) -> None:
+    """Print what is there of one model and number of ranks."""
+    cell = [row for row in rows if row["model"] == model and row["ranks"] == ranks]
+    by_setup = {name: {row["round"]: row for row in cell if row["setup"] == name} for name in setups}
+    table = Table(title=f"{model}, {ranks} ranks; times in ms a step, medians over rounds")
+    for column in (
+        "set-up",
+        "rounds",
+        "step",
+        "ratio",
+        "quartiles",
+        "CPU",
+        "of helpers",
+        "MB sent",
+        "copies",
+        *PARTS,
+        "idle_us",
+    ):
+        table.add_column(
+            column.removesuffix("_ms").replace("_us", ", µs"), justify="left" if column == "set-up" else "right"
+        )
+    for name, blocks in by_setup.items():
+        references = by_setup.get(setups[name].reference, {})
+        common = sorted(blocks.keys() & references.keys())
+        if not common:
+            continue
+
+        def column(key: str, of: dict[float, Row] = blocks, rounds: list[float] = common) -> NDArray[np.float64]:
+            return np.array([of[round_][key] for round_ in rounds])
+
+        low, median, high = ratios(column("step_ms"), column("step_ms", references))
+        copies = (column("peak_mb") - column("peak_mb", references)) / column("parameters_mb")
+        table.add_row(
+            name, str(len(common)), f"{np.median(column('step_ms')):.1f}", f"{median:.3f}", f"{low:.2f}–{high:.2f}",
+            f"{np.median(column('cpu_ms')):.1f}", f"{np.median(column('helper_cpu_ms')):.1f}", f"{column('network_mb').mean():.2f}", f"{np.median(copies):.2f}",
+            *("" if np.isnan(column(part)).all() else f"{column(part).mean():.2f}" for part in PARTS),
+            "" if np.isnan(column("idle_us")).all() else f"{np.nanmedian(column('idle_us')):.0f}",
+        )  # fmt: skip
+    Console(width=150).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--models", type=_names(TASKS), default=list(TASKS), help=f"some of {','.join(TASKS)}")
+    add("--ranks", type=_numbers, default=[2, 4, 8], help="for example 2,4,8")
+    add("--setups", default=None, help="substrings of names, separated by ';'; the references always run")
+    add("--rounds", type=int, default=20, help="of blocks, a model and number of ranks")
+    add("--steps", type=int, default=16, help="counted, a block; a multiple of 8")
+    add("--seconds", type=float, default=8 * 3600.0, help="after which no round begins; run again to continue")
+    add("--out", type=Path, default=RESULTS)
+    add("--table", action="store_true", help="print what is there and measure nothing")
+    args = parser.parse_args()
+    if args.steps < 8 or args.steps % 8:
+        parser.error(f"--steps must be a multiple of 8, got {args.steps}")
+    setups = make_setups()
+    if args.setups is not None:
+        parts = args.setups.split(";")
+        chosen = {name: s for name, s in setups.items() if any(part in name for part in parts)}
+        references = {"none", *(setup.reference for setup in chosen.values())}
+        setups = {name: setup for name, setup in setups.items() if name in chosen or name in references}
+    for model in args.models:
+        for ranks in args.ranks:
+            missing = rounds_missing(read(args.out), model, ranks, setups, args.rounds)
+            if missing and not args.table:
+                measure(model, ranks, setups, missing, args)
+            print_table(read(args.out), model, ranks, setups)
+
+
+def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
+    allowed = list(known)
+
+    def names(text: str) -> list[str]:
+        if unknown := [name for name in text.split(",") if name not in allowed]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(allowed)}")
+        return text.split(",")
+
+    return names
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 2,4,8") from error
+    if min(numbers) < 2:
+        raise argparse.ArgumentTypeError(f"at least 2 ranks have to exchange, got {min(numbers)}")
+    return numbers
+
+
+if __name__ == "__main__":
+    main()
