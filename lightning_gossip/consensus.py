@@ -114,7 +114,7 @@ def average_state(state: Mapping[str, Any], world_size: int) -> dict[str, Any]:
 
 def _packed(tensors: dict[str, Tensor]) -> FlatBuffer:
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
-    buffer = FlatBuffer(FlatLayout(tensors), device)
+    buffer = FlatBuffer.empty(FlatLayout(tensors), device)
     buffer.pack(tensors)
     return buffer
 

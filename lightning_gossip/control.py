@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from torch.distributed import DistNetworkError, DistStoreError, Store
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -180,6 +182,21 @@ class Control:
                 return False
         return True
 
+    def poll(self, look: Callable[[], T | None], deadline: float) -> T | None:
+        """Call ``look`` until it finds something, and return that; None at ``deadline`` (of :func:`time.monotonic`).
+
+        Raises:
+            RunStopped: as :meth:`check`.
+        """
+        pause = 0.0001
+        while (found := look()) is None:
+            self.check()
+            if time.monotonic() >= deadline:
+                return None
+            self._closing.wait(pause)
+            pause = min(1.5 * pause, LOOK / 10)
+        return found
+
     def await_stop(self, seconds: float) -> Stop | None:
         """Return the stop word, giving it some seconds to arrive: a lost connection is often its consequence."""
         deadline = time.monotonic() + seconds
@@ -277,15 +294,7 @@ class Control:
     def _await_others(self, key: str, reason: str) -> None:
         heartbeats = _Heartbeats(self._store)
         limit = self.timeout.total_seconds()
-        next_look = time.monotonic()
-        pause = 0.0002
-        while not self._store.check([key]):
-            self._closing.wait(pause)
-            self.check()
-            pause = min(1.5 * pause, LOOK / 10)
-            if time.monotonic() < next_look:
-                continue
-            next_look = time.monotonic() + min(2.0, limit / 4)
+        while not self.poll(lambda: self._store.check([key]) or None, time.monotonic() + min(2.0, limit / 4)):
             for rank in range(self.world_size):
                 late = rank != self.rank and self._whereabouts(rank)[0] < self._meetings
                 if late and heartbeats.silence(rank) > limit:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import repeat
 from typing import Any
 
@@ -20,13 +20,11 @@ import torch
 from torch import Tensor
 
 from lightning_gossip.arguments import check_integer
-from lightning_gossip.flat import FlatBuffer, FlatLayout, Segment
+from lightning_gossip.flat import FlatBuffer, FlatLayout
 from lightning_gossip.link import Header, Kind
-from lightning_gossip.mixing import MixingRule, Transfers, sum_of_differences
+from lightning_gossip.mixing import CHUNK, MixingRule, Transfers, mix
 from lightning_gossip.schedule import Schedule
 from lightning_gossip.transport import Posted, Transport
-
-_CHUNK = 2**17  # elements
 
 
 @dataclass
@@ -53,46 +51,23 @@ class ExchangeStats:
 
 @dataclass
 class _InFlight:
-    """An exchange that was posted and is not applied yet; ``posted`` is None once it has arrived."""
+    """An exchange that was posted and is not applied yet.
+
+    Attributes:
+        step: at which it was posted.
+        parameters: by name, that travel.
+        layout: in which their snapshots lie.
+        own: this rank's snapshot, 1-D, uint8.
+        posted: the transfers; None where the exchange comes from a checkpoint.
+        received: what arrived, in ascending rank, shaped as ``own``; None while it is on the wire.
+    """
 
     step: int
-    transfers: Transfers
     parameters: Mapping[str, Tensor]
-    buffers: _Buffers
-    posted: Posted | None
-    skipped: Collection[int] = ()
-
-    def received(self) -> list[FlatBuffer]:
-        """Return what arrived, in ascending rank."""
-        partners = self.transfers.receive_from
-        buffers = self.buffers.receive(len(partners))
-        return [b for k, b in zip(partners, buffers, strict=True) if k not in self.skipped]
-
-
-@dataclass
-class _Buffers:
-    """Room for one exchange at a time; kept from one to the next while the layout stays."""
-
     layout: FlatLayout
-    device: torch.device
-    staged: bool
-    own: FlatBuffer
-    received: list[FlatBuffer] = field(default_factory=list)
-    differences: dict[Segment, Tensor] = field(default_factory=dict)
-
-    def receive(self, partners: int) -> list[FlatBuffer]:
-        """Return buffers for ``partners`` payloads."""
-        while len(self.received) < partners:
-            self.received.append(FlatBuffer(self.layout, self.device, self.staged))
-        return self.received[:partners]
-
-    def difference(self, segment: Segment, received: Tensor) -> Tensor:
-        """Return where to sum a segment's differences: in what was received, where that has the right dtype."""
-        if segment.dtype == segment.wire_dtype:
-            return received
-        if segment not in self.differences:
-            self.differences[segment] = torch.empty(segment.numel, dtype=segment.dtype, device=self.device)
-        return self.differences[segment]
+    own: Tensor
+    posted: Posted | None
+    received: list[Tensor] | None = None
 
 
 class Exchange:
@@ -138,8 +113,9 @@ class Exchange:
         self._delay = delay
         self._wire_dtype = wire_dtype
         self._in_flight: _InFlight | None = None
-        self._buffers: _Buffers | None = None
+        self._layout: FlatLayout | None = None
         self._signature: tuple[object, ...] = ()
+        self._snapshots: dict[int, FlatBuffer] = {}  # by address: the transport has few rooms, and gives them in turn
 
     @property
     def in_flight(self) -> bool:
@@ -153,7 +129,7 @@ class Exchange:
         self.stats.partner = -1
         self.stats.partner_distance = None
         if self._in_flight is not None and self.step > self._in_flight.step + self._delay:
-            self._apply(self._in_flight)  # it fell due when the clock was set forward
+            self._apply()  # it fell due when the clock was set forward
         if self.world_size == 1 or not self._schedule.is_round(self.step):
             return
         choices = self._schedule.choices(self.step, self.world_size)
@@ -169,7 +145,7 @@ class Exchange:
             RunStopped: if some rank stopped.
         """
         if self._in_flight is not None and self.step >= self._in_flight.step + self._delay:
-            self._apply(self._in_flight)
+            self._apply()
 
     def align(self, clock: int) -> None:
         """Set the clock to the largest of the ranks' clocks, where all ranks meet."""
@@ -185,8 +161,12 @@ class Exchange:
         Raises:
             PartnerLost, RunStopped: as :meth:`end`.
         """
-        if self._in_flight is not None:
-            self._arrive(self._in_flight)
+        if (exchange := self._in_flight) is None or exchange.posted is None or exchange.received is not None:
+            return
+        start = time.perf_counter()
+        arrived = exchange.posted.wait()
+        exchange.received = [arrived[partner].to(exchange.own.device) for partner in sorted(arrived)]
+        self.stats.wait_seconds += time.perf_counter() - start
 
     def settle(self) -> None:
         """Apply what is in flight at once: at the end of training.
@@ -194,8 +174,7 @@ class Exchange:
         Raises:
             PartnerLost, RunStopped: as :meth:`end`.
         """
-        if self._in_flight is not None:
-            self._apply(self._in_flight)
+        self._apply()
 
     def state_dict(self) -> dict[str, Any]:
         """Return clock, counts and what is in flight, as tensors and numbers; it waits for what is on the wire.
@@ -205,24 +184,25 @@ class Exchange:
         """
         self.arrive()
         state: dict[str, Any] = {"step": self.step, "stats": asdict(self.stats), "in_flight": None}
-        if (exchange := self._in_flight) is not None and (received := exchange.received()):
+        if (exchange := self._in_flight) is not None and exchange.received:
             state["in_flight"] = {
                 "step": exchange.step,
                 "names": list(exchange.parameters),
-                "own": exchange.buffers.own.payload.clone(),
-                "received": [buffer.payload.clone() for buffer in received],
+                "own": exchange.own.clone(),
+                "received": [payload.clone() for payload in exchange.received],
             }
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned on this rank.
+        """Continue from what :meth:`state_dict` returned on this rank; what is in flight now is given up.
 
         Raises:
             ValueError: if what was in flight does not fit this replica's parameters.
+            PartnerLost, RunStopped: as :meth:`end`.
         """
+        self._give_up()
         self.step = int(state["step"])
         self.stats = ExchangeStats(**state["stats"])
-        self._in_flight = None
         if (saved := state["in_flight"]) is None:
             return
         parameters = self._parameters()
@@ -230,95 +210,97 @@ class Exchange:
         if missing:
             raise ValueError(f"an exchange was in flight for parameters that this model does not have: {missing}")
         travelling = {name: parameters[name] for name in saved["names"]}
-        buffers = self._room(travelling)
-        payloads = [(buffers.own, saved["own"])]
-        payloads += zip(buffers.receive(len(saved["received"])), saved["received"], strict=True)
-        for buffer, payload in payloads:
-            if payload.shape != buffer.payload.shape:
+        layout = self._layout_of(travelling)
+        for payload in (saved["own"], *saved["received"]):
+            if payload.numel() != layout.nbytes:
                 raise ValueError(
                     f"an exchange was in flight with {payload.numel()} bytes, but this model's parameters take"
-                    f" {buffer.payload.numel()}; `wire_dtype` has to be as it was"
+                    f" {layout.nbytes}; `wire_dtype` has to be as it was"
                 )
-            buffer.payload.copy_(payload)
-        buffers.own.unpack()
-        partners = Transfers(send_to=(), receive_from=tuple(range(len(saved["received"]))))
-        self._in_flight = _InFlight(int(saved["step"]), partners, travelling, buffers, posted=None)
+        device = next(iter(travelling.values())).device
+        own, *received = (payload.to(device) for payload in (saved["own"], *saved["received"]))
+        self._in_flight = _InFlight(int(saved["step"]), travelling, layout, own, posted=None, received=received)
 
     def close(self) -> None:
         """Give up what is in flight and release the transport."""
         self._in_flight = None
+        self._snapshots.clear()
         self._transport.close()
 
+    def _give_up(self) -> None:
+        """Drop what is in flight, so that partners know that this rank needs their snapshots no more."""
+        self.arrive()
+        exchange, self._in_flight = self._in_flight, None
+        if exchange is not None and exchange.posted is not None:
+            exchange.posted.release()
+
     def _post(self, transfers: Transfers) -> None:
-        start = time.perf_counter()
         travelling = {name: p for name, p in self._parameters().items() if p.requires_grad}
         if not travelling:
             return
-        buffers = self._room(travelling)
-        buffers.own.pack(travelling)
-        payload = buffers.own.payload
-        layout = buffers.layout
+        start = time.perf_counter()
+        layout = self._layout_of(travelling)
+        room = self._transport.room(layout.nbytes)
+        ready = time.perf_counter()
+        own = self._snapshot(layout, travelling, room)
         header = Header(Kind.SNAPSHOT, self.step, layout.nbytes, layout.fingerprint)
-        received = buffers.receive(len(transfers.receive_from))
-        posted = self._transport.post(
-            header,
-            outgoing=dict.fromkeys(transfers.send_to, payload),
-            incoming={k: b.payload for k, b in zip(transfers.receive_from, received, strict=True)},
-        )
-        self._in_flight = _InFlight(self.step, transfers, travelling, buffers, posted)
+        posted = self._transport.post(header, transfers.send_to, transfers.receive_from)
+        self._in_flight = _InFlight(self.step, travelling, layout, own, posted)
         self.stats.bytes_sent += len(transfers.send_to) * layout.nbytes
         self.stats.partner = min(transfers.send_to + transfers.receive_from)
-        self.stats.mix_seconds += time.perf_counter() - start
+        self.stats.wait_seconds += ready - start
+        self.stats.mix_seconds += time.perf_counter() - ready
 
-    def _room(self, tensors: Mapping[str, Tensor]) -> _Buffers:
-        """Return the buffers for these tensors; new ones only where names, shapes, dtypes or the device changed."""
-        device = next(iter(tensors.values())).device
-        signature = (device, *((name, p.dtype, p.shape) for name, p in tensors.items()))
-        if self._buffers is None or signature != self._signature:
-            layout = FlatLayout(tensors, self._wire_dtype)
-            staged = self._transport.from_host and device.type != "cpu"
-            self._buffers = _Buffers(layout, device, staged, FlatBuffer(layout, device, staged))
+    def _layout_of(self, tensors: Mapping[str, Tensor]) -> FlatLayout:
+        """Return the layout of these tensors; a new one only where names, shapes, dtypes or the device changed."""
+        signature = tuple((name, p.dtype, p.shape, p.device) for name, p in tensors.items())
+        if self._layout is None or signature != self._signature:
+            self._layout = FlatLayout(tensors, self._wire_dtype)
             self._signature = signature
-        return self._buffers
+            self._snapshots.clear()
+        return self._layout
 
-    def _arrive(self, exchange: _InFlight) -> None:
-        if exchange.posted is not None:
-            start = time.perf_counter()
-            exchange.skipped = exchange.posted.wait()
-            exchange.posted = None
-            self.stats.wait_seconds += time.perf_counter() - start
+    def _snapshot(self, layout: FlatLayout, tensors: Mapping[str, Tensor], room: Tensor) -> Tensor:
+        """Copy ``tensors`` to ``room``, and return the snapshot on their device (1-D, uint8)."""
+        device = next(iter(tensors.values())).device
+        if (snapshot := self._snapshots.get(room.data_ptr())) is None:
+            snapshot = FlatBuffer(layout, room) if room.device == device else FlatBuffer.empty(layout, device)
+            self._snapshots[room.data_ptr()] = snapshot
+        snapshot.pack(tensors)
+        if room.device != device:
+            room.copy_(snapshot.storage)  # device to host: returns when the copy is done
+        return snapshot.storage
 
     @torch.no_grad()
-    def _apply(self, exchange: _InFlight) -> None:
-        self._arrive(exchange)
-        self._in_flight = None
-        received = exchange.received()
-        if not received:
+    def _apply(self) -> None:
+        self.arrive()
+        exchange, self._in_flight = self._in_flight, None
+        if exchange is None:
             return
         start = time.perf_counter()
-        buffers = exchange.buffers
-        for buffer in received:
-            buffer.unpack()
-        if self.measure:
-            pause = time.perf_counter()
-            self.stats.partner_distance = _mean_distance(buffers.own, received)
-            start += time.perf_counter() - pause  # no part of mixing
-        weight = self._rule.weight(len(received))
-        layout = buffers.layout
-        for index, segment in enumerate(layout.segments):
-            snapshots = [buffer.segments[index] for buffer in received]
-            out = buffers.difference(segment, snapshots[0])
-            difference = sum_of_differences(buffers.own.segments[index], snapshots, out)
-            parameters = [exchange.parameters[name] for name in segment.names]
-            torch._foreach_add_(parameters, layout.views(segment, difference), alpha=-weight)
-        self.stats.exchanges += len(received)
+        layout, received = exchange.layout, exchange.received
+        if received and self.measure:
+            self.stats.partner_distance = _mean_distance(
+                layout.split(exchange.own), [layout.split(payload) for payload in received]
+            )
+            start = time.perf_counter()  # measuring is no part of mixing
+        if received:
+            weight = self._rule.weight(len(received))
+            on_cpu = exchange.own.device.type == "cpu"
+            for segment in layout.segments:
+                targets = [exchange.parameters[name] for name in segment.names]
+                snapshots = [segment.of(payload) for payload in received]
+                mix(targets, segment.of(exchange.own), snapshots, weight, chunk=CHUNK if on_cpu else None)
+            self.stats.exchanges += len(received)
+        if exchange.posted is not None:
+            exchange.posted.release()
         self.stats.mix_seconds += time.perf_counter() - start
 
 
-def _mean_distance(own: FlatBuffer, received: list[FlatBuffer]) -> float:
-    """Return the mean over ``received`` of ‖own − received_k‖ / ‖own‖."""
-    norm = _distance(own.segments)
-    distances = [_distance(own.segments, k.segments) for k in received]
+def _mean_distance(own: Sequence[Tensor], received: Sequence[Sequence[Tensor]]) -> float:
+    """Return the mean over ``received`` of ‖own − received_k‖ / ‖own‖, each given as segments."""
+    norm = _distance(own)
+    distances = [_distance(own, segments) for segments in received]
     return sum(distances) / len(distances) / norm if norm > 0 else 0.0
 
 
@@ -330,7 +312,7 @@ def _distance(ours: Sequence[Tensor], theirs: Sequence[Tensor] | None = None) ->
     norms = []
     for index, segment in enumerate(ours):
         wide = torch.promote_types(segment.dtype, torch.float32)
-        chunk = _CHUNK if segment.device.type == "cpu" else segment.numel()
+        chunk = CHUNK if segment.device.type == "cpu" else segment.numel()
         out = torch.empty(min(chunk, segment.numel()), dtype=wide, device=segment.device)
         others = repeat(None) if theirs is None else theirs[index].split(chunk)
         for x, y in zip(segment.split(chunk), others, strict=False):

@@ -65,6 +65,10 @@ class FlatLayout:
         described = repr([(s, [tuple(self.shapes[name]) for name in s.names]) for s in self.segments])
         self.fingerprint = int.from_bytes(hashlib.blake2b(described.encode(), digest_size=7).digest(), "big")
 
+    def split(self, storage: Tensor) -> list[Tensor]:
+        """Return the segments of ``storage`` (1-D, uint8), each a 1-D view of its ``wire_dtype``."""
+        return [segment.of(storage) for segment in self.segments]
+
     def views(self, segment: Segment, flat: Tensor) -> list[Tensor]:
         """Split ``flat`` (1-D, ``segment.numel`` elements) into shaped views, in the order of ``segment.names``."""
         shapes = [self.shapes[name] for name in segment.names]
@@ -73,41 +77,32 @@ class FlatLayout:
 
 
 class FlatBuffer:
-    """Storage for one :class:`FlatLayout`.
+    """Tensors laid out in one storage.
 
     Args:
         layout: what lies where.
-        device: where the tensors are and the arithmetic is done.
-        staged: whether the payload travels from pinned host memory rather than from ``device`` (gloo with CUDA).
+        storage: 1-D, uint8, ``layout.nbytes`` long.
     """
 
-    def __init__(self, layout: FlatLayout, device: torch.device, staged: bool = False) -> None:
+    def __init__(self, layout: FlatLayout, storage: Tensor) -> None:
         self.layout = layout
-        self.storage = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
-        self._host = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=True) if staged else None
-        self.segments = [segment.of(self.storage) for segment in layout.segments]
+        self.storage = storage
+        self.segments = layout.split(storage)
         self._views = [layout.views(s, flat) for s, flat in zip(layout.segments, self.segments, strict=True)]
 
-    @property
-    def payload(self) -> Tensor:
-        """What travels: 1-D, uint8."""
-        return self.storage if self._host is None else self._host
+    @classmethod
+    def empty(cls, layout: FlatLayout, device: torch.device) -> FlatBuffer:
+        """Return a buffer of its own storage."""
+        return cls(layout, torch.empty(layout.nbytes, dtype=torch.uint8, device=device))
 
     @torch.no_grad()
     def pack(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy ``tensors`` in, rounding to the wire's dtype; afterwards :attr:`payload` can be sent."""
+        """Copy ``tensors`` in, rounding to the wire's dtype."""
         for segment, views in zip(self.layout.segments, self._views, strict=True):
             torch._foreach_copy_(views, [tensors[name].detach() for name in segment.names])
-        if self._host is not None:
-            self._host.copy_(self.storage)  # device to host: returns when the copy is done
 
     @torch.no_grad()
     def copy_to(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy what :meth:`pack` copied in back to ``tensors``."""
         for segment, views in zip(self.layout.segments, self._views, strict=True):
             torch._foreach_copy_([tensors[name] for name in segment.names], views)
-
-    def unpack(self) -> None:
-        """Make what was received in :attr:`payload` visible in :attr:`segments`."""
-        if self._host is not None:
-            self.storage.copy_(self._host, non_blocking=True)

@@ -33,10 +33,16 @@ _POISON_TAG = 1
 
 
 class Kind(IntEnum):
-    """What a payload is."""
+    """What a message between two ranks is."""
 
     SNAPSHOT = 1
-    """Of a replica, at the step in the header."""
+    """Of a replica, at the step in the header; ``number`` 0: it follows, k: it lies in slot k - 1 of an outbox."""
+
+    OFFER = 2
+    """The address of the sender's outbox follows (:mod:`~lightning_gossip.shared_memory`)."""
+
+    ANSWER = 3
+    """To an offer; ``number`` 1: the sender of this can read that outbox, 0: it can not."""
 
 
 class LinkError(RuntimeError):

@@ -8,7 +8,7 @@ A rule is told what every rank chose, and answers with the transfers of one rank
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from lightning_gossip.schedule import Choices
+
+CHUNK = 2**17
+"""Elements: a few copies of them stay in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,22 +87,56 @@ class PushMixing(MixingRule):
         return 1.0 / (received + 1)
 
 
-def sum_of_differences(own: Tensor, received: Sequence[Tensor], out: Tensor) -> Tensor:
-    """Write Σ_k (own − received_k), in the given order, into ``out`` and return it.
+@torch.no_grad()
+def mix(
+    targets: Sequence[Tensor], own: Tensor, received: Sequence[Tensor], weight: float, chunk: int | None = CHUNK
+) -> None:
+    """Subtract weight · Σ_k (own − received_k) from ``targets``, in one pass over each.
 
     Args:
-        own: snapshot of this rank, 1-D, in the wire's dtype.
+        targets: tensors of one dtype, in which differences are taken and summed.
+        own: snapshot of this rank, 1-D, in the wire's dtype: the targets of then, laid end to end.
         received: snapshots of its partners, shaped and typed as ``own``; in ascending rank, so that a replay of the
-            sum is exact. Their contents are lost.
-        out: 1-D, in the dtype in which to subtract and sum; it may be ``received[0]``, and no other.
+            sum is exact. At least one.
+        weight: of the sum.
+        chunk: elements that are worked on together, so that a difference never leaves the cache; None for all.
     """
-    wide = own.to(out.dtype)
-    torch.sub(wide, received[0], out=out)
+    for stretch, pieces in _cut(targets, chunk or max(1, own.numel())):
+        difference = sum_of_differences(own[stretch], [snapshot[stretch] for snapshot in received], pieces[0].dtype)
+        if len(pieces) == 1:
+            pieces[0].add_(difference.view(pieces[0].shape), alpha=-weight)
+        else:
+            parts = difference.split([piece.numel() for piece in pieces])
+            views = [part.view(piece.shape) for part, piece in zip(parts, pieces, strict=True)]
+            torch._foreach_add_(pieces, views, alpha=-weight)
+
+
+def sum_of_differences(own: Tensor, received: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return Σ_k (own − received_k), taken and summed in ``dtype`` in the given order; see :func:`mix`."""
+    wide = own.to(dtype)
+    total = wide - received[0]
     for snapshot in received[1:]:
-        # rounded by itself before it is added: the partner computes exactly its negative
-        in_place = snapshot.dtype == out.dtype
-        out += torch.sub(wide, snapshot, out=snapshot) if in_place else wide - snapshot
-    return out
+        total += wide - snapshot  # rounded by itself before it is added: the partner computes exactly its negative
+    return total
+
+
+def _cut(tensors: Sequence[Tensor], chunk: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Cut tensors laid end to end into stretches of about ``chunk`` elements; small ones stay together.
+
+    Yields the stretch's place in the whole, and views of the tensors there. One that is not contiguous is not cut.
+    """
+    end, pieces, size = 0, list[Tensor](), 0
+    for tensor in tensors:
+        cuttable = tensor.numel() > chunk and tensor.is_contiguous()
+        for piece in tensor.view(-1).split(chunk) if cuttable else (tensor,):
+            if pieces and size + piece.numel() > chunk:
+                yield slice(end - size, end), pieces
+                pieces, size = [], 0
+            pieces.append(piece)
+            size += piece.numel()
+            end += piece.numel()
+    if size:
+        yield slice(end - size, end), pieces
 
 
 def _chosen(choices: Choices, rank: int) -> tuple[int, ...]:

@@ -1,22 +1,15 @@
-"""How the payloads of one exchange reach the partners: over links (gloo), or as one batch (NCCL)."""
+"""What moves the snapshots of one exchange between ranks, and knows no algorithm; NCCL's way of it."""
 
 from __future__ import annotations
 
-import re
-import threading
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future
-from functools import partial
+from collections.abc import Collection, Mapping
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_gossip.control import LOOK, Control, RunStopped
-from lightning_gossip.link import Header, Link, LinkError, Links
-
-_GLOO_DECORATION = re.compile(r"^\[\S+\.cc:\d+\] |This is typically caused by.*$")  # leaves what happened, and where
+from lightning_gossip.link import Header
 
 
 class PartnerLost(RuntimeError):
@@ -31,163 +24,82 @@ class Posted(ABC):
     """Transfers under way."""
 
     @abstractmethod
-    def wait(self) -> Collection[int]:
-        """Wait until everything arrived and left; return the partners that were skipped: they never began the step.
+    def wait(self) -> Mapping[int, Tensor]:
+        """Wait until everything arrived and left; return what each partner sent, to be read only (1-D, uint8).
+
+        A partner that never began the step is missing.
 
         Raises:
             PartnerLost: if a partner died or stayed silent past the timeout.
             RunStopped: if some rank stopped.
         """
 
+    @abstractmethod
+    def release(self) -> None:
+        """Give up what :meth:`wait` returned: it may change from now on."""
+
 
 class Transport(ABC):
-    """Moves payloads between ranks, and knows no algorithm."""
+    """Moves payloads between ranks, one exchange at a time: from :meth:`room` to :meth:`Posted.release`."""
 
     from_host: bool
-    """Whether payloads have to lie in host memory."""
+    """Whether payloads lie in host memory."""
 
     @abstractmethod
-    def post(self, header: Header, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> Posted:
-        """Begin the transfers of one step.
+    def room(self, nbytes: int) -> Tensor:
+        """Return where the next payload is to be written (1-D, uint8); wait while somebody reads what is there.
+
+        Raises:
+            PartnerLost: if a partner did not read it within the timeout.
+            RunStopped: if some rank stopped.
+        """
+
+    @abstractmethod
+    def post(self, header: Header, send_to: Collection[int], receive_from: Collection[int]) -> Posted:
+        """Begin the transfers of one step: of what lies in the :meth:`room`, and of as many bytes from others.
 
         Args:
             header: what both sides must agree on: kind, step, size and layout.
-            outgoing: payload for each partner that gets one (1-D, uint8); must not change before
-                :meth:`Posted.wait` returned.
-            incoming: where to put what each partner sends (1-D, uint8).
+            send_to: partners that get the payload.
+            receive_from: partners that send theirs.
         """
 
     @abstractmethod
     def reset(self, generation: int) -> None:
-        """Begin anew with everybody, after partners were skipped; called on all ranks, with nothing under way."""
+        """Begin anew with everybody, after partners were skipped; called on all ranks, with nothing on the wire."""
 
     @abstractmethod
     def close(self) -> None:
         """Give up whatever is under way and release connections."""
 
 
-class LinkTransport(Transport):
-    """Over :mod:`~lightning_gossip.link`, a two-member gloo group a partner.
+class Rooms:
+    """Numbered buffers of one size, kept from one exchange to the next.
 
     Args:
-        links: of this process; closed with this object.
-        control: of the run.
+        device: where they lie.
+        pin_memory: whether host memory is page-locked, for copies from and to a GPU.
     """
 
-    from_host = True
+    def __init__(self, device: torch.device, pin_memory: bool = False) -> None:
+        self._device = device
+        self._pin_memory = pin_memory
+        self._nbytes = 0
+        self._rooms: dict[int, Tensor] = {}
 
-    def __init__(self, links: Links, control: Control) -> None:
-        self._links = links
-        self._control = control
-        self._left: set[int] = set()  # skipped since the last meeting; their links are closed
+    def resize(self, nbytes: int) -> None:
+        """Set the size of every buffer, in bytes; those of another size are given up."""
+        if nbytes != self._nbytes:
+            self._rooms.clear()
+            self._nbytes = nbytes
 
-    def post(self, header: Header, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> Posted:
-        """See :meth:`Transport.post`."""
-        jobs: dict[int, Future[None]] = {}
-        for partner in sorted({*outgoing, *incoming} - self._left):
-            link = self._links.to(end_of_rank(partner))
-            job = partial(_trade, link, header, outgoing.get(partner), incoming.get(partner))
-            jobs[partner] = link.submit(job)
-        return _PostedOnLinks(jobs, {*outgoing, *incoming} & self._left, header.step, self._control, self._skip)
-
-    def _skip(self, partner: int) -> None:
-        self._left.add(partner)
-        self._control.note_skip()
-        self._links.to(end_of_rank(partner)).close()
-
-    def reset(self, generation: int) -> None:
-        """See :meth:`Transport.reset`."""
-        self._left.clear()
-        self._links.reset(generation)
-
-    def close(self) -> None:
-        """See :meth:`Transport.close`."""
-        self._links.close()
-
-
-def end_of_rank(rank: int) -> str:
-    """Return the name of a rank's end of its links."""
-    return f"rank{rank}"
-
-
-def _trade(link: Link, header: Header, outgoing: Tensor | None, incoming: Tensor | None) -> None:
-    """Send and receive with one partner; runs in the link's thread."""
-    if outgoing is not None:
-        link.send(header, outgoing)
-    if incoming is not None:
-        received = link.receive_header()
-        if received != header:
-            raise LinkError(f"expected {header}, but {link.peer} sent {received}")
-        link.receive(incoming)
-    link.flush()
-
-
-class _PostedOnLinks(Posted):
-    def __init__(
-        self,
-        jobs: Mapping[int, Future[None]],
-        skipped: set[int],
-        step: int,
-        control: Control,
-        skip: Callable[[int], None],
-    ) -> None:
-        self._jobs = jobs
-        self._skipped = skipped
-        self._step = step
-        self._control = control
-        self._skip = skip
-        self._changed = threading.Event()  # a transfer is done, or failed
-        for future in jobs.values():
-            future.add_done_callback(lambda _: self._changed.set())
-
-    def wait(self) -> Collection[int]:
-        limit = self._control.timeout.total_seconds()
-        deadline = time.monotonic() + limit
-        try:
-            while waiting := self._waiting():
-                changed = self._control.wait(self._changed, min(deadline, time.monotonic() + LOOK))
-                self._changed.clear()
-                for partner in waiting:
-                    failure = self._jobs[partner].exception() if self._jobs[partner].done() else None
-                    overdue = not changed and failure is None
-                    if (overdue or failure is not None) and self._skip_if_left(partner):
-                        continue
-                    if failure is not None:
-                        self._explain(partner, failure)
-                if time.monotonic() >= deadline and (late := self._waiting()):
-                    self._explain(late[0], TimeoutError(f"it stayed silent for {limit:g} s"))
-        except RunStopped as stopped:
-            if stopped.stop.lost in self._waiting():
-                raise self._lost(stopped.stop.lost, stopped.stop.cause) from stopped
-            raise
-        return self._skipped
-
-    def _waiting(self) -> list[int]:
-        """Return the partners whose transfers are not done, failed ones among them."""
-        return [
-            partner
-            for partner, future in self._jobs.items()
-            if partner not in self._skipped and (not future.done() or future.exception() is not None)
-        ]
-
-    def _skip_if_left(self, partner: int) -> bool:
-        """Skip a partner that waits elsewhere and never began this step."""
-        if not self._control.has_left(partner, self._step):
-            return False
-        self._skipped.add(partner)
-        self._skip(partner)
-        return True
-
-    def _explain(self, partner: int, error: BaseException) -> None:
-        """Raise why ``partner`` is not there: the reason that a rank gave when it stopped, or else its loss."""
-        stop = self._control.await_stop(1.0)
-        if stop is not None and stop.lost != partner:
-            self._control.check()
-        raise self._lost(partner, _GLOO_DECORATION.sub("", str(error)).strip()) from error
-
-    def _lost(self, partner: int, why: str) -> PartnerLost:
-        message = f"rank {self._control.rank} lost its partner rank {partner} at step {self._step}: {why}"
-        return PartnerLost(message, partner)
+    def __getitem__(self, number: int) -> Tensor:
+        """Return a buffer (1-D, uint8), made when first asked for; several threads may ask, each for its own."""
+        if number not in self._rooms:
+            self._rooms[number] = torch.empty(
+                self._nbytes, dtype=torch.uint8, device=self._device, pin_memory=self._pin_memory
+            )
+        return self._rooms[number]
 
 
 class NcclTransport(Transport):
@@ -198,23 +110,31 @@ class NcclTransport(Transport):
 
     Args:
         group: of all ranks, on which nothing else runs.
+        device: of this rank.
     """
 
     from_host = False
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group = group
+        self._rooms = Rooms(device)  # 0: what is sent; then what arrives
         dist.barrier(group=group)  # NCCL wants the first call on a group to be a collective by all ranks
 
-    def post(self, header: Header, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> Posted:
+    def room(self, nbytes: int) -> Tensor:
+        """See :meth:`Transport.room`; nobody else reads it."""
+        self._rooms.resize(nbytes)
+        return self._rooms[0]
+
+    def post(self, header: Header, send_to: Collection[int], receive_from: Collection[int]) -> Posted:
         """See :meth:`Transport.post`."""
+        received = {partner: self._rooms[number] for number, partner in enumerate(receive_from, start=1)}
         operations = []
-        for partner in sorted({*outgoing, *incoming}):
-            if partner in outgoing:
-                operations.append(dist.P2POp(dist.isend, outgoing[partner], partner, self._group))
-            if partner in incoming:
-                operations.append(dist.P2POp(dist.irecv, incoming[partner], partner, self._group))
-        return _PostedOnStream(dist.batch_isend_irecv(operations))
+        for partner in sorted({*send_to, *receive_from}):
+            if partner in send_to:
+                operations.append(dist.P2POp(dist.isend, self._rooms[0], partner, self._group))
+            if partner in received:
+                operations.append(dist.P2POp(dist.irecv, received[partner], partner, self._group))
+        return _PostedOnStream(dist.batch_isend_irecv(operations), received)
 
     def reset(self, generation: int) -> None:
         """Nothing: unequal numbers of batches, and so skipped partners, are refused on NCCL."""
@@ -225,10 +145,14 @@ class NcclTransport(Transport):
 
 
 class _PostedOnStream(Posted):
-    def __init__(self, works: list[dist.Work]) -> None:
+    def __init__(self, works: list[dist.Work], received: Mapping[int, Tensor]) -> None:
         self._works = works
+        self._received = received
 
-    def wait(self) -> Collection[int]:
+    def wait(self) -> Mapping[int, Tensor]:
         for work in self._works:
             work.wait()
-        return ()
+        return self._received
+
+    def release(self) -> None:
+        """Nothing: the stream orders what comes next."""

@@ -14,9 +14,12 @@ from torch.distributed import HashStore
 from lightning_gossip.control import Control
 from lightning_gossip.exchange import Exchange
 from lightning_gossip.link import Links
-from lightning_gossip.transport import LinkTransport
+from lightning_gossip.link_transport import LinkTransport
 
 T = TypeVar("T")
+
+SHARED_MEMORY = True
+"""Whether exchanges read snapshots where they were written, unless they say; tests of both ways patch it."""
 
 
 @dataclass
@@ -29,8 +32,15 @@ class Rank:
     links: Links
     clock: Callable[[], int] = lambda: 0
 
-    def exchange(self, schedule: Any, rule: Any, parameters: Mapping[str, Tensor], **kwargs: Any) -> Exchange:
-        transport = LinkTransport(self.links, self.control)
+    def exchange(
+        self,
+        schedule: Any,
+        rule: Any,
+        parameters: Mapping[str, Tensor],
+        shared_memory: bool | None = None,
+        **kwargs: Any,
+    ) -> Exchange:
+        transport = LinkTransport(self.links, self.control, SHARED_MEMORY if shared_memory is None else shared_memory)
         return Exchange(self.rank, self.world_size, schedule, rule, transport, lambda: parameters, **kwargs)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from ranks import Rank, run_ranks
 from torch import nn
@@ -24,6 +25,11 @@ Optimizers: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1),
 }
 RULES: dict[str, MixingRule] = {"elastic": ElasticMixing(0.3), "pull": PullMixing(), "push": PushMixing()}
+
+
+@pytest.fixture(params=[True, False], ids=["shared memory", "links"], autouse=True)
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "SHARED_MEMORY", request.param)
 
 
 class NumpyOptimizer:

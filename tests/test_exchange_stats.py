@@ -53,7 +53,7 @@ def test_bytes_sent_are_payloads_times_their_size(
         parameters = {"w": torch.randn(16, 8), "b": torch.randn(32), "frozen": torch.randn(7)}
         for name in ("w", "b"):
             parameters[name].requires_grad_()
-        exchange = rank.exchange(Schedule(**schedule), RULES[rule], parameters, delay=1, wire_dtype=wire_dtype)
+        exchange = rank.exchange(Schedule(**schedule), RULES[rule], parameters, False, delay=1, wire_dtype=wire_dtype)
         for _ in range(STEPS):
             exchange.begin()
             exchange.end()

@@ -52,7 +52,7 @@ class ServerConsensus(Consensus):
         self._meet("all pushes are on the server")
         if self._rank == 0:
             client.pull_now(replica)
-        server = FlatBuffer(parameters.layout, parameters.storage.device)
+        server = FlatBuffer.empty(parameters.layout, parameters.storage.device)
         server.pack(replica)
         self._meet("the server's parameters are here")  # so that nobody waits in a collective for a shard
         squares = torch.zeros(2, dtype=torch.float64)

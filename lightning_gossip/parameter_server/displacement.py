@@ -89,7 +89,7 @@ class Copies:
 
     def __init__(self, layout: FlatLayout, device: torch.device) -> None:
         self._layout = layout
-        self._staging = None if device.type == "cpu" else FlatBuffer(layout, device)
+        self._staging = None if device.type == "cpu" else FlatBuffer.empty(layout, device)
         self._storages: list[Tensor] = []
         self._views: dict[int, list[list[Tensor]]] = {}
 

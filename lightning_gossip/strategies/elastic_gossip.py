@@ -41,6 +41,8 @@ class ElasticGossipStrategy(PairwiseStrategy):
         evaluate: ``"consensus"`` or ``"replica"``; what validation and test run on, and what remains after ``fit``.
         seed: of the schedule, at least 0; the same on all ranks.
         timeout: how long a rank waits for one that gives no sign of life.
+        shared_memory: whether ranks on one host read each other's snapshots where they were written, instead of
+            sending them over loopback; found out for each pair by itself. Linux, parameters on the CPU.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             start_method: as for Lightning's ``DDPStrategy``.
 
@@ -63,6 +65,7 @@ class ElasticGossipStrategy(PairwiseStrategy):
         evaluate: Evaluate = "consensus",
         seed: int = 0,
         timeout: timedelta = TIMEOUT,
+        shared_memory: bool = True,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -82,6 +85,7 @@ class ElasticGossipStrategy(PairwiseStrategy):
             evaluate=evaluate,
             seed=seed,
             timeout=timeout,
+            shared_memory=shared_memory,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,

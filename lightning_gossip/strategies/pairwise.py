@@ -12,14 +12,15 @@ from torch.distributed import Store
 from typing_extensions import override
 
 from lightning_gossip import lightning_compat
-from lightning_gossip.arguments import check_integer, check_wire_dtype
+from lightning_gossip.arguments import check_choice, check_integer, check_wire_dtype
 from lightning_gossip.control import Control, Meeting
 from lightning_gossip.exchange import Exchange
 from lightning_gossip.link import Links
+from lightning_gossip.link_transport import LinkTransport, end_of_rank
 from lightning_gossip.mixing import MixingRule
 from lightning_gossip.schedule import Chooser, Peers, Schedule
 from lightning_gossip.strategies.base import ReplicaStrategy
-from lightning_gossip.transport import LinkTransport, NcclTransport, Transport, end_of_rank
+from lightning_gossip.transport import NcclTransport, Transport
 
 
 class PairwiseStrategy(ReplicaStrategy):
@@ -31,6 +32,7 @@ class PairwiseStrategy(ReplicaStrategy):
         delay: steps from posting an exchange to applying it, from 0 to ``period - 1``.
         wire_dtype: ``torch.bfloat16``, ``torch.float16``, ``torch.float32`` or its name: snapshots are rounded to it
             where it is narrower than the parameter; None sends them as they are.
+        shared_memory: whether ranks on one host read each other's snapshots where they were written.
         launch: see :class:`~lightning_gossip.strategies.base.ReplicaStrategy`.
 
     Raises:
@@ -48,11 +50,13 @@ class PairwiseStrategy(ReplicaStrategy):
         wire_dtype: torch.dtype | str | None,
         seed: int,
         timeout: timedelta,
+        shared_memory: bool,
         **launch: Any,
     ) -> None:
         self.schedule = Schedule(peers, probability, period, seed)
         self.delay = check_integer("delay", delay, low=0, high=period - 1, why="at most period - 1")
         self.wire_dtype = check_wire_dtype("wire_dtype", wire_dtype)
+        self.shared_memory = check_choice("shared_memory", shared_memory, (True, False))
         self.rule = rule
         self._peers_argument = peers
         self._exchange: Exchange | None = None
@@ -79,6 +83,7 @@ class PairwiseStrategy(ReplicaStrategy):
             "peers": peers if isinstance(peers, str) else repr(peers),
             "delay": self.delay,
             "wire_dtype": None if self.wire_dtype is None else str(self.wire_dtype).removeprefix("torch."),
+            "shared_memory": self.shared_memory,
             "seed": self.schedule.seed,
             **super().hyperparameters,
         }
@@ -108,8 +113,9 @@ class PairwiseStrategy(ReplicaStrategy):
     def _make_transport(self, control: Control, store: Store) -> Transport:
         if self.process_group_backend == "nccl" and self.world_size > 1:
             group: Any = dist.new_group(backend="nccl")
-            return NcclTransport(group)
-        return LinkTransport(Links(store, end_of_rank(self.global_rank), control.timeout), control)
+            return NcclTransport(group, self.root_device)
+        links = Links(store, end_of_rank(self.global_rank), control.timeout)
+        return LinkTransport(links, control, self.shared_memory, pin_memory=self.root_device.type != "cpu")
 
     @override
     def before_meeting(self) -> None:

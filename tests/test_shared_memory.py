@@ -1,0 +1,229 @@
+"""Snapshots read where they were written: never while they change, by nobody who can not, and without a trace."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Rank, run_ranks
+from torch import nn
+
+from lightning_gossip.link import Link
+from lightning_gossip.mixing import ElasticMixing
+from lightning_gossip.schedule import Schedule
+from lightning_gossip.shared_memory import AVAILABLE, SLOTS, Address, Inbox, Outbox
+from lightning_gossip.transport import PartnerLost
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="anonymous shared memory is Linux's")
+
+
+def descriptors() -> list[str]:
+    """Return the anonymous memory that this process has open or mapped."""
+    links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return [text for text in (*links, *maps) if "memfd:lightning_gossip" in text]
+
+
+def test_another_process_reads_and_says_so() -> None:
+    outbox = Outbox(100, readers=3)
+    outbox.slots[1][:4] = torch.tensor([1, 2, 3, 4], dtype=torch.uint8)
+    outbox.lend(0, reader=2, step=7)
+    outbox.lend(1, reader=2, step=8)
+    assert outbox.free_slot() is None
+    program = (
+        "import sys\nfrom lightning_gossip.shared_memory import Address, Inbox\n"
+        "inbox = Inbox.open(Address(*map(int, sys.argv[1:])), 3)\n"
+        "print(inbox.slot(1, 100)[:4].tolist(), inbox.slot(2, 1), inbox.slot(0, 10_000))\ninbox.finish(2, 7)\n"
+    )
+    address = outbox.address
+    numbers = [str(n) for n in (address.pid, address.descriptor, address.token, address.slot_bytes)]
+    done = subprocess.run([sys.executable, "-c", program, *numbers], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[1, 2, 3, 4] None None\n", done.stderr
+    assert outbox.free_slot() == 0, "the snapshot of step 7 was read"
+    assert outbox.readers(1) == {2: 8}, "that of step 8 was not"
+
+
+def test_what_can_not_be_seen_is_not_opened() -> None:
+    outbox = Outbox(64, readers=2)
+    address = outbox.address
+    file = os.open(os.devnull, os.O_RDWR)
+    try:
+        assert Inbox.open(address, 2) is not None
+        assert Inbox.open(replace(address, pid=2**22 + 1), 2) is None, "no such process"
+        assert Inbox.open(replace(address, descriptor=file), 2) is None, "not an outbox"
+        assert Inbox.open(replace(address, token=address.token ^ 1), 2) is None, "another outbox of that number"
+        assert Inbox.open(replace(address, slot_bytes=128), 2) is None, "of another size"
+    finally:
+        os.close(file)
+    assert Address.from_tensor(address.to_tensor()) == address
+
+
+def test_memory_is_free_once_nobody_maps_it() -> None:
+    gc.collect()
+    before = descriptors()
+    outbox = Outbox(64, readers=2)
+    inbox = Inbox.open(outbox.address, 2)
+    assert inbox is not None
+    slot = inbox.slot(0, 64)
+    assert slot is not None
+    outbox.slots[0].fill_(5)
+    del outbox, inbox
+    gc.collect()
+    assert (slot == 5).all(), "a reader keeps what it reads"
+    assert len(descriptors()) > len(before)
+    del slot
+    gc.collect()
+    assert descriptors() == before
+
+
+def test_a_run_leaves_no_memory_behind() -> None:
+    gc.collect()
+    before = descriptors()
+
+    def body(rank: Rank) -> None:
+        exchange = rank.exchange(Schedule("uniform"), ElasticMixing(0.5), {"w": nn.Parameter(torch.ones(100))})
+        for _ in range(10):
+            exchange.begin()
+            exchange.end()
+        assert len(descriptors()) > len(before)
+        rank.control.meet("all have seen it")
+        exchange.close()
+
+    run_ranks(4, body)
+    gc.collect()
+    assert descriptors() == before
+
+
+class Script:
+    """Choices by heart: step to pairs."""
+
+    def __init__(self, *pairs: tuple[int, int]) -> None:
+        self.pairs = pairs
+
+    def choices(self, step: int, world_size: int) -> list[int]:
+        choices = [-1] * world_size
+        if step <= len(self.pairs):
+            a, b = self.pairs[step - 1]
+            choices[a], choices[b] = b, a
+        return choices
+
+
+def test_slow_readers_find_the_snapshot_as_it_was_and_the_owner_waits_for_them() -> None:
+    """Ranks 1 and 2 read rank 0's first two snapshots late: there is no room for a third before one has read."""
+    script = Schedule(Script((0, 1), (0, 2), (0, 3)))
+    go_on, begun, was_set = threading.Event(), threading.Event(), []
+
+    def body(rank: Rank) -> Any:
+        parameter = nn.Parameter(torch.full((1000,), float(rank.rank)))
+        exchange = rank.exchange(script, ElasticMixing(0.5), {"w": parameter})
+        for step in range(1, 4):
+            if rank.rank == 0 and step == 3:
+                begun.set()
+            exchange.begin()
+            with torch.no_grad():
+                if rank.rank == 0:
+                    parameter.fill_(10.0 * step)  # its "optimizer"
+            if rank.rank == 0 and step == 3:
+                was_set.append(go_on.is_set())
+            if rank.rank == step and step < 3:
+                assert begun.wait(10)
+                time.sleep(0.3)
+                go_on.set()
+            exchange.end()
+        return parameter.detach().unique().tolist()
+
+    results = run_ranks(4, body)
+    assert SLOTS == 2
+    assert was_set == [True], "the third snapshot would have overwritten the first"
+    # rank 1 was at 1 and read 0; step 1 left rank 0 at 10 - (0 - 1) / 2, which rank 2, at 2, read
+    assert results[1] == [0.5]
+    assert results[2] == [2 - (2 - 10.5) / 2]
+
+
+def test_who_never_reads_is_named() -> None:
+    script = Schedule(Script((0, 1), (0, 2), (0, 3)))
+    over = threading.Event()
+
+    def body(rank: Rank) -> None:
+        exchange = rank.exchange(script, ElasticMixing(0.5), {"w": nn.Parameter(torch.ones(10))})
+        try:
+            for step in range(1, 4):
+                exchange.begin()
+                if rank.rank == step and step < 3:
+                    over.wait(10)
+                exchange.end()
+        finally:
+            if rank.rank == 0:
+                over.set()
+
+    errors = run_ranks(4, body, timeout=timedelta(seconds=1), expect_errors=True)
+    assert isinstance(errors[0], PartnerLost)
+    assert str(errors[0]) == (
+        "rank 0 lost its partner rank 1 at step 1: it did not read this rank's snapshot of that step for 1 s"
+    )
+
+
+def test_ranks_that_do_not_see_each_others_memory_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks 0 and 1 on one host, 2 and 3 on another, say: both roads in one exchange, and the same result."""
+    host_of = {f"rank{rank}": rank // 2 for rank in range(4)}
+    opened, sent = [], []
+    open_, send = Inbox.open, Link.send
+
+    def open_if_near(address: Address, readers: int) -> Inbox | None:
+        own, peer = threading.current_thread().name.removeprefix("link-").split("-")
+        opened.append(host_of[own] == host_of[peer])
+        return open_(address, readers) if opened[-1] else None
+
+    def counting(link: Link, header: Any, *payloads: torch.Tensor) -> None:
+        if any(payload.nbytes == 4096 for payload in payloads):
+            sent.append((link.own, link.peer))
+        send(link, header, *payloads)
+
+    monkeypatch.setattr(Inbox, "open", open_if_near)
+    monkeypatch.setattr(Link, "send", counting)
+
+    def body(rank: Rank, shared_memory: bool) -> torch.Tensor:
+        torch.manual_seed(rank.rank)
+        parameter = nn.Parameter(torch.randn(1024, generator=torch.Generator().manual_seed(rank.rank)))
+        exchange = rank.exchange(Schedule("uniform", seed=2), ElasticMixing(0.3), {"w": parameter}, shared_memory)
+        for _ in range(12):
+            exchange.begin()
+            exchange.end()
+        return parameter.detach().clone()
+
+    mixed = run_ranks(4, lambda rank: body(rank, True))
+    assert True in opened
+    assert False in opened
+    assert sent
+    assert all(host_of[own] != host_of[peer] for own, peer in sent), "payloads travel between hosts only"
+    sent.clear()
+    apart = run_ranks(4, lambda rank: body(rank, False))
+    assert any(host_of[own] == host_of[peer] for own, peer in sent)
+    for a, b in zip(mixed, apart, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_outbox_grows_with_the_model() -> None:
+    def body(rank: Rank) -> list[float]:
+        large = nn.Parameter(torch.full((5000,), float(rank.rank)), requires_grad=False)
+        small = nn.Parameter(torch.full((3,), float(rank.rank)))
+        exchange = rank.exchange(Schedule(), ElasticMixing(0.5), {"small": small, "large": large})
+        seen = []
+        for step in range(3):
+            large.requires_grad_(step == 1)
+            exchange.begin()
+            exchange.end()
+            seen.append(large.detach().mean().item())
+        return seen
+
+    assert run_ranks(2, body) == [[0.0, 0.5, 0.5], [1.0, 0.5, 0.5]]
