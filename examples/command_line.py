@@ -1,31 +1,23 @@
-"""The command line that all examples share: options, strategy, Trainer, and the table at the end."""
+"""The command line that all examples share: options, their checks, and the strategy that they ask for."""
 
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
-import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
+from shares import DATA_SHARES
 
-from lightning_gossip import (
-    DownpourStrategy,
-    ElasticGossipStrategy,
-    GossipMonitor,
-    GossipStrategy,
-    RankTensorBoardLogger,
-)
+from lightning_gossip import DownpourStrategy, ElasticGossipStrategy, GossipStrategy
 from lightning_gossip.schedule import SELECTORS
+from lightning_gossip.strategies.base import TIMEOUT
 
 STRATEGIES = ("local", "none", "all-reduce", "gossip", "elastic-gossip", "downpour")
 NO_REPLICAS = ("local", "all-reduce")
-LOG_EVERY_N_STEPS = 10
 
 
 class Nobody:
@@ -37,10 +29,8 @@ class Nobody:
 
 def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """Return a parser of the options that all examples have; ``defaults`` override theirs."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(description=description, formatter_class=_Formatter, allow_abbrev=False)
+    add = parser.add_argument_group("scheme").add_argument
     add("--strategy", choices=STRATEGIES, default="elastic-gossip", help="local: one process; none: never talk")
     add("--devices", type=int, default=4, help="replicas")
     add("--alpha", type=float, default=0.5, help="of elastic gossip")
@@ -52,112 +42,122 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
     add("--n-push", type=int, default=5, help="steps between pushes of downpour")
     add("--n-pull", type=int, default=5, help="steps between pulls of downpour")
     add("--shards", type=int, default=1, help="processes of downpour's parameter server")
+    add("--timeout", type=float, default=TIMEOUT.total_seconds(), help="seconds to wait for a rank that is silent")
+    add("--accelerator", default="cpu", help="cpu or cuda")
+    add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=20)
     add("--batch-size", type=int, default=128, help="over all devices")
     add("--lr", type=float, default=0.01, help="learning rate")
-    add("--seed", type=int, default=1234, help="of data, initial weights and the schedule")
-    add("--accelerator", default="cpu", help="cpu or cuda")
-    add("--log-dir", default="logs", help="folder of the TensorBoard event files")
+    add("--momentum", type=float, default=0.9, help="Nesterov's; 0 for plain SGD")
+    add("--seed", type=int, default=1234, help="of data, initial weights, dropout and the schedule")
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--data-shares",
+        choices=DATA_SHARES,
+        default="fixed",
+        help="fixed: each worker keeps one disjoint, even share; reshuffled: a new one in each epoch"
+        " (DistributedSampler); whole: each walks through all samples in each epoch, in an order of its own",
+    )
+    add(
+        "--non-iid",
+        type=float,
+        metavar="ALPHA",
+        help="deal the classes unevenly over fixed shares of equal size, by a Dirichlet draw for each worker:"
+        " 0.1 gives a worker one or two classes, 100 all alike",
+    )
+    add = parser.add_argument_group("results").add_argument
+    add("--log-dir", default="logs", help="folder of the TensorBoard event files and checkpoints")
     add("--run-id", default=None, help="name of the run's folder; version_<n> by default")
+    add("--resume", action="store_true", help="continue the run named by --run-id from its last epoch, if it has one")
+    add("--summary", type=Path, metavar="FILE.json", help="write accuracies, seconds and bytes to this file")
     parser.set_defaults(**defaults)
     return parser
+
+
+def add_image_options(parser: argparse.ArgumentParser, validation: int, models: tuple[str, ...]) -> None:
+    """Add the options of examples on images; the first of ``models`` is the default."""
+    add = parser.add_argument_group("images").add_argument
+    add("--model", choices=models, default=models[0])
+    add(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="of torchvision's files, or of image folders DIR/train/<class>/* and DIR/test/<class>/*; by default"
+        " torchvision downloads to ~/.cache/lightning-gossip",
+    )
+    add("--validation", type=int, default=validation, help="training images held out, drawn at random")
+    add(
+        "--validate-on",
+        choices=("held-out", "test"),
+        default="held-out",
+        help="test: hold nothing out, and validate on the test set, as the DistBelief project did: its plateau schedule"
+        " then sees the test set, and what it reports is not a clean test accuracy",
+    )
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the description as it is."""
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Return the options given, or end with a message and status 2 where they do not fit together."""
     args = parser.parse_args()
-    for name, value in (("devices", args.devices), ("epochs", args.epochs), ("batch-size", args.batch_size)):
-        if value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
     if args.strategy == "local":
         args.devices = 1
-    if args.batch_size % args.devices:
-        parser.error(
-            f"--batch-size is over all devices and must be a multiple of --devices:"
-            f" {args.batch_size} is not divisible by {args.devices}"
-        )
     try:
+        check(args)
         args.strategy_object = make_strategy(args)
     except ValueError as error:
         parser.error(str(error))
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raise ``ValueError`` for options that are out of range, or do not fit together."""
+    for name, value in (("devices", args.devices), ("epochs", args.epochs), ("batch-size", args.batch_size)):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if args.batch_size % args.devices:
+        raise ValueError(
+            f"--batch-size is over all devices and must be a multiple of --devices:"
+            f" {args.batch_size} is not divisible by {args.devices}"
+        )
+    for name, value in (("lr", args.lr), ("timeout", args.timeout), ("non-iid", args.non_iid)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"--{name} must be a finite number above 0, got {value}")
+    if not 0 <= args.momentum < 1:
+        raise ValueError(f"--momentum must be at least 0 and below 1, got {args.momentum}")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
+    if args.non_iid is not None and args.data_shares != "fixed":
+        raise ValueError(f"--non-iid deals out fixed shares, and --data-shares is {args.data_shares}")
+    if args.resume and not args.run_id:
+        raise ValueError("--resume needs --run-id, the name of the run to continue")
+
+
 def make_strategy(args: argparse.Namespace) -> Any:
-    """Return what ``Trainer(strategy=…)`` takes."""
+    """Return what ``Trainer(strategy=…)`` takes; replicas are evaluated as they are, on the whole data.
+
+    Raises:
+        ValueError: for an argument that the strategy does not allow.
+    """
+    timeout = timedelta(seconds=args.timeout)
     if args.strategy == "local":
         return "auto"
     if args.strategy == "all-reduce":
-        return "ddp"
+        return DDPStrategy(timeout=timeout)
+    common: dict[str, Any] = {"evaluate": "replica", "timeout": timeout}
     if args.strategy == "none":
-        return ElasticGossipStrategy(peers=Nobody(), evaluate="replica")
+        return ElasticGossipStrategy(peers=Nobody(), **common)
     if args.strategy == "downpour":
-        return DownpourStrategy(n_push=args.n_push, n_pull=args.n_pull, shards=args.shards, evaluate="replica")
-    common: dict[str, Any] = {
+        return DownpourStrategy(n_push=args.n_push, n_pull=args.n_pull, shards=args.shards, **common)
+    common |= {
         "probability": args.probability,
         "period": args.period,
         "peers": args.peers,
         "delay": args.delay,
         "seed": args.seed,
-        "evaluate": "replica",
     }
     if args.strategy == "gossip":
         return GossipStrategy(variant=args.variant, **common)
     return ElasticGossipStrategy(alpha=args.alpha, **common)
-
-
-def train_and_test(
-    args: argparse.Namespace, name: str, model: pl.LightningModule, data: pl.LightningDataModule
-) -> None:
-    """Fit, test every replica and the consensus model on the whole test set, and print the table on rank 0.
-
-    Args:
-        args: of :func:`parse`.
-        name: of the example, for the log folder.
-        model: logs ``test_accuracy`` in its test step.
-        data: gives each rank its share for training and the whole sets for validation and test.
-    """
-    logger = RankTensorBoardLogger(args.log_dir, name=name, version=args.run_id)
-    trainer = pl.Trainer(
-        accelerator=args.accelerator,
-        devices=args.devices,
-        strategy=args.strategy_object,
-        max_epochs=args.epochs,
-        logger=logger,
-        callbacks=[] if args.strategy in NO_REPLICAS else [GossipMonitor(every_n_steps=LOG_EVERY_N_STEPS)],
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        log_every_n_steps=LOG_EVERY_N_STEPS,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(model, data)
-    [tested] = trainer.test(model, data, verbose=False)
-    accuracies = gather(tested["test_accuracy"], trainer.world_size)
-    if hasattr(trainer.strategy, "adopt_consensus"):
-        trainer.strategy.adopt_consensus()
-    [tested] = trainer.test(model, data, verbose=False)
-    if trainer.is_global_zero:
-        print_table(args, accuracies, tested["test_accuracy"])
-        # not `trainer.log_dir`: that is a broadcast, and the other ranks are not here
-        print(f"Curves of every rank: tensorboard --logdir {shlex.quote(logger.log_dir)}")
-
-
-def gather(value: float, world_size: int) -> list[float]:
-    """Return the value of each rank."""
-    if world_size == 1:
-        return [value]
-    values = [0.0] * world_size
-    dist.all_gather_object(values, value)
-    return values
-
-
-def print_table(args: argparse.Namespace, accuracies: list[float], consensus: float) -> None:
-    """Print test accuracy, a row a replica and one for the consensus model."""
-    table = Table(title=f"Test accuracy, {args.strategy}, {args.devices} devices, {args.epochs} epochs")
-    table.add_column("model")
-    table.add_column("accuracy", justify="right")
-    for rank, accuracy in enumerate(accuracies):
-        table.add_row(f"replica of rank {rank}", f"{accuracy:.4f}", end_section=rank == len(accuracies) - 1)
-    table.add_row("consensus", f"{consensus:.4f}")
-    Console(file=sys.stdout).print(table)

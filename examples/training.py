@@ -1,0 +1,197 @@
+"""Fit, test and report, the same for all examples."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from command_line import NO_REPLICAS
+from image_data import DataNotFoundError
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from rich.console import Console
+from rich.table import Table
+from typing_extensions import override
+
+import lightning_gossip
+from lightning_gossip import GossipMonitor, RankTensorBoardLogger
+from lightning_gossip.checkpoint import AtomicCheckpointIO
+
+LOG_EVERY_N_STEPS = 50
+CHECKPOINT = "last"
+
+
+class Costs(Callback):
+    """Seconds of training on this rank, validations and checkpoints included, and bytes that it sent.
+
+    Both are summed over the parts of a resumed run. Bytes are of payload: those that gossip or a worker of Downpour
+    counts; for all-reduce they are computed, as a ring sends 2 N (n − 1) / n in each step, N the bytes of all
+    gradients and n the number of ranks.
+    """
+
+    def __init__(self, strategy: str) -> None:
+        self._strategy = strategy
+        self._begin: float | None = None
+        self._seconds = 0.0  # of the parts before
+        self._stats: Any = None
+        self.bytes_sent = 0
+
+    @property
+    def seconds(self) -> float:
+        """Up to now."""
+        return self._seconds + (0.0 if self._begin is None else time.perf_counter() - self._begin)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin = time.perf_counter()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seconds, self._begin = self.seconds, None
+        exchange = getattr(trainer.strategy, "exchange", None)
+        self._stats = exchange.stats if exchange is not None else getattr(trainer.strategy, "downpour_stats", None)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._stats is not None:
+            self.bytes_sent = self._stats.bytes_sent
+        elif self._strategy == "all-reduce":
+            gradients = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
+            ranks = trainer.world_size
+            self.bytes_sent = round(2 * gradients * (ranks - 1) / ranks) * trainer.global_step
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._seconds = state_dict["seconds"]
+
+
+class EpochLines(Callback):
+    """One line an epoch, of rank 0, where there is no terminal for a progress bar."""
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            metrics = ", ".join(f"{name} {trainer.callback_metrics[name]:.4f}" for name in ("val_accuracy", "val_loss"))
+            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {metrics} (rank 0)", flush=True)
+
+
+def train_and_test(
+    args: argparse.Namespace, name: str, model: pl.LightningModule, data: pl.LightningDataModule
+) -> None:
+    """Fit, test every replica and the consensus model on the whole test set, and report on rank 0.
+
+    Args:
+        args: of :func:`command_line.parse`.
+        name: of the example, for the log folder.
+        model: logs ``test_accuracy`` in its test step.
+        data: gives each rank its share for training and the whole sets for validation and test.
+    """
+    prepare_before_launch(data)
+    logger = RankTensorBoardLogger(args.log_dir, name=name, version=args.run_id)
+    costs = Costs(args.strategy)
+    callbacks: list[Callback] = [costs]
+    bar = sys.stderr.isatty()
+    callbacks.append(TQDMProgressBar(refresh_rate=LOG_EVERY_N_STEPS) if bar else EpochLines())
+    if args.strategy not in NO_REPLICAS:
+        callbacks.append(GossipMonitor(every_n_steps=LOG_EVERY_N_STEPS))
+    folder = Path(args.log_dir, name, args.run_id or f"version_{logger.version}", "checkpoints")
+    callbacks.append(ModelCheckpoint(folder, filename=CHECKPOINT, every_n_epochs=1, enable_version_counter=False))
+    last = folder / f"{CHECKPOINT}.ckpt"
+    trainer = pl.Trainer(
+        accelerator=args.accelerator,
+        devices=args.devices,
+        strategy=args.strategy_object,
+        max_epochs=args.epochs,
+        logger=logger,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        enable_model_summary=False,
+        enable_progress_bar=bar,
+        use_distributed_sampler=False,
+        log_every_n_steps=LOG_EVERY_N_STEPS,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(model, data, ckpt_path=last if args.resume and last.exists() else None)
+    [tested] = trainer.test(model, data, verbose=False)
+    accuracies = gather(tested["test_accuracy"], trainer.world_size)
+    bytes_sent = gather(costs.bytes_sent, trainer.world_size)
+    if hasattr(trainer.strategy, "adopt_consensus"):
+        trainer.strategy.adopt_consensus()
+        [tested] = trainer.test(model, data, verbose=False)
+    if not trainer.is_global_zero:
+        return
+    summary = {
+        "example": name,
+        "strategy": args.strategy,
+        "strategy_arguments": getattr(trainer.strategy, "hyperparameters", {}),
+        "options": {key: value for key, value in vars(args).items() if key != "strategy_object"},
+        "world_size": trainer.world_size,
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "updates": trainer.global_step,
+        "test_accuracy": accuracies,
+        "consensus_test_accuracy": tested["test_accuracy"],
+        "seconds": costs.seconds,
+        "bytes_sent_per_rank": sum(bytes_sent) / len(bytes_sent),
+        "version": lightning_gossip.__version__,
+    }
+    print_table(summary)
+    # not `trainer.log_dir`: that is a broadcast, and the other ranks are not here
+    print(f"Curves of every rank: tensorboard --logdir {shlex.quote(logger.log_dir)}")
+    if args.summary is not None:
+        write_summary(args.summary, summary)
+
+
+def prepare_before_launch(data: pl.LightningDataModule) -> None:
+    """Download and decode while there is one process: an error then is one message, with status 2.
+
+    Under torchrun or SLURM there are many from the start, and Lightning calls ``prepare_data`` on one of each node.
+    """
+    if not {"LOCAL_RANK", "SLURM_PROCID"} & os.environ.keys():
+        try:
+            data.prepare_data()
+            data.setup("fit")
+        except DataNotFoundError as error:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+
+def gather(value: float, world_size: int) -> list[float]:
+    """Return the value of each rank."""
+    if world_size == 1:
+        return [value]
+    values = [0.0] * world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    """Print test accuracy, a row a replica and one for the consensus model, and what the training cost."""
+    accuracies = summary["test_accuracy"]
+    table = Table(title=f"Test accuracy, {summary['strategy']}, {len(accuracies)} devices, {summary['epochs']} epochs")
+    table.add_column("model")
+    table.add_column("accuracy", justify="right")
+    for rank, accuracy in enumerate(accuracies):
+        table.add_row(f"replica of rank {rank}", f"{accuracy:.4f}", end_section=rank == len(accuracies) - 1)
+    table.add_row("consensus", f"{summary['consensus_test_accuracy']:.4f}")
+    Console(file=sys.stdout).print(table)
+    print(f"{summary['seconds']:.1f} s of training, {summary['bytes_sent_per_rank'] / 1e6:,.1f} MB sent a rank")
+
+
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """Write ``summary`` as JSON; a reader sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(summary, indent=2, default=str) + "\n")
+    os.replace(temporary, path)
