@@ -1,18 +1,21 @@
 """What a parameter server costs, without Lightning: its CPU use, bytes and staleness against workers and shards.
 
     python benchmarks/downpour.py [--seconds 8] [--step-ms 35] [--n-push 5]
+    python benchmarks/downpour.py --accuracy {iris,mnist,cifar10} ...
 
 Real shard processes on this host; the workers are threads of one process that sleep for a step's time and hold the
 thesis' MNIST network (784-1024-1024-1024-10, 2.9 million float32 parameters), so that nothing but Downpour needs a
 core. One row a setting in ``results/downpour_server.csv``; those that are there already are not run again.
+
+With ``--accuracy``, what the server's model is worth instead: see ``downpour_accuracy.py``.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
+import sys
 import threading
 import time
 from contextlib import ExitStack
@@ -22,13 +25,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from downpour_rows import RESULTS, append, find, read
 from torch import nn
 from torch.distributed import HashStore
 
 from lightning_gossip.control import Control
 from lightning_gossip.parameter_server import Answered, DownpourClient, ShardProcess
 
-RESULTS = Path(__file__).parent / "results" / "downpour_server.csv"
 WORKERS = (1, 2, 3, 4, 6, 8)
 SHARDS = (1, 2)
 LIMIT = timedelta(minutes=2)
@@ -145,40 +148,33 @@ def summarize(row: Row, runs: list[Run], cpu: float, clock: float) -> Row:
     return row
 
 
-def rows_there(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.open())) if path.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=8.0, help="measured, a setting")
     parser.add_argument("--step-ms", type=float, default=35.0, help="a step's time without Downpour")
     parser.add_argument("--n-push", type=int, default=5)
     parser.add_argument("--n-pull", type=int, default=None, help="as --n-push by default: one round trip for both")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "downpour_server.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     n_pull = arguments.n_push if arguments.n_pull is None else arguments.n_pull
     keys = ("workers", "shards", "n_push", "n_pull", "step_ms", "seconds", "cores")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for shards in SHARDS:
         for workers in WORKERS:
             row = Row(
                 workers, shards, arguments.n_push, n_pull, arguments.step_ms, arguments.seconds, os.cpu_count() or 1
             )
-            there = rows_there(arguments.out)
-            if any(all(old[key] == str(getattr(row, key)) for key in keys) for old in there):
+            given = {key: str(getattr(row, key)) for key in keys}
+            if find(read(arguments.out), given):
                 continue
-            done = {
-                k: f"{v:.4g}" if isinstance(v, float) and k not in keys else v for k, v in asdict(measure(row)).items()
-            }
-            with arguments.out.open("a", newline="") as file:
-                writer = csv.DictWriter(file, list(done))
-                if not there:
-                    writer.writeheader()
-                writer.writerow(done)
-            print(", ".join(f"{key} {value}" for key, value in done.items()), flush=True)
+            append(arguments.out, [asdict(measure(row)) | given])
+            print(read(arguments.out)[-1], flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    if "--accuracy" in sys.argv[1:2]:
+        import downpour_accuracy
+
+        downpour_accuracy.main(sys.argv[2:])
+    else:
+        main()

@@ -1,16 +1,16 @@
 """What Downpour costs a training step: the time that `Trainer.fit` spends in its calls, as a share of the step.
 
-    python benchmarks/downpour_step.py [--steps 200] [--n-push 5]
+    python benchmarks/downpour_step.py [--steps 200] [--n-push 5] [--optimizer sgd-fused]
 
 The thesis' MNIST network (784-1024-1024-1024-10, 2.9 million float32 parameters) on random data of MNIST's shape, batch
-32 a rank, SGD; ranks and the server's shard share this host's cores. One row a number of ranks in
-``results/downpour_step.csv``; those that are there already are not measured again.
+32 a rank, plain SGD in torch's default implementation or its fused one (which the examples use); ranks and the server's
+shard share this host's cores. One row a repetition in ``results/downpour_step.csv``, each a training of its own; those
+that are there already are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import tempfile
@@ -22,15 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
+from downpour_rows import RESULTS, append, find, read
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gossip import DownpourStrategy
 
-RESULTS = Path(__file__).parent / "results" / "downpour_step.csv"
 RANKS = (2, 4)
+OPTIMIZERS = ("sgd", "sgd-fused")
 BATCH = 32
 WARM = 20
 """Steps before those that are measured."""
@@ -41,11 +43,13 @@ class Row:
     """One setting and what came of it: milliseconds are means over steps and ranks, but for the median step."""
 
     ranks: int
+    optimizer: str
     shards: int
     n_push: int
     n_pull: int
     steps: int
     cores: int
+    repetition: int
     step_ms: float = 0.0
     step_median_ms: float = 0.0
     call_ms: float = 0.0
@@ -58,8 +62,9 @@ class Row:
 class Network(pl.LightningModule):
     """The thesis' MNIST network."""
 
-    def __init__(self) -> None:
+    def __init__(self, fused: bool = False) -> None:
         super().__init__()
+        self.fused = fused
         sizes = (784, 1024, 1024, 1024, 10)
         layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
         self.layers = nn.Sequential(*layers[:-1])
@@ -69,7 +74,7 @@ class Network(pl.LightningModule):
         return nn.functional.cross_entropy(self.layers(x), y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.002)
+        return torch.optim.SGD(self.parameters(), lr=0.002, fused=self.fused)
 
 
 class Stopwatch(Callback):
@@ -118,7 +123,7 @@ def measure(row: Row) -> Row:
             callbacks=[Stopwatch(Path(folder))],
         )
         sampler = torch.utils.data.RandomSampler(data, replacement=True, num_samples=size // row.ranks)
-        trainer.fit(Network(), DataLoader(data, BATCH, sampler=sampler))
+        trainer.fit(Network(fused=row.optimizer == "sgd-fused"), DataLoader(data, BATCH, sampler=sampler))
         ranks = [torch.load(Path(folder) / f"rank_{rank}.pt") for rank in range(row.ranks)]
     steps, calls, waits = ([t for rank in ranks for t in rank[key]] for key in ("step", "call", "wait"))
     row.step_ms = 1000 * statistics.mean(steps)
@@ -136,24 +141,27 @@ def main() -> None:
     parser.add_argument("--n-push", type=int, default=5)
     parser.add_argument("--n-pull", type=int, default=None, help="as --n-push by default: one round trip for both")
     parser.add_argument("--shards", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
+    parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=RESULTS / "downpour_step.csv")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    n_pull = arguments.n_push if arguments.n_pull is None else arguments.n_pull
-    given = [field.name for field in fields(Row)][:6]
+    n_pull = args.n_push if args.n_pull is None else args.n_pull
+    names = [field.name for field in fields(Row)]
+    given = names[: names.index("repetition") + 1]
+    for repetition in range(args.repetitions):
+        for ranks in RANKS:
+            setting = (ranks, args.optimizer, args.shards, args.n_push, n_pull, args.steps, os.cpu_count() or 1)
+            row = Row(*setting, repetition)
+            if not find(read(args.out), {name: getattr(row, name) for name in given}):
+                append(args.out, [asdict(measure(row))])
     for ranks in RANKS:
-        row = Row(ranks, arguments.shards, arguments.n_push, n_pull, arguments.steps, os.cpu_count() or 1)
-        there = list(csv.DictReader(arguments.out.open())) if arguments.out.exists() else []
-        if any(all(old[key] == str(getattr(row, key)) for key in given) for old in there):
-            continue
-        done = {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in asdict(measure(row)).items()}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(done))
-            if not there:
-                writer.writeheader()
-            writer.writerow(done)
-        print(", ".join(f"{key} {value}" for key, value in done.items()), flush=True)
+        setting = (ranks, args.optimizer, args.shards, args.n_push, n_pull, args.steps, os.cpu_count() or 1)
+        rows = find(read(args.out), dict(zip(given, setting, strict=False)))
+        print(f"{ranks} ranks, {args.optimizer}, {len(rows)} repetitions:")
+        for name in ("step_median_ms", "call_ms", "call_share", "wait_share"):
+            low, median, high = np.quantile([float(row[name]) for row in rows], (0.25, 0.5, 0.75))
+            print(f"    {name} {median:.4g} (quartiles {low:.4g} to {high:.4g})", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,66 @@
+"""Curves of test accuracy, drawn from the committed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from downpour_rows import Row, find
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lightning_gossip.report_plots import COLOURS, DPI, STYLE
+
+TITLES = {"mnist": "MNIST, perceptron", "cifar10": "CIFAR-10, AlexNet"}
+REFERENCES = {"cifar10": (("single process, 1.8 h", 0.695, COLOURS[0]), ("3 workers, 1.1 h", 0.67, COLOURS[1]))}
+"""What the DistBelief project's plot shows at the end: label, test accuracy, colour."""
+AXES = (
+    ("steps", 1.0, "updates of a worker"),
+    ("cpu_seconds", 60.0, "processor time of a worker (min)"),
+)
+WORKERS = {"1": COLOURS[0], "3": COLOURS[1], "2": COLOURS[2]}
+
+
+def draw(name: str, rows: Sequence[Row], folder: Path) -> None:
+    """Write ``downpour_<name>.png``: accuracy against updates and time, the mean over seeds with their range.
+
+    Args:
+        name: of the experiment.
+        rows: of its curves, at least one; of runs of different numbers of epochs, the longest are drawn.
+        folder: for the picture.
+    """
+    epochs = max((row["epochs"] for row in rows), key=int)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+        axes: list[Axes] = list(figure.subplots(1, 2, sharey=True))
+        for plot, (column, unit, label) in zip(axes, AXES, strict=True):
+            for workers, colour in WORKERS.items():
+                draw_runs(plot, find(rows, {"epochs": epochs, "workers": workers}), workers, colour, column, unit)
+            for reference, accuracy, colour in REFERENCES.get(name, ()):
+                text = f"DistBelief project: {reference} (other machine and images)"
+                plot.axhline(accuracy, color=colour, linestyle=":", linewidth=1.0, label=text)
+            plot.set_xlabel(label)
+        axes[0].set_ylabel("test accuracy")
+        axes[0].set_title(f"{TITLES.get(name, name)}, {epochs} epochs", loc="left")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        path = folder / f"downpour_{name}.png"
+        figure.savefig(path, dpi=DPI)
+    print(path)
+
+
+def draw_runs(plot: Axes, rows: Sequence[Row], workers: str, colour: str, column: str, unit: float) -> None:
+    seeds = sorted({row["seed"] for row in rows})
+    if not seeds:
+        return
+    runs = [find(rows, {"seed": seed}) for seed in seeds]
+    length = min(len(run) for run in runs)
+    x, y = (np.array([[float(p[c]) for p in run[:length]] for run in runs]) for c in (column, "test_accuracy"))
+    who = "single process" if workers == "1" else f"{workers} workers, the server's model"
+    place = x.mean(axis=0) / unit
+    plot.plot(
+        place, y.mean(axis=0), color=colour, marker=".", label=f"{who} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+    )
+    plot.fill_between(place, y.min(axis=0), y.max(axis=0), color=colour, alpha=0.15, linewidth=0)

@@ -1,0 +1,50 @@
+"""Rows of results in CSV files: what is there is not measured again."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+Row = dict[str, str]
+
+
+def read(path: Path) -> list[Row]:
+    """Return the rows of a file, none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, rows: Sequence[Mapping[str, Any]], digits: int = 4) -> None:
+    """Append ``rows``, all with the same columns, floats with so many significant ``digits``.
+
+    Raises:
+        ValueError: if the file has other columns.
+    """
+    columns = list(rows[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        with path.open(newline="") as file:
+            there = next(csv.reader(file), None)
+        if there != columns:
+            raise ValueError(f"{path} has the columns {there}, not {columns}: move it away, or name another file")
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows({key: text(value, digits) for key, value in row.items()} for row in rows)
+
+
+def text(value: Any, digits: int = 4) -> str:
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def find(rows: Sequence[Row], given: Mapping[str, Any]) -> list[Row]:
+    """Return the rows in which what was ``given`` stands as it is."""
+    wanted = {key: str(value) for key, value in given.items()}
+    return [row for row in rows if wanted.items() <= row.items()]

@@ -1,0 +1,181 @@
+"""One training under Downpour, or by a single process, and how accurate the server's model is, or that one's."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from downpour_rows import Row, append, read
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lightning_gossip import DownpourStrategy
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))  # whose modules go by their bare names
+from classifier import Classifier
+from shares import make_sampler
+from tensor_data import EVALUATION_BATCH, Labelled, Sets, TensorLoader
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and how.
+
+    Attributes:
+        sets: training, validation and test set.
+        network: with its initial weights.
+        shares: of the training set: ``"whole"``, ``"fixed"``, see ``examples/shares.py``.
+        batch: of a worker.
+        workers: 1 for a single process without Downpour.
+        n_push: steps from one push to the next, and from one pull to the next.
+        lr: of a worker.
+        momentum: Nesterov's.
+        schedule: of the learning rate, given the optimizer; stepped once an epoch, by the validation loss.
+        epochs: of each worker.
+        seed: of the order of samples and dropout.
+        curve: whether the model is measured after every epoch.
+        timeout: for which a silent worker is waited for.
+    """
+
+    sets: Sets
+    network: nn.Module
+    shares: str
+    batch: int
+    workers: int
+    n_push: int
+    lr: float
+    momentum: float
+    schedule: Callable[[torch.optim.Optimizer], Any] | None
+    epochs: int
+    seed: int
+    curve: bool
+    timeout: timedelta
+
+    def run(self) -> tuple[dict[str, float], list[Row]]:
+        """Train; return what the model is worth at the end, and the points of the curve."""
+        strategy: Any = "auto"
+        if self.workers > 1:
+            strategy = DownpourStrategy(self.n_push, self.n_push, timeout=self.timeout, start_method="fork")
+        with tempfile.TemporaryDirectory() as folder:
+            points = Path(folder) / "curve.csv"
+            model = Watched(points, self.network, self.lr, self.momentum, self.seed, schedule=self.schedule)
+            trainer = pl.Trainer(
+                accelerator="cpu",
+                devices=self.workers,
+                strategy=strategy,
+                max_epochs=self.epochs,
+                limit_val_batches=1.0 if self.curve else 0,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+                num_sanity_val_steps=0,
+            )
+            begin = time.perf_counter()
+            trainer.fit(model, Data(self.sets, self.shares, self.batch, self.seed))
+            result = {"seconds": time.perf_counter() - begin}
+            curve = read(points)
+        # what `fit` left in this process is the server's model, with all that all workers made
+        model.eval()
+        for name, part in (("validation", self.sets.validation), ("test", self.sets.test)):
+            sums = [measure(model.network, *batch) for batch in TensorLoader(part, EVALUATION_BATCH)]
+            loss, right, samples = torch.stack(sums).sum(0).tolist()
+            result |= {f"{name}_loss": loss / samples, f"{name}_accuracy": right / samples}
+        return result, curve
+
+
+class Watched(Classifier):
+    """A classifier whose validation measures it on both sets exactly, each rank on its slice, and keeps a curve.
+
+    Args:
+        points: CSV file, to which rank 0 appends one row an epoch.
+        classifier: see :class:`Classifier`.
+    """
+
+    def __init__(self, points: Path, *classifier: Any, **more: Any) -> None:
+        super().__init__(*classifier, **more)
+        self.points = points
+        self.pushes = self.staleness = 0
+        self.begin = (0.0, 0.0)
+        self.sums = torch.zeros(2, 3, dtype=torch.float64)
+
+    def on_train_start(self) -> None:
+        self.begin = (time.perf_counter(), time.process_time())
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        stats = getattr(self.trainer.strategy, "downpour_stats", None)
+        if stats is not None and stats.pushes != self.pushes:
+            self.pushes = stats.pushes
+            self.staleness += stats.staleness
+
+    def on_validation_epoch_start(self) -> None:
+        self.sums.zero_()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.sums[dataloader_idx] += measure(self.network, *batch)
+
+    def on_validation_epoch_end(self) -> None:
+        seconds, cpu_seconds = time.perf_counter() - self.begin[0], time.process_time() - self.begin[1]
+        own = torch.tensor([cpu_seconds, self.pushes, self.staleness], dtype=torch.float64)
+        trainer: Any = self.trainer
+        total = trainer.strategy.reduce(torch.cat([self.sums.flatten(), own]), reduce_op="sum").tolist()
+        validation_loss, validation_right, validation, test_loss, test_right, test, cpu_seconds, pushes, staleness = (
+            total
+        )
+        self.log("val_loss", validation_loss / validation)
+        if not trainer.is_global_zero:
+            return
+        point = {
+            "epoch": trainer.current_epoch + 1,
+            "steps": trainer.fit_loop.epoch_loop.total_batch_idx + 1,
+            "pushes": round(pushes),
+            "staleness": staleness / max(pushes, 1),
+            "worker_lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds / trainer.world_size,
+            "validation_loss": validation_loss / validation,
+            "validation_accuracy": validation_right / validation,
+            "test_loss": test_loss / test,
+            "test_accuracy": test_right / test,
+        }
+        append(self.points, [point], digits=6)
+        print(f"    epoch {point['epoch']}: test accuracy {point['test_accuracy']:.4f}, {seconds:.0f} s", flush=True)
+
+
+@torch.no_grad()
+def measure(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of losses, the number of right answers, and that of samples; shape ``(3,)``."""
+    logits = network(inputs)
+    right = (logits.argmax(dim=1) == labels).sum()
+    loss = cross_entropy(logits, labels, reduction="sum")
+    return torch.tensor([loss.item(), right.item(), len(labels)], dtype=torch.float64)
+
+
+class Data(pl.LightningDataModule):
+    """Each rank's share of the training set, and its slices of validation and test set."""
+
+    def __init__(self, sets: Sets, shares: str, batch: int, seed: int) -> None:
+        super().__init__()
+        self.sets, self.shares, self.batch, self.seed = sets, shares, batch, seed
+
+    def _ranks(self) -> tuple[int, int]:
+        trainer: Any = self.trainer
+        return trainer.global_rank, trainer.world_size
+
+    def train_dataloader(self) -> Any:
+        sampler = make_sampler(self.shares, self.sets.train.labels, *self._ranks(), self.seed)
+        return TensorLoader(self.sets.train, self.batch, sampler)
+
+    def val_dataloader(self) -> Any:
+        rank, world_size = self._ranks()
+        slices = (Labelled(*(t.tensor_split(world_size)[rank] for t in part)) for part in self.sets[1:])
+        return [TensorLoader(part, EVALUATION_BATCH) for part in slices]
