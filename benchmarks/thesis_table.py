@@ -1,0 +1,65 @@
+"""The rows of an experiment beside the published ones, in Markdown."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+from thesis_results import Results
+from thesis_rows import Experiment, parse
+
+_HEAD = (
+    "| row | seed | ours: mean (min–max) | consensus | thesis: mean | consensus | difference: mean | consensus |"
+    " sent by a worker (GB) |\n"
+    "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+)
+
+
+def in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows by workers, then from the most communication to the least, then by seed."""
+    places = [(*parse(row_id).place, seed) for row_id, seed in zip(rows["id"], rows["seed"], strict=True)]
+    return rows.iloc[sorted(range(len(rows)), key=places.__getitem__)]
+
+
+def published(results: Results, row_id: str) -> tuple[float, float]:
+    """Return the thesis' test accuracies: mean over the replicas, or rank 0's where that is all there is, and
+    the consensus model's; nan for what is not known."""
+    if row_id not in results.reference.index:
+        return math.nan, math.nan
+    row = results.reference.loc[row_id]
+    mean = row["rank0_test_accuracy"] if pd.isna(row["mean_over_ranks"]) else row["mean_over_ranks"]
+    return float(mean), float(row["consensus_test_accuracy"])
+
+
+def as_markdown(experiment: Experiment, results: Results) -> str:
+    """Return a table for each number of epochs; test accuracies in percent, differences in points."""
+    lines = [f"## {experiment.title}", ""]
+    for epochs, rows in sorted(results.rows.groupby("epochs"), key=lambda group: -group[0]):
+        whole = epochs == experiment.epochs
+        lines += [f"### {epochs} epochs" + ("" if whole else f", of {experiment.epochs} in the whole rows"), "", _HEAD]
+        lines += [_line(results, row, whole) for _, row in in_order(rows).iterrows()]
+        lines += [""]
+    lines += [
+        "Test accuracy in percent: mean, smallest and largest of the replicas, and of their mean, the consensus model."
+        " Differences in points, where the thesis trained for as many epochs.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(results: Results, row: pd.Series, whole: bool) -> str:
+    mean, consensus = row["mean_over_ranks"], row["consensus_test_accuracy"]
+    theirs = published(results, row["id"]) if whole else (math.nan, math.nan)
+    cells = [
+        row["id"],
+        f"{row['seed']}",
+        f"{_percent(mean)} ({_percent(row['min_over_ranks'])}–{_percent(row['max_over_ranks'])})",
+        _percent(consensus),
+        *map(_percent, theirs),
+        *(_percent(ours - other, "+.2f") for ours, other in zip((mean, consensus), theirs, strict=True)),
+        f"{row['bytes_sent_per_rank'] / 1e9:.1f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _percent(value: float, form: str = ".2f") -> str:
+    return "–" if math.isnan(value) else format(100 * value, form)
