@@ -15,47 +15,40 @@ with a plain loop, as is torch's own DDP there. Without it that set-up is left o
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from downpour_rows import RESULTS, Row, append, find, read
+from exchange_plots import draw
+from exchange_summary import PARTS, print_table, summarize
 from inside import InterfaceMeter, MemoryMeter, PartsMeter
 from lightning.pytorch.strategies import DDPStrategy
 from local_ranks import start_ranks
 from models import TASKS
-from numpy.typing import NDArray
 from plain_loop import DecentSetup, PlainDDPSetup, PlainSetup
-from rich.console import Console
-from rich.table import Table
-from side_by_side import LightningSetup, Plan, Setup, Values, ratios, run_rank
+from side_by_side import LightningSetup, Nobody, Plan, Setup, Values, run_rank
 
 from lightning_gossip import ElasticGossipStrategy
 
-RESULTS = Path(__file__).parent / "results" / "exchange.csv"
 TIMEOUT = timedelta(minutes=1)
-KEY = ("model", "ranks", "setup", "round")
 MEASURED = (
     "step_ms", "step_max_ms", "cpu_ms", "helper_cpu_ms",
     "payload_mb", "network_mb", "peak_mb", "parameters_mb",
-    "snapshot_ms", "post_ms", "wait_ms", "mix_ms", "python_ms", "idle_us",
+    *PARTS, "idle_us",
 )  # fmt: skip
-PARTS = ("snapshot_ms", "post_ms", "wait_ms", "mix_ms", "python_ms")
-
-Row = dict[str, Any]
-
-
-class Nobody:
-    """Peers that never choose: replicas that never talk."""
-
-    def choices(self, step: int, world_size: int) -> NDArray[np.int64]:
-        return np.full(world_size, -1)
+"""Columns of numbers, empty where a set-up has none."""
+BARS = {
+    ("mlp", 4, "matching"): 1.15,
+    ("mlp", 4, "matching, TCP"): 1.30,
+    ("mlp", 4, "matching, p 1/8"): 1.06,
+}
+"""What the step times are to stay below, relative to no communication, by model, ranks and set-up."""
 
 
 def gossip(name: str, **arguments: Any) -> LightningSetup:
@@ -77,6 +70,9 @@ def make_setups() -> dict[str, Setup]:
         gossip("matching, period 8", period=8),
         gossip("matching, period 8, delay 7", period=8, delay=7),
         gossip("matching, bfloat16", wire_dtype=torch.bfloat16),
+        gossip("matching, TCP", shared_memory=False),
+        gossip("uniform, TCP", peers="uniform", shared_memory=False),
+        gossip("matching, bfloat16, TCP", wire_dtype=torch.bfloat16, shared_memory=False),
         LightningSetup("ddp", lambda seed: DDPStrategy(process_group_backend="gloo", timeout=TIMEOUT)),
         PlainSetup("plain none"),
         PlainDDPSetup("plain ddp", "plain none"),
@@ -94,8 +90,8 @@ def measure(model: str, ranks: int, setups: dict[str, Setup], rounds: Iterable[i
     parameters = sum(p.numel() * p.element_size() for p in task.model().parameters()) / 1e6
 
     def report(setup: str, round_: int, values: Values) -> None:
-        row = {"model": model, "ranks": ranks, "setup": setup, "round": round_, "parameters_mb": parameters} | values
-        append(args.out, row)
+        key = {"model": model, "ranks": ranks, "setup": setup, "round": round_}
+        append(args.out, [key | dict.fromkeys(MEASURED, "") | {"parameters_mb": parameters} | values], digits=5)
         print(f"{model}, {ranks} ranks, round {round_}: {setup} {values['step_ms']:.1f} ms", flush=True)
 
     def rank() -> None:
@@ -103,32 +99,9 @@ def measure(model: str, ranks: int, setups: dict[str, Setup], rounds: Iterable[i
         plan = Plan(steps=args.steps, timeout=TIMEOUT)
         run_rank(list(setups.values()), task.model(), task.batch(), rounds, report, plan, meters, args.seconds)
 
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.with_name(f"{args.out.stem}_machine.txt").write_text(f"{machine()}\n")
     start_ranks(ranks, rank, seconds=2 * args.seconds + 600)
-
-
-def append(file: Path, row: Row) -> None:
-    """Append a row, after a header where the file is new."""
-    new = not file.exists()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", newline="") as out:
-        writer = csv.DictWriter(out, [*KEY, *MEASURED], lineterminator="\n")
-        if new:
-            out.write(f"# {machine()}\n")
-            writer.writeheader()
-        writer.writerow({name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()})
-
-
-def read(file: Path) -> list[Row]:
-    """Return the rows of a file, the last where a block was measured twice; none where there is no file."""
-    if not file.exists():
-        return []
-    with file.open(newline="") as lines:
-        rows = csv.DictReader(line for line in lines if not line.startswith("#"))
-        typed = [
-            {name: value if name in ("model", "setup") else float(value or "nan") for name, value in row.items()}
-            for row in rows
-        ]
-    return list({tuple(row[name] for name in KEY): row for row in typed}.values())
 
 
 def machine() -> str:
@@ -136,56 +109,13 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return (
-        f"{os.cpu_count()} cores ({cpu}), {memory:.0f} GiB of memory; torch {torch.__version__}, gloo, 1 thread a rank"
-    )
+    return f"{os.cpu_count()} cores ({cpu}), {memory:.0f} GiB of memory; torch {torch.__version__}, 1 thread a rank"
 
 
-def rounds_missing(rows: list[Row], model: str, ranks: int, setups: Iterable[str], rounds: int) -> list[int]:
+def rounds_missing(rows: Sequence[Row], model: str, ranks: int, setups: Iterable[str], rounds: int) -> list[int]:
     """Return the rounds of which some block is not there."""
-    there = {(row["setup"], row["round"]) for row in rows if row["model"] == model and row["ranks"] == ranks}
+    there = {(row["setup"], int(row["round"])) for row in find(rows, {"model": model, "ranks": ranks})}
     return [round_ for round_ in range(rounds) if any((setup, round_) not in there for setup in setups)]
-
-
-def print_table(rows: list[Row], model: str, ranks: int, setups: dict[str, Setup]) -> None:
-    """Print what is there of one model and number of ranks."""
-    cell = [row for row in rows if row["model"] == model and row["ranks"] == ranks]
-    by_setup = {name: {row["round"]: row for row in cell if row["setup"] == name} for name in setups}
-    table = Table(title=f"{model}, {ranks} ranks; times in ms a step, medians over rounds")
-    for column in (
-        "set-up",
-        "rounds",
-        "step",
-        "ratio",
-        "quartiles",
-        "CPU",
-        "of helpers",
-        "MB sent",
-        "copies",
-        *PARTS,
-        "idle_us",
-    ):
-        table.add_column(
-            column.removesuffix("_ms").replace("_us", ", µs"), justify="left" if column == "set-up" else "right"
-        )
-    for name, blocks in by_setup.items():
-        references = by_setup.get(setups[name].reference, {})
-        common = sorted(blocks.keys() & references.keys())
-        if not common:
-            continue
-
-        def column(key: str, of: dict[float, Row] = blocks, rounds: list[float] = common) -> NDArray[np.float64]:
-            return np.array([of[round_][key] for round_ in rounds])
-
-        low, median, high = ratios(column("step_ms"), column("step_ms", references))
-        copies = (column("peak_mb") - column("peak_mb", references)) / column("parameters_mb")
-        table.add_row(
-            name, str(len(common)), f"{np.median(column('step_ms')):.1f}", f"{median:.3f}", f"{low:.2f}–{high:.2f}",
-            f"{np.median(column('cpu_ms')):.1f}", f"{np.median(column('helper_cpu_ms')):.1f}", f"{column('network_mb').mean():.2f}", f"{np.median(copies):.2f}",
-            *("" if np.isnan(column(part)).all() else f"{column(part).mean():.2f}" for part in PARTS),
-            "" if np.isnan(column("idle_us")).all() else f"{np.nanmedian(column('idle_us')):.0f}",
-        )  # fmt: skip
-    Console(width=150).print(table)
 
 
 def main() -> None:
@@ -197,8 +127,9 @@ def main() -> None:
     add("--rounds", type=int, default=20, help="of blocks, a model and number of ranks")
     add("--steps", type=int, default=16, help="counted, a block; a multiple of 8")
     add("--seconds", type=float, default=8 * 3600.0, help="after which no round begins; run again to continue")
-    add("--out", type=Path, default=RESULTS)
+    add("--out", type=Path, default=RESULTS / "exchange.csv")
     add("--table", action="store_true", help="print what is there and measure nothing")
+    add("--plot", action="store_true", help="draw what is there, beside --out, and measure nothing")
     args = parser.parse_args()
     if args.steps < 8 or args.steps % 8:
         parser.error(f"--steps must be a multiple of 8, got {args.steps}")
@@ -208,12 +139,18 @@ def main() -> None:
         chosen = {name: s for name, s in setups.items() if any(part in name for part in parts)}
         references = {"none", *(setup.reference for setup in chosen.values())}
         setups = {name: setup for name, setup in setups.items() if name in chosen or name in references}
+    compared = {name: setup.reference for name, setup in setups.items()}
+    if args.plot:
+        drawn = {name: reference for name, reference in compared.items() if name != reference}
+        draw(summarize(read(args.out), drawn), BARS, args.out.with_suffix(".png"))
+        return
     for model in args.models:
         for ranks in args.ranks:
             missing = rounds_missing(read(args.out), model, ranks, setups, args.rounds)
             if missing and not args.table:
                 measure(model, ranks, setups, missing, args)
-            print_table(read(args.out), model, ranks, setups)
+            if summaries := summarize(find(read(args.out), {"model": model, "ranks": ranks}), compared):
+                print_table(summaries)
 
 
 def _names(known: Iterable[str]) -> Callable[[str], list[str]]:

@@ -34,6 +34,7 @@ from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
 from models import Batch, Model, SameBatch
+from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import DataLoader
 
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
@@ -149,6 +150,13 @@ class Setup(ABC):
     @abstractmethod
     def train(self, model: Model, data: Iterable[Batch], block: Block) -> None:
         """Train ``model`` for ``block.plan.total`` steps."""
+
+
+class Nobody:
+    """Peers that never choose: replicas that never talk."""
+
+    def choices(self, step: int, world_size: int) -> NDArray[np.int64]:
+        return np.full(world_size, -1)
 
 
 class LightningSetup(Setup):
@@ -293,7 +301,7 @@ def _quieten() -> None:
     os.environ.setdefault("LOGURU_LEVEL", "ERROR")
 
 
-def ratios(times: Sequence[float], references: Sequence[float]) -> tuple[float, float, float]:
+def ratios(times: ArrayLike, references: ArrayLike) -> tuple[float, float, float]:
     """Return lower quartile, median and upper quartile of the ratios round by round."""
     low, median, high = np.quantile(np.asarray(times) / np.asarray(references), (0.25, 0.5, 0.75))
     return float(low), float(median), float(high)

@@ -1,0 +1,59 @@
+"""The picture of `exchange.py`: step times relative to no communication, a panel a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from exchange_summary import Summary
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from lightning_gossip.report_plots import COLOURS, DPI, STYLE
+
+
+def draw(summaries: Sequence[Summary], bars: Mapping[tuple[str, int, str], float], out: Path) -> None:
+    """Write the picture to ``out``.
+
+    Args:
+        summaries: what was measured.
+        bars: ratios not to be exceeded, by model, ranks and set-up; drawn as short lines.
+        out: a PNG file.
+    """
+    models, ranks, setups = (
+        list(dict.fromkeys(getattr(s, key) for s in summaries)) for key in ("model", "ranks", "setup")
+    )
+    ranks.sort()
+    height = 0.8 / len(ranks)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(2.2 + 2.4 * len(models), 1.3 + 0.34 * len(setups)), layout="constrained")
+        panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+        for panel, model in zip(panels, models, strict=True):
+            panel.set_title(model)
+            panel.axvline(1.0, color="black", linewidth=0.8)
+            for index, size in enumerate(ranks):
+                chosen = [s for s in summaries if s.model == model and s.ranks == size]
+                places = np.array([setups.index(s.setup) + (index - (len(ranks) - 1) / 2) * height for s in chosen])
+                low, median, high = np.array([s.ratio for s in chosen]).reshape(-1, 3).T
+                panel.barh(
+                    places, median, height, color=COLOURS[index], label=f"{size} ranks",
+                    xerr=[median - low, high - median], error_kw={"elinewidth": 0.7, "ecolor": "0.3"},
+                )  # fmt: skip
+                limits = [
+                    (y, bars[key])
+                    for y, s in zip(places, chosen, strict=True)
+                    if (key := (model, size, s.setup)) in bars
+                ]
+                for y, limit in limits:
+                    panel.plot([limit, limit], [y - 1.2 * height, y + 1.2 * height], color="black", linewidth=1.6)
+            panel.set_xlim(left=0.8)
+            panel.grid(axis="y", visible=False)
+            panel.set_xlabel("step time / no communication")
+        panels[0].set_yticks(range(len(setups)), setups)
+        panels[0].invert_yaxis()
+        figure.legend(
+            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ranks),
+            title="medians and quartiles over rounds; black: bars that were set",
+        )  # fmt: skip
+        figure.savefig(out, dpi=DPI / 2)
