@@ -435,6 +435,7 @@ def test_hyperparameters_hold_every_argument() -> None:
         "seed": 0,
         "evaluate": "consensus",
         "timeout": 300.0,
+        "shared_memory": True,
         "process_group_backend": None,
         "start_method": "popen",
     }
