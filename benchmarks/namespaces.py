@@ -34,7 +34,7 @@ LATENCY_MS = 50
 _PREFIX = "gossip-bench"
 _NAME = re.compile(rf"{_PREFIX}-(\d+)-(\d+)-\w+")
 _SUBNET = "10.77.0"
-_TOOLS = ("ip", "tc", "setpriv")
+_TOOLS = ("ip", "tc", "setpriv", "unshare")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SETTINGS = (
     "echo cubic > /proc/sys/net/ipv4/tcp_congestion_control;"  # Linux' default; a host may have set another
@@ -165,6 +165,7 @@ def check_requirements() -> None:
         raise NetworkUnavailable("network namespaces need root")
     if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
         raise NetworkUnavailable(f"not found: {', '.join(missing)} (of iproute2 and util-linux)")
+    _run("unshare", "--net", "true")  # root in a container may not
 
 
 def remove_leftovers() -> None:
