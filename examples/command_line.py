@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,16 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Shows defaults, and the description as it is."""
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return the options given, or end with a message and status 2 where they do not fit together."""
+def parse(
+    parser: argparse.ArgumentParser, fill_in: Callable[[argparse.Namespace], None] | None = None
+) -> argparse.Namespace:
+    """Return the options given, or end with a message and status 2 where they do not fit together.
+
+    ``fill_in`` sets the options left out that depend on others.
+    """
     args = parser.parse_args()
+    if fill_in is not None:
+        fill_in(args)
     if args.strategy == "local":
         args.devices = 1
     try:
