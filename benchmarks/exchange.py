@@ -30,9 +30,9 @@ from exchange_summary import PARTS, print_table, summarize
 from inside import InterfaceMeter, MemoryMeter, PartsMeter
 from lightning.pytorch.strategies import DDPStrategy
 from local_ranks import start_ranks
-from models import TASKS
 from plain_loop import DecentSetup, PlainDDPSetup, PlainSetup
 from side_by_side import LightningSetup, Nobody, Plan, Setup, Values, run_rank
+from workloads import TASKS
 
 from lightning_gossip import ElasticGossipStrategy
 

@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 from datetime import timedelta
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,41 +24,13 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
+from workloads import Model, SameBatch, perceptron
 
 from lightning_gossip import ElasticGossipStrategy, GossipMonitor, RankTensorBoardLogger, exchange
 
 Times = NDArray[np.float64]
 """Seconds of each block, and those spent in the monitor and in measuring distances; shape ``(2, blocks)``."""
-
-
-class Perceptron(pl.LightningModule):
-    """784-1024-1024-1024-10, 2.9 million parameters, SGD with Nesterov momentum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (784, 1024, 1024, 1024)
-        hidden = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
-        self.network = nn.Sequential(*hidden, nn.Linear(1024, 10))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        inputs, labels = batch
-        return nn.functional.cross_entropy(self.network(inputs), labels)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9, nesterov=True, fused=True)
-
-
-class RandomBatches(IterableDataset[Any]):
-    """The same random batch again and again: it costs nothing to load."""
-
-    def __init__(self, size: int) -> None:
-        self.batch = (torch.randn(size, 784), torch.randint(10, (size,)))
-
-    def __iter__(self) -> Any:
-        while True:
-            yield self.batch
 
 
 class Switched(Callback):
@@ -106,6 +78,8 @@ class Switched(Callback):
 
 def run(on: list[bool], args: argparse.Namespace) -> Times:
     """Train through all blocks and return the means over the ranks."""
+    model = Model(perceptron(), partial(torch.optim.SGD, lr=1e-3, momentum=0.9, nesterov=True, fused=True))
+    batch = (torch.randn(args.batch_size, 784), torch.randint(10, (args.batch_size,)))
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
             accelerator="cpu",
@@ -119,7 +93,7 @@ def run(on: list[bool], args: argparse.Namespace) -> Times:
             enable_model_summary=False,
             enable_checkpointing=False,
         )
-        trainer.fit(Perceptron(), DataLoader(RandomBatches(args.batch_size), batch_size=None))
+        trainer.fit(model, DataLoader(SameBatch(batch), batch_size=None))
         return np.mean([np.load(Path(folder) / f"{rank}.npy") for rank in range(args.devices)], axis=0)
 
 

@@ -7,10 +7,10 @@ from itertools import islice
 
 import torch
 import torch.distributed as dist
-from models import Batch, Model, loss
 from side_by_side import Block, Setup
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from workloads import Batch, Model, loss
 
 
 class PlainSetup(Setup):

@@ -33,9 +33,9 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
-from models import Batch, Model, SameBatch
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import DataLoader
+from workloads import Batch, Model, SameBatch
 
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
 

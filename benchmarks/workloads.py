@@ -1,4 +1,4 @@
-"""The models that the benchmarks train, as LightningModules, and random batches for them."""
+"""What the benchmarks of speed train: LightningModules, and random batches for them."""
 
 from __future__ import annotations
 
