@@ -125,7 +125,7 @@ def as_line(row: Row, key: Key, summary: dict[str, Any]) -> dict[str, object]:
     of_row = [METHODS[row.method][0], row.workers, row.probability, row.period, row.alpha]
     spread = [accuracies[0], sum(accuracies) / len(accuracies), min(accuracies), max(accuracies)]
     figures = [round(value, 6) for value in [*spread, summary["consensus_test_accuracy"]]]
-    rest = [round(summary["seconds"], 1), summary["bytes_sent_per_rank"], summary["version"]]
+    rest = [round(summary["seconds"], 1), round(summary["bytes_sent_per_rank"]), summary["version"]]
     values = [row.id, *of_row, *key[1:], summary["updates"], *figures, *rest]
     return dict(zip(thesis_results.COLUMNS, values, strict=True))
 

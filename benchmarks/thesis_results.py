@@ -92,7 +92,7 @@ def add(folder: Path, experiment: str, row: Line, curve: Sequence[Line]) -> None
             temporary.unlink(missing_ok=True)
 
 
-def read_curve(folder: Path, key: Key, bytes_sent_per_rank: int) -> list[Line]:
+def read_curve(folder: Path, key: Key, bytes_sent_per_rank: float) -> list[Line]:
     """Return a run's validation accuracy for each epoch.
 
     Args:
@@ -107,11 +107,11 @@ def read_curve(folder: Path, key: Key, bytes_sent_per_rank: int) -> list[Line]:
     accuracy, sent = run.curve("val_accuracy"), run.curve("gossip/bytes_sent")
     if accuracy is None:
         raise RuntimeError(f"no val_accuracy in the event files of {folder}")
-    updates = accuracy["step"].to_numpy()
+    updates = accuracy["step"].to_numpy() + 1  # Lightning logs under the number of the last one, counted from 0
     if sent is None:
         total = bytes_sent_per_rank * updates / updates[-1]
     else:  # logged every few steps only, and it grows evenly
-        total = np.interp(updates, sent["step"], sent["mean"])
+        total = np.interp(updates, sent["step"] + 1, sent["mean"])
     values = zip(updates, accuracy["mean"], accuracy["low"], accuracy["high"], total, strict=True)
     return [
         dict(zip(CURVE_COLUMNS, [*key, int(step), *(round(v, 6) for v in spread), int(sum_)], strict=True))

@@ -87,9 +87,9 @@ def test_curves_are_read_from_files_that_a_kill_tore(tmp_path: Path) -> None:
 
     for rank, accuracy in enumerate((0.25, 0.75)):
         writer = SummaryWriter(str(tmp_path / f"rank_{rank}"))
-        for step in (400, 800):
+        for step in (399, 799):
             writer.add_scalar("val_accuracy", accuracy, step)
-            writer.add_scalar("gossip/bytes_sent", 10 * step, step)
+            writer.add_scalar("gossip/bytes_sent", 10 * (step + 1), step)
         writer.close()
     key = ("EG-4-0.031", 1234, 2)
     whole = read_curve(tmp_path, key, 0)
