@@ -13,11 +13,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from network_schemes import ACCURACY, ACCURACY_FILE, FILES, GOSSIP, SETUPS, STALLING
 from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from side_by_side import ratios
 
 from lightning_gossip.report_plots import COLOURS, DPI, STYLE
+
+_UNEVEN_LABELS = {
+    "stalls": "Step, to a rank's own mean step",
+    "straggler": "Step of the other ranks, to their own",
+}
 
 Steps = dict[str, NDArray[np.float64]]
 """Milliseconds a step of each set-up, one number a round; all of the same rounds."""
@@ -48,7 +54,7 @@ def updates_to_accuracy(folder: Path) -> dict[str, int]:
 
 def print_tables(folder: Path, kinds: Iterable[str]) -> None:
     """Print what is there, a table a rate."""
-    console = Console(width=140)
+    console = Console(width=160)
     for kind in kinds:
         rows = read(folder / FILES[kind])
         for rate in rates_of(rows):
@@ -65,10 +71,10 @@ def print_tables(folder: Path, kinds: Iterable[str]) -> None:
 def _rate_table(rows: Sequence[Row], steps: Steps, rate: float, updates: Mapping[str, int]) -> Table:
     rounds = len(steps["none"])
     payload, sent, use = (whole_rounds(rows, SETUPS, name) for name in ("payload_mb", "network_mb", "link_use"))
-    columns = ("set-up", "step, ms", "quartiles", "steps/s", "to none", "quartiles", "steps/s to DDP")
+    columns = ("set-up", "step, ms", "quartiles", "steps/s", "to none", "quartiles", "to DDP's")
     table = _table(f"{rate:g} Mbit/s, {rounds} rounds: medians over rounds", columns)
     for name in ("payload, MB", "link, %", "alone, %", "updates to 97 %", "s to 97 %"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for name in SETUPS:
         low, step, high = np.quantile(steps[name], (0.25, 0.5, 0.75))
         to_none = ratios(steps[name], steps["none"])
@@ -110,9 +116,9 @@ def _sleep_table(rows: Sequence[Row], steps: Steps, kind: str) -> Table:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
-        table.add_column(column, justify="left" if column == "set-up" else "right")
+        table.add_column(column, justify="left" if column == "set-up" else "right", no_wrap=True)
     return table
 
 
@@ -137,9 +143,7 @@ def _rates_figure(folder: Path) -> Figure | None:
     for axes, (rate, steps) in zip(_panels(figure, len(at_rates)), at_rates.items(), strict=True):
         shown = {name: 1e3 / steps[name] for name in SETUPS if name != "none again"}
         axes.set_title(f"{float(rate):,.0f} Mbit/s", fontsize="medium")
-        _bars(axes, shown, "{:.1f}" if float(rate) < 1000 else "{:.0f}")
-        axes.set_xscale("log")
-        axes.set_xlim(right=3 * max(np.median(v) for v in shown.values()))
+        _bars(axes, shown, "{:.1f}")
         axes.set_xlabel("Steps a second")
     return figure
 
@@ -154,7 +158,7 @@ def _uneven_figure(folder: Path) -> Figure | None:
         slowest, ranks = whole_rounds(rows, STALLING, "step_max_ms"), int(rows[0]["ranks"])
         own = {n: v if kind == "stalls" else (ranks * v - slowest[n]) / (ranks - 1) for n, v in steps.items()}
         shown = {name: own[name] / own["none"] for name in STALLING if not name.startswith("none")}
-        panels.append((title, shown, "Step to " + ("a rank's own mean" if kind == "stalls" else "their own, others")))
+        panels.append((title, shown, _UNEVEN_LABELS[kind]))
     if not panels:
         return None
     figure = Figure(figsize=(2.0 + 2.8 * len(panels), 2.8), layout="constrained")
@@ -162,7 +166,6 @@ def _uneven_figure(folder: Path) -> Figure | None:
         axes.set_title(title, fontsize="medium")
         _bars(axes, shown, "{:.2f}")
         axes.axvline(1, color="0.3", linewidth=0.8)
-        axes.set_xlim(0, 1.2 * max(np.median(v) for v in shown.values()))
         axes.set_xlabel(label)
     return figure
 
@@ -183,5 +186,6 @@ def _bars(axes: Axes, values: Steps, form: str) -> None:
         axes.annotate(form.format(median), (high, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
     labels = {"none": "no communication", "ddp": "DDP", "downpour": "Downpour"}
     axes.set_yticks(range(len(values)), [labels.get(name, f"gossip, {name}") for name in values])
-    axes.invert_yaxis()
+    axes.set_ylim(len(values) - 0.4, -0.6)
+    axes.set_xlim(0, 1.18 * max(float(np.quantile(value, 0.75)) for value in values.values()))
     axes.grid(axis="y", visible=False)
