@@ -202,14 +202,19 @@ def main(arguments: Sequence[str]) -> None:
     add("--data-dir", type=Path, default=None, help="as for the examples")
     add("--timeout", type=float, default=300, help="seconds for which a silent worker is waited for")
     add("--out", type=Path, default=RESULTS, help="folder of the CSV files")
-    add("--plot", action="store_true", help="draw the curves that are there, and train nothing")
+    add(
+        "--plot",
+        action="store_true",
+        help="draw the curves that are there of this lr, momentum and epochs; train nothing",
+    )
     args = parser.parse_args(arguments[1:])
     out, curves = args.out / f"downpour_{name}.csv", args.out / f"downpour_{name}_curves.csv"
     if args.plot:
         from downpour_plots import draw
 
-        if not (rows := read(curves)):
-            parser.error(f"--plot draws the rows of {curves}, and there are none")
+        shown = {key: getattr(args, key) for key in ("lr", "momentum", "epochs")}
+        if not (rows := find(read(curves), shown)):
+            parser.error(f"--plot draws the rows of {curves} with {shown}, and there are none")
         draw(name, rows, args.out)
         return
     torch.set_num_threads(1)

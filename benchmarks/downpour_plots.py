@@ -28,22 +28,21 @@ def draw(name: str, rows: Sequence[Row], folder: Path) -> None:
 
     Args:
         name: of the experiment.
-        rows: of its curves, at least one; of runs of different numbers of epochs, the longest are drawn.
+        rows: of its curves, which differ in workers and seeds only; at least one.
         folder: for the picture.
     """
-    epochs = max((row["epochs"] for row in rows), key=int)
     with rc_context(STYLE):
         figure = Figure(figsize=(9.0, 3.6), layout="constrained")
         axes: list[Axes] = list(figure.subplots(1, 2, sharey=True))
         for plot, (column, unit, label) in zip(axes, AXES, strict=True):
             for workers, colour in WORKERS.items():
-                draw_runs(plot, find(rows, {"epochs": epochs, "workers": workers}), workers, colour, column, unit)
+                draw_runs(plot, find(rows, {"workers": workers}), workers, colour, column, unit)
             for reference, accuracy, colour in REFERENCES.get(name, ()):
                 text = f"DistBelief project: {reference} (other machine and images)"
                 plot.axhline(accuracy, color=colour, linestyle=":", linewidth=1.0, label=text)
             plot.set_xlabel(label)
         axes[0].set_ylabel("test accuracy")
-        axes[0].set_title(f"{TITLES.get(name, name)}, {epochs} epochs", loc="left")
+        axes[0].set_title(f"{TITLES.get(name, name)}, {rows[0]['epochs']} epochs", loc="left")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
         path = folder / f"downpour_{name}.png"

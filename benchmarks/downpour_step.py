@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--n-pull", type=int, default=None, help="as --n-push by default: one round trip for both")
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
-    parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument("--repetitions", type=int, default=6)
     parser.add_argument("--out", type=Path, default=RESULTS / "downpour_step.csv")
     args = parser.parse_args()
     torch.set_num_threads(1)

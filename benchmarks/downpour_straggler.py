@@ -208,9 +208,9 @@ def quartiles(values: NDArray[np.float64]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--pairs", type=int, default=20, help="of blocks, with and without the slow worker")
-    parser.add_argument("--pairs-alike", type=int, default=10, help="of blocks, both without")
-    parser.add_argument("--seconds", type=float, default=2.5, help="a block")
+    parser.add_argument("--pairs", type=int, default=14, help="of blocks, with and without the slow worker")
+    parser.add_argument("--pairs-alike", type=int, default=6, help="of blocks, both without")
+    parser.add_argument("--seconds", type=float, default=2.0, help="a block")
     parser.add_argument("--out", type=Path, default=RESULTS / "downpour_straggler.csv")
     args = parser.parse_args()
     torch.set_num_threads(1)
