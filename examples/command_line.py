@@ -64,7 +64,7 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
         type=float,
         metavar="ALPHA",
         help="deal the classes unevenly over fixed shares of equal size, by a Dirichlet draw for each worker:"
-        " 0.1 gives a worker one or two classes, 100 all alike",
+        " 0.1 gives a worker few classes, 100 all of them alike",
     )
     add = parser.add_argument_group("results").add_argument
     add("--log-dir", default="logs", help="folder of the TensorBoard event files and checkpoints")

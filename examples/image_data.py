@@ -24,8 +24,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "light
 """Holds downloads, and image folders as decoded (one file a folder, made again when the folder has changed)."""
 
 
-class DataNotFoundError(Exception):
-    """There is no data, or it is not as it should be; the message says what was looked for, and where."""
+class DataError(Exception):
+    """Data are missing, or not as they should be; the message says what was looked for, and where."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ImageData(TensorData):
             return Sets(train, test, test)
         held_out = self.args.validation
         if not 0 < held_out < len(train.labels):
-            raise DataNotFoundError(
+            raise DataError(
                 f"--validation must be from 1 to {len(train.labels) - 1}: there are {len(train.labels)} training"
                 f" images; got {held_out}"
             )
@@ -83,7 +83,7 @@ def prepare(source: Source, data_dir: Path | None) -> None:
     """Download or decode where that is needed; once on each machine, before :func:`read`.
 
     Raises:
-        DataNotFoundError: if there is nothing to read.
+        DataError: if there is nothing to read.
     """
     folder = data_dir or CACHE
     if (folder / source.mark).is_dir():
@@ -93,14 +93,14 @@ def prepare(source: Source, data_dir: Path | None) -> None:
     elif all((data_dir / part).is_dir() for part in ("train", "test")):
         _decoded(source, data_dir)
     else:
-        raise DataNotFoundError(_not_found(source, data_dir))
+        raise DataError(_not_found(source, data_dir))
 
 
 def read(source: Source, data_dir: Path | None) -> tuple[Labelled, Labelled]:
     """Return training and test set, after :func:`prepare`.
 
     Raises:
-        DataNotFoundError: if torchvision cannot read its files, or there is nothing to read.
+        DataError: if torchvision cannot read its files, or there is nothing to read.
     """
     folder = data_dir or CACHE
     if data_dir is not None and not (folder / source.mark).is_dir():
@@ -109,7 +109,7 @@ def read(source: Source, data_dir: Path | None) -> tuple[Labelled, Labelled]:
     try:
         train, test = (source.dataset(folder, train=train) for train in (True, False))
     except RuntimeError as error:  # incomplete, or torn
-        raise DataNotFoundError(f"{source.name} in {folder / source.mark}: {error}") from error
+        raise DataError(f"{source.name} in {folder / source.mark}: {error}") from error
     return _tensors(train), _tensors(test)
 
 
@@ -124,7 +124,7 @@ def _download(source: Source, folder: Path) -> None:
     try:
         source.dataset(folder, download=True)
     except (OSError, RuntimeError) as error:  # no network; torchvision raises RuntimeError after its last mirror
-        raise DataNotFoundError(f"{_not_found(source, None)} The download failed: {error}") from error
+        raise DataError(f"{_not_found(source, None)} The download failed: {error}") from error
 
 
 def _not_found(source: Source, data_dir: Path | None) -> str:
@@ -147,7 +147,7 @@ def _decoded(source: Source, folder: Path) -> tuple[Labelled, Labelled]:
         return Labelled(*saved["train"]), Labelled(*saved["test"])
     classes = {part: sorted({name for name, *_ in found}) for part, found in files.items()}
     if not classes["train"] or classes["train"] != classes["test"]:
-        raise DataNotFoundError(
+        raise DataError(
             f"{folder}/train and {folder}/test must hold images of the same classes; found {classes['train']} and"
             f" {classes['test']}"
         )
@@ -172,17 +172,17 @@ def _decode(files: list[tuple[str, str, int]], classes: list[str], mode: ImageRe
         try:
             image = decode_image(path, mode)
         except RuntimeError as error:
-            raise DataNotFoundError(f"{path} is not an image that torchvision can decode: {error}") from error
+            raise DataError(f"{path} is not an image that torchvision can decode: {error}") from error
         if pixels is None:
             pixels = torch.empty((len(files), *image.shape), dtype=torch.uint8)
         if image.shape != pixels.shape[1:]:
-            raise DataNotFoundError(
+            raise DataError(
                 f"all images must have one size: {path} is {tuple(image.shape)} (channels, height, width), and others"
                 f" are {tuple(pixels.shape[1:])}"
             )
         pixels[i] = image
     if pixels is None:
-        raise DataNotFoundError("there are no images")
+        raise DataError("there are no images")
     number = {name: i for i, name in enumerate(classes)}
     return Labelled(pixels, torch.tensor([number[name] for name, *_ in files]))
 

@@ -101,11 +101,10 @@ def deal_unevenly(labels: Tensor, world_size: int, seed: int, alpha: float) -> l
     size = len(labels) // world_size
     shares: list[Tensor] = [torch.empty(0, dtype=torch.long)] * world_size
     for worker in torch.randperm(world_size, generator=generator).tolist():  # the last one takes what is left
-        mixture = _dirichlet(len(classes), alpha, generator)
+        mixture = log_dirichlet(len(classes), alpha, generator)
         taken = torch.zeros_like(left)
         while missing := size - int(taken.sum()):
-            # a class that the mixture all but excludes is still taken where nothing else is left
-            weights = (mixture + 1e-12) * (left > taken)
+            weights = mixture.masked_fill(left == taken, -torch.inf).softmax(dim=0)  # the mixture of what is left
             drawn = torch.multinomial(weights, missing, replacement=True, generator=generator)
             taken = (taken + drawn.bincount(minlength=len(classes))).minimum(left)
         begins = [len(pool) - int(rest) for pool, rest in zip(pools, left, strict=True)]
@@ -119,6 +118,9 @@ def _positions(labels: Tensor, classes: Tensor) -> list[Tensor]:
     return [(labels == label).nonzero().flatten() for label in classes]
 
 
-def _dirichlet(size: int, alpha: float, generator: torch.Generator) -> Tensor:
-    gammas = torch._standard_gamma(torch.full((size,), alpha, dtype=torch.float64), generator=generator)
-    return gammas / gammas.sum().clamp_min(1e-300)
+def log_dirichlet(size: int, alpha: float, generator: torch.Generator) -> Tensor:
+    """Return the logarithm of a draw from the symmetric Dirichlet(α), shape ``(size,)``: small α would underflow."""
+    above = torch._standard_gamma(torch.full((size,), alpha + 1, dtype=torch.float64), generator=generator)
+    # Gamma(α) = Gamma(α + 1) · U^(1/α)
+    uniform = 1 - torch.rand(size, dtype=torch.float64, generator=generator)  # in (0, 1]
+    return (above.log() + uniform.log() / alpha).log_softmax(dim=0)

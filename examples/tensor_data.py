@@ -42,6 +42,9 @@ class TensorLoader:
         data: whole.
         batch_size: of every batch where there is a sampler; without, the last may be smaller.
         sampler: gives the epoch's indices; None for all, in order. An incomplete last batch is left out.
+
+    Raises:
+        ValueError: if there is no batch.
     """
 
     def __init__(self, data: Labelled, batch_size: int, sampler: Sampler[int] | None = None) -> None:
@@ -49,6 +52,10 @@ class TensorLoader:
         self.sampler = SequentialSampler(data.labels) if sampler is None else sampler  # Lightning sets its epoch
         self.batch_sampler = None  # Lightning asks whether it shuffles
         self.in_order = sampler is None
+        if len(self) == 0:
+            raise ValueError(
+                f"{len(self.sampler)} samples a worker are less than its batch of {batch_size}: lower --batch-size"  # type: ignore[arg-type]
+            )
 
     def __len__(self) -> int:
         samples = len(self.sampler)  # type: ignore[arg-type]

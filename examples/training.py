@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch.distributed as dist
 from command_line import NO_REPLICAS
-from image_data import DataNotFoundError
+from image_data import DataError
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from rich.console import Console
 from rich.table import Table
@@ -105,9 +105,9 @@ def train_and_test(
     callbacks.append(TQDMProgressBar(refresh_rate=LOG_EVERY_N_STEPS) if bar else EpochLines())
     if args.strategy not in NO_REPLICAS:
         callbacks.append(GossipMonitor(every_n_steps=LOG_EVERY_N_STEPS))
-    folder = Path(args.log_dir, name, args.run_id or f"version_{logger.version}", "checkpoints")
-    callbacks.append(ModelCheckpoint(folder, filename=CHECKPOINT, every_n_epochs=1, enable_version_counter=False))
-    last = folder / f"{CHECKPOINT}.ckpt"
+    # into the run's folder
+    callbacks.append(ModelCheckpoint(filename=CHECKPOINT, every_n_epochs=1, enable_version_counter=False))
+    last = Path(args.log_dir, name, args.run_id or "", "checkpoints", f"{CHECKPOINT}.ckpt")
     trainer = pl.Trainer(
         accelerator=args.accelerator,
         devices=args.devices,
@@ -162,7 +162,7 @@ def prepare_before_launch(data: pl.LightningDataModule) -> None:
         try:
             data.prepare_data()
             data.setup("fit")
-        except DataNotFoundError as error:
+        except DataError as error:
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
             sys.exit(2)
 

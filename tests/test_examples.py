@@ -1,0 +1,176 @@
+"""The examples' command line, networks, augmentation and reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_images import EXAMPLES, idx_files
+from torch import nn
+from torchvision.transforms.functional import crop, hflip, normalize, pad
+
+sys.path.insert(0, str(EXAMPLES))
+
+import cifar10
+import command_line
+import models
+import training
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, *options: str, fill_in: Callable[..., None] | None = None) -> Any:
+    monkeypatch.setattr(sys, "argv", ["example.py", *options])
+    parser = command_line.make_parser(
+        "An example.", **({"lr": None, "momentum": None, "epochs": None} if fill_in else {})
+    )
+    command_line.add_image_options(parser, validation=10, models=("alexnet", "preact_resnet18"))
+    if fill_in is not None:
+        parser.set_defaults(schedule=None, augment=None)
+    return command_line.parse(parser, fill_in)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--devices 0", "--devices must be at least 1, got 0"),
+        ("--epochs 0", "--epochs must be at least 1, got 0"),
+        ("--batch-size 30", "30 is not divisible by 4"),
+        ("--lr -1", "--lr must be a finite number above 0, got -1.0"),
+        ("--lr nan", "--lr must be a finite number above 0, got nan"),
+        ("--momentum 1", "--momentum must be at least 0 and below 1, got 1.0"),
+        ("--timeout 0", "--timeout must be a finite number above 0, got 0.0"),
+        ("--seed -1", "--seed must be from 0 to 4294967295, got -1"),
+        ("--non-iid 0", "--non-iid must be a finite number above 0, got 0.0"),
+        ("--non-iid 1 --data-shares whole", "--non-iid deals out fixed shares, and --data-shares is whole"),
+        ("--resume", "--resume needs --run-id"),
+        ("--alpha 2", "`alpha` must be a number in (0, 1], got 2.0"),
+        ("--strategy downpour --n-push 0", "`n_push` must be an integer of at least 1, got 0"),
+        ("--strategy ring", "invalid choice: 'ring'"),
+        ("--data-shares even", "invalid choice: 'even'"),
+        ("--model mlp", "invalid choice: 'mlp'"),
+    ],
+)
+def test_options_that_do_not_fit_end_with_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parsed(monkeypatch, *options.split())
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_cifar10_takes_its_defaults_from_model_and_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(*options: str) -> Any:
+        return parsed(monkeypatch, *options, fill_in=cifar10.default_to_model)
+
+    alexnet, resnet = of(), of("--model", "preact_resnet18")
+    assert (alexnet.lr, alexnet.momentum, alexnet.schedule, alexnet.augment) == (0.1, 0.0, "plateau", False)
+    assert (resnet.lr, resnet.momentum, resnet.schedule, resnet.augment) == (0.01, 0.9, "milestones", True)
+    assert of("--strategy", "downpour", "--n-push", "4").lr == 0.025
+    assert of("--strategy", "downpour", "--lr", "0.3").lr == 0.3
+
+
+def test_schedules_follow_their_papers() -> None:
+    def rates(name: str, lr: float, losses: list[float]) -> list[float]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+        make = cifar10.make_schedule(name)
+        assert make is not None
+        scheduler, found = make(optimizer), []
+        for loss in losses:
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step(*[loss] * (name == "plateau"))
+        return found
+
+    halved = rates("milestones", 0.01, [1.0] * 50)
+    assert [halved[epoch] for epoch in (0, 14, 15, 29, 30, 39, 40, 49)] == pytest.approx(
+        [0.01, 0.01, 0.005, 0.005, 0.0025, 0.0025, 0.00125, 0.00125]
+    )
+    assert rates("plateau", 0.1, [1.0] * 8) == pytest.approx([0.1] * 3 + [0.01] * 2 + [0.001] * 3)
+
+
+@pytest.mark.parametrize(
+    ("network", "pixels", "parameters"),
+    [
+        (models.mlp, (1, 28, 28), 784 * 1024 + 2 * 1024**2 + 1024 * 10 + 3 * 1024 + 10),
+        (models.alexnet, (3, 32, 32), 2_472_266),
+        (models.preact_resnet18, (3, 32, 32), 11_172_170),
+    ],
+)
+def test_networks_have_the_papers_sizes(
+    network: Callable[[], nn.Module], pixels: tuple[int, ...], parameters: int
+) -> None:
+    module = network().eval()
+    images = torch.randint(256, (2, *pixels), dtype=torch.uint8)
+    assert module(images).shape == (2, 10)
+    assert sum(p.numel() for p in module.parameters()) == parameters
+
+
+def test_pixels_are_normalized_like_torchvision_does() -> None:
+    images = torch.randint(256, (5, 3, 4, 6), dtype=torch.uint8)
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    torch.testing.assert_close(models.Normalize(mean, std)(images), normalize(images / 255, list(mean), list(std)))
+
+
+def test_a_batch_is_cropped_and_flipped_like_its_images_one_by_one() -> None:
+    images = torch.randint(256, (64, 3, 8, 6), dtype=torch.uint8)
+    top, left = torch.randint(9, (2, 64, 1))
+    flip = torch.rand(64, 1) < 0.5
+    expected = [
+        hflip(one) if flipped else one
+        for image, t, le, flipped in zip(images, top, left, flip, strict=True)
+        for one in [crop(pad(image, [4]), int(t), int(le), 8, 6)]
+    ]
+    assert torch.equal(models.crop_at(images, 4, top, left, flip), torch.stack(expected))
+
+
+def test_crops_and_flips_are_uniform() -> None:
+    torch.manual_seed(0)
+    ramp = torch.zeros(20000, 2, 9, 9, dtype=torch.uint8)  # each pixel tells its row and column
+    ramp[:, 0], ramp[:, 1] = torch.arange(1, 10).view(9, 1), torch.arange(1, 10)
+    middle = models.crop_and_flip(ramp)[:, :, 4, 4]  # of the image's rows and columns 1 to 9
+    for axis in range(2):
+        counts = middle[:, axis].long().bincount(minlength=10)[1:]
+        assert (counts - 20000 / 9).abs().max() < 5 * (20000 / 9) ** 0.5
+    sign = (models.crop_and_flip(ramp)[:, 1, 4, 5].int() - models.crop_and_flip(ramp)[:, 1, 4, 3].int()).sign()
+    flipped = int((sign < 0).sum()) / int((sign != 0).sum())  # columns of the border have no direction
+    assert flipped == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_summary_is_whole_or_not_there(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "summary.json"
+    training.write_summary(file, {"seconds": 1.5, "folder": Path("logs")})
+    assert json.loads(file.read_text()) == {"seconds": 1.5, "folder": "logs"}
+    assert [path.name for path in file.parent.iterdir()] == ["summary.json"]
+
+
+def test_mnist_trains_resumes_and_sums_up(tmp_path: Path) -> None:
+    """Real processes: how examples launch, resume and report is what is tested; 2 epochs in one go and in two."""
+    idx_files(tmp_path)
+
+    def run(run_id: str, epochs: int, *options: str) -> Any:
+        summary = tmp_path / f"{run_id}.json"
+        command = [sys.executable, str(EXAMPLES / "mnist.py"), "--data-dir", str(tmp_path), "--devices", "2"]
+        command += ["--validation", "20", "--batch-size", "20", "--period", "2", "--log-dir", str(tmp_path / "logs")]
+        command += ["--run-id", run_id, "--epochs", str(epochs), "--summary", str(summary), *options]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment, check=False)
+        assert ended.returncode == 0, ended.stderr
+        assert "replica of rank 1" in ended.stdout
+        return json.loads(summary.read_text())
+
+    whole = run("whole", 2)
+    run("parts", 1)
+    resumed = run("parts", 2, "--resume")
+    assert (whole["updates"], whole["world_size"], whole["seed"]) == (2 * 5, 2, 1234)  # 120 - 20 images, 10 a rank
+    assert whole["bytes_sent_per_rank"] > 5 * 4 * 2.9e6  # every other step, and padding
+    assert len(whole["test_accuracy"]) == 2
+    assert whole["seconds"] > 0
+    for key in ("test_accuracy", "consensus_test_accuracy", "updates", "bytes_sent_per_rank", "epochs"):
+        assert resumed[key] == whole[key], key
