@@ -10,7 +10,6 @@ from pathlib import Path
 import torch.distributed as dist
 from downpour_rows import append
 from inside import InterfaceMeter
-from models import TASKS
 from network_schemes import TIMEOUT
 from network_setups import (
     LinkMeter,
@@ -21,6 +20,7 @@ from network_setups import (
     sleeping_task,
 )
 from side_by_side import Meter, Plan, Setup, Values, run_rank
+from workloads import TASKS
 
 COLUMNS = ("step_ms", "step_max_ms", "cpu_ms", "payload_mb", "network_mb", "link_use")
 """Measured, on the mean over the ranks: of a step, but for the last; ``step_max_ms`` is the slowest rank's."""

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from models import Batch, Model, Task, loss, nesterov
 from namespaces import burst_bytes
 from network_schemes import DOWNPOUR, GOSSIP, SETUPS, STALLING, make_strategy
 from side_by_side import Block, LightningSetup, Meter, Setup, Values
 from torch import Tensor, nn
+from workloads import Batch, Model, Task, loss, nesterov
 
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
 
