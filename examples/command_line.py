@@ -33,7 +33,8 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
     parser = argparse.ArgumentParser(description=description, formatter_class=_Formatter, allow_abbrev=False)
     add = parser.add_argument_group("scheme").add_argument
     add("--strategy", choices=STRATEGIES, default="elastic-gossip", help="local: one process; none: never talk")
-    add("--devices", type=int, default=4, help="replicas")
+    add("--devices", type=int, default=4, help="replicas on each machine")
+    add("--num-nodes", type=int, default=1, help="machines; start all by torchrun or SLURM")
     add("--alpha", type=float, default=0.5, help="of elastic gossip")
     add("--variant", choices=("pull", "push"), default="pull", help="of gossip")
     add("--probability", type=float, default=1.0, help="to take part in a round, per rank or pair")
@@ -111,7 +112,7 @@ def parse(
     if fill_in is not None:
         fill_in(args)
     if args.strategy == "local":
-        args.devices = 1
+        args.devices = args.num_nodes = 1
     try:
         check(args)
         args.strategy_object = make_strategy(args)
@@ -122,13 +123,14 @@ def parse(
 
 def check(args: argparse.Namespace) -> None:
     """Raise ``ValueError`` for options that are out of range, or do not fit together."""
-    for name, value in (("devices", args.devices), ("epochs", args.epochs), ("batch-size", args.batch_size)):
+    for name in ("devices", "num-nodes", "epochs", "batch-size"):
+        value = getattr(args, name.replace("-", "_"))
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
-    if args.batch_size % args.devices:
+    if args.batch_size % (args.devices * args.num_nodes):
         raise ValueError(
-            f"--batch-size is over all devices and must be a multiple of --devices:"
-            f" {args.batch_size} is not divisible by {args.devices}"
+            "--batch-size is over all devices and must be a multiple of their number:"
+            f" {args.batch_size} is not divisible by {args.devices * args.num_nodes}"
         )
     for name, value in (("lr", args.lr), ("timeout", args.timeout), ("non-iid", args.non_iid)):
         if value is not None and not 0 < value < float("inf"):

@@ -24,7 +24,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "light
 """Holds downloads, and image folders as decoded (one file a folder, made again when the folder has changed)."""
 
 
-class DataError(Exception):
+class DataNotFoundError(Exception):
     """Data are missing, or not as they should be; the message says what was looked for, and where."""
 
 
@@ -71,7 +71,7 @@ class ImageData(TensorData):
             return Sets(train, test, test)
         held_out = self.args.validation
         if not 0 < held_out < len(train.labels):
-            raise DataError(
+            raise ValueError(
                 f"--validation must be from 1 to {len(train.labels) - 1}: there are {len(train.labels)} training"
                 f" images; got {held_out}"
             )
@@ -83,24 +83,21 @@ def prepare(source: Source, data_dir: Path | None) -> None:
     """Download or decode where that is needed; once on each machine, before :func:`read`.
 
     Raises:
-        DataError: if there is nothing to read.
+        DataNotFoundError: if there is nothing to read.
     """
-    folder = data_dir or CACHE
-    if (folder / source.mark).is_dir():
-        return
     if data_dir is None:
-        _download(source, folder)
-    elif all((data_dir / part).is_dir() for part in ("train", "test")):
+        _download(source, CACHE)  # completes what is there
+    elif not (data_dir / source.mark).is_dir():
+        if not all((data_dir / part).is_dir() for part in ("train", "test")):
+            raise DataNotFoundError(_not_found(source, data_dir))
         _decoded(source, data_dir)
-    else:
-        raise DataError(_not_found(source, data_dir))
 
 
 def read(source: Source, data_dir: Path | None) -> tuple[Labelled, Labelled]:
     """Return training and test set, after :func:`prepare`.
 
     Raises:
-        DataError: if torchvision cannot read its files, or there is nothing to read.
+        DataNotFoundError: if torchvision cannot read its files, or there is nothing to read.
     """
     folder = data_dir or CACHE
     if data_dir is not None and not (folder / source.mark).is_dir():
@@ -109,7 +106,7 @@ def read(source: Source, data_dir: Path | None) -> tuple[Labelled, Labelled]:
     try:
         train, test = (source.dataset(folder, train=train) for train in (True, False))
     except RuntimeError as error:  # incomplete, or torn
-        raise DataError(f"{source.name} in {folder / source.mark}: {error}") from error
+        raise DataNotFoundError(f"{source.name} in {folder / source.mark}: {error}") from error
     return _tensors(train), _tensors(test)
 
 
@@ -124,7 +121,7 @@ def _download(source: Source, folder: Path) -> None:
     try:
         source.dataset(folder, download=True)
     except (OSError, RuntimeError) as error:  # no network; torchvision raises RuntimeError after its last mirror
-        raise DataError(f"{_not_found(source, None)} The download failed: {error}") from error
+        raise DataNotFoundError(f"{_not_found(source, None)} The download failed: {error}") from error
 
 
 def _not_found(source: Source, data_dir: Path | None) -> str:
@@ -147,7 +144,7 @@ def _decoded(source: Source, folder: Path) -> tuple[Labelled, Labelled]:
         return Labelled(*saved["train"]), Labelled(*saved["test"])
     classes = {part: sorted({name for name, *_ in found}) for part, found in files.items()}
     if not classes["train"] or classes["train"] != classes["test"]:
-        raise DataError(
+        raise DataNotFoundError(
             f"{folder}/train and {folder}/test must hold images of the same classes; found {classes['train']} and"
             f" {classes['test']}"
         )
@@ -172,17 +169,17 @@ def _decode(files: list[tuple[str, str, int]], classes: list[str], mode: ImageRe
         try:
             image = decode_image(path, mode)
         except RuntimeError as error:
-            raise DataError(f"{path} is not an image that torchvision can decode: {error}") from error
+            raise DataNotFoundError(f"{path} is not an image that torchvision can decode: {error}") from error
         if pixels is None:
             pixels = torch.empty((len(files), *image.shape), dtype=torch.uint8)
         if image.shape != pixels.shape[1:]:
-            raise DataError(
+            raise DataNotFoundError(
                 f"all images must have one size: {path} is {tuple(image.shape)} (channels, height, width), and others"
                 f" are {tuple(pixels.shape[1:])}"
             )
         pixels[i] = image
     if pixels is None:
-        raise DataError("there are no images")
+        raise DataNotFoundError("there are no images")
     number = {name: i for i, name in enumerate(classes)}
     return Labelled(pixels, torch.tensor([number[name] for name, *_ in files]))
 

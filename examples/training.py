@@ -8,13 +8,14 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
 from command_line import NO_REPLICAS
-from image_data import DataError
+from image_data import DataNotFoundError
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from rich.console import Console
 from rich.table import Table
@@ -97,6 +98,7 @@ def train_and_test(
         model: logs ``test_accuracy`` in its test step.
         data: gives each rank its share for training and the whole sets for validation and test.
     """
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")  # of Lightning's own calls
     prepare_before_launch(data)
     logger = RankTensorBoardLogger(args.log_dir, name=name, version=args.run_id)
     costs = Costs(args.strategy)
@@ -111,6 +113,7 @@ def train_and_test(
     trainer = pl.Trainer(
         accelerator=args.accelerator,
         devices=args.devices,
+        num_nodes=args.num_nodes,
         strategy=args.strategy_object,
         max_epochs=args.epochs,
         logger=logger,
@@ -162,7 +165,7 @@ def prepare_before_launch(data: pl.LightningDataModule) -> None:
         try:
             data.prepare_data()
             data.setup("fit")
-        except DataError as error:
+        except (DataNotFoundError, ValueError) as error:
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
             sys.exit(2)
 
@@ -179,7 +182,7 @@ def gather(value: float, world_size: int) -> list[float]:
 def print_table(summary: dict[str, Any]) -> None:
     """Print test accuracy, a row a replica and one for the consensus model, and what the training cost."""
     accuracies = summary["test_accuracy"]
-    table = Table(title=f"Test accuracy, {summary['strategy']}, {len(accuracies)} devices, {summary['epochs']} epochs")
+    table = Table(title=f"Test accuracy, {summary['strategy']}, {len(accuracies)} replicas, {summary['epochs']} epochs")
     table.add_column("model")
     table.add_column("accuracy", justify="right")
     for rank, accuracy in enumerate(accuracies):

@@ -16,7 +16,7 @@ sys.path.insert(0, str(EXAMPLES))
 import image_data
 import shares
 import training
-from image_data import SOURCES, DataError, ImageData
+from image_data import SOURCES, DataNotFoundError, ImageData
 from tensor_data import Labelled, TensorLoader
 
 LABELS = torch.arange(1000) % 10
@@ -156,7 +156,7 @@ def test_broken_image_folders_are_named(tmp_path: Path, damage: str) -> None:
     else:
         (tmp_path / "train" / "c3").rename(tmp_path / "train" / "d3")
     message = {"text": r"c3/note.txt is not an image", "size": r"\(3, 8, 8\)", "class": "same classes"}[damage]
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataNotFoundError, match=message):
         image_data.prepare(SOURCES["cifar10"], tmp_path)
 
 
@@ -179,12 +179,12 @@ def test_without_network_the_download_says_why(cache: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     for name in ("mnist", "cifar10"):
-        with pytest.raises(DataError, match=f"(?s)in {cache}.*DIR/train/<class>.*The download failed"):
+        with pytest.raises(DataNotFoundError, match=f"(?s)in {cache}.*DIR/train/<class>.*The download failed"):
             image_data.prepare(SOURCES[name], None)
 
 
 @pytest.mark.parametrize("held_out", [0, 120, -3])
 def test_a_validation_set_leaves_something_to_train_on(tmp_path: Path, held_out: int) -> None:
     idx_files(tmp_path)
-    with pytest.raises(DataError, match=f"--validation must be from 1 to 119: .* got {held_out}"):
+    with pytest.raises(ValueError, match=f"--validation must be from 1 to 119: .* got {held_out}"):
         ImageData(options(tmp_path, validation=held_out), "mnist").load()
