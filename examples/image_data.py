@@ -88,8 +88,6 @@ def prepare(source: Source, data_dir: Path | None) -> None:
     if data_dir is None:
         _download(source, CACHE)  # completes what is there
     elif not (data_dir / source.mark).is_dir():
-        if not all((data_dir / part).is_dir() for part in ("train", "test")):
-            raise DataNotFoundError(_not_found(source, data_dir))
         _decoded(source, data_dir)
 
 
@@ -101,8 +99,7 @@ def read(source: Source, data_dir: Path | None) -> tuple[Labelled, Labelled]:
     """
     folder = data_dir or CACHE
     if data_dir is not None and not (folder / source.mark).is_dir():
-        prepare(source, data_dir)  # a machine on which nobody did
-        return _decoded(source, data_dir)
+        return _decoded(source, folder)
     try:
         train, test = (source.dataset(folder, train=train) for train in (True, False))
     except RuntimeError as error:  # incomplete, or torn
@@ -136,6 +133,8 @@ def _not_found(source: Source, data_dir: Path | None) -> str:
 
 def _decoded(source: Source, folder: Path) -> tuple[Labelled, Labelled]:
     """Return the image folders' pixels from the cache, which is written first if the folders have changed."""
+    if not all((folder / part).is_dir() for part in ("train", "test")):
+        raise DataNotFoundError(_not_found(source, folder))
     files = {part: list(_images(folder / part)) for part in ("train", "test")}
     state = f"{[(part, len(found), max((t for *_, t in found), default=0)) for part, found in files.items()]}"
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]

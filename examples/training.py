@@ -24,6 +24,7 @@ from typing_extensions import override
 import lightning_gossip
 from lightning_gossip import GossipMonitor, RankTensorBoardLogger
 from lightning_gossip.checkpoint import AtomicCheckpointIO
+from lightning_gossip.strategies.base import ReplicaStrategy
 
 LOG_EVERY_N_STEPS = 50
 CHECKPOINT = "last"
@@ -102,34 +103,13 @@ def train_and_test(
     prepare_before_launch(data)
     logger = RankTensorBoardLogger(args.log_dir, name=name, version=args.run_id)
     costs = Costs(args.strategy)
-    callbacks: list[Callback] = [costs]
-    bar = sys.stderr.isatty()
-    callbacks.append(TQDMProgressBar(refresh_rate=LOG_EVERY_N_STEPS) if bar else EpochLines())
-    if args.strategy not in NO_REPLICAS:
-        callbacks.append(GossipMonitor(every_n_steps=LOG_EVERY_N_STEPS))
-    # into the run's folder
-    callbacks.append(ModelCheckpoint(filename=CHECKPOINT, every_n_epochs=1, enable_version_counter=False))
+    trainer = make_trainer(args, logger, costs)
     last = Path(args.log_dir, name, args.run_id or "", "checkpoints", f"{CHECKPOINT}.ckpt")
-    trainer = pl.Trainer(
-        accelerator=args.accelerator,
-        devices=args.devices,
-        num_nodes=args.num_nodes,
-        strategy=args.strategy_object,
-        max_epochs=args.epochs,
-        logger=logger,
-        callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
-        enable_model_summary=False,
-        enable_progress_bar=bar,
-        use_distributed_sampler=False,
-        log_every_n_steps=LOG_EVERY_N_STEPS,
-        num_sanity_val_steps=0,
-    )
     trainer.fit(model, data, ckpt_path=last if args.resume and last.exists() else None)
     [tested] = trainer.test(model, data, verbose=False)
     accuracies = gather(tested["test_accuracy"], trainer.world_size)
     bytes_sent = gather(costs.bytes_sent, trainer.world_size)
-    if hasattr(trainer.strategy, "adopt_consensus"):
+    if isinstance(trainer.strategy, ReplicaStrategy):
         trainer.strategy.adopt_consensus()
         [tested] = trainer.test(model, data, verbose=False)
     if not trainer.is_global_zero:
@@ -154,6 +134,31 @@ def train_and_test(
     print(f"Curves of every rank: tensorboard --logdir {shlex.quote(logger.log_dir)}")
     if args.summary is not None:
         write_summary(args.summary, summary)
+
+
+def make_trainer(args: argparse.Namespace, logger: RankTensorBoardLogger, costs: Costs) -> pl.Trainer:
+    """Return a Trainer that logs on every rank and keeps the last epoch's checkpoint in the run's folder."""
+    on_terminal = sys.stderr.isatty()
+    callbacks: list[Callback] = [costs]
+    callbacks.append(TQDMProgressBar(refresh_rate=LOG_EVERY_N_STEPS) if on_terminal else EpochLines())
+    if args.strategy not in NO_REPLICAS:
+        callbacks.append(GossipMonitor(every_n_steps=LOG_EVERY_N_STEPS))
+    callbacks.append(ModelCheckpoint(filename=CHECKPOINT, every_n_epochs=1, enable_version_counter=False))
+    return pl.Trainer(
+        accelerator=args.accelerator,
+        devices=args.devices,
+        num_nodes=args.num_nodes,
+        strategy=args.strategy_object,
+        max_epochs=args.epochs,
+        logger=logger,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        enable_model_summary=False,
+        enable_progress_bar=on_terminal,
+        use_distributed_sampler=False,
+        log_every_n_steps=LOG_EVERY_N_STEPS,
+        num_sanity_val_steps=0,
+    )
 
 
 def prepare_before_launch(data: pl.LightningDataModule) -> None:
