@@ -9,8 +9,9 @@ Samples of the training set are held out for what is decided in training (when t
 (``--lr``, ``--momentum``); the test set decides nothing.
 
 One row a run in ``results/downpour_<data>.csv``, its curve in ``results/downpour_<data>_curves.csv``; a run that is
-there is not repeated. ``seconds`` is wall-clock time, of a machine that may have done other work; ``cpu_seconds`` a
-worker's own, its helper threads included. ``--plot`` draws the curves that are there, and trains nothing.
+there is not repeated, and an interrupted one goes on after its last complete epoch. ``seconds`` is wall-clock time, of
+a machine that may have done other work; ``cpu_seconds`` a worker's own, its helper threads included. ``--plot`` draws
+the curves that are there, and trains nothing.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ from image_data import ImageData  # isort: skip
 from iris import Iris  # isort: skip
 from models import alexnet, mlp  # isort: skip
 from tensor_data import Sets  # isort: skip
+
+
+WORK_DIR = Path(__file__).resolve().parent.parent / "logs" / "downpour"
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ EXPERIMENTS = {
 
 
 def train(
-    experiment: Experiment, setting: Setting, sets: Sets, timeout: timedelta
+    experiment: Experiment, setting: Setting, sets: Sets, timeout: timedelta, folder: Path
 ) -> tuple[dict[str, float], list[Row]]:
     """See :meth:`Training.run`."""
     pl.seed_everything(setting.seed, verbose=False)
@@ -154,6 +158,7 @@ def train(
         seed=setting.seed,
         curve=experiment.curves,
         timeout=timeout,
+        folder=folder,
     ).run()
 
 
@@ -201,6 +206,7 @@ def main(arguments: Sequence[str]) -> None:
     add("--n-push", type=int, default=experiment.n_push, help="and n_pull")
     add("--data-dir", type=Path, default=None, help="as for the examples")
     add("--timeout", type=float, default=300, help="seconds for which a silent worker is waited for")
+    add("--work-dir", type=Path, default=WORK_DIR, help="for checkpoints, from which an interrupted run goes on")
     add("--out", type=Path, default=RESULTS, help="folder of the CSV files")
     add(
         "--plot",
@@ -226,10 +232,11 @@ def main(arguments: Sequence[str]) -> None:
             if find(read(out), given):
                 continue
             print(f"{name}: {given}", flush=True)
-            result, points = train(experiment, Setting(**given), sets, timedelta(seconds=args.timeout))
+            folder = args.work_dir / "-".join([name, *(f"{key}{value}" for key, value in given.items())])
+            result, points = train(experiment, Setting(**given), sets, timedelta(seconds=args.timeout), folder)
             if points:
                 append(curves, [given | point for point in points])
-                result |= {key: float(points[-1][key]) for key in ("cpu_seconds", "staleness")}
+                result |= {key: float(points[-1][key]) for key in ("seconds", "cpu_seconds", "staleness")}
             machine = {"cores": os.cpu_count(), "version": lightning_gossip.__version__}
             append(out, [given | result | machine], digits=6)
     print_summary(read(out))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +14,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from downpour_rows import Row, append, read
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_gossip import DownpourStrategy
+from lightning_gossip.checkpoint import AtomicCheckpointIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))  # whose modules go by their bare names
 from classifier import Classifier
@@ -41,8 +43,10 @@ class Training:
         schedule: of the learning rate, given the optimizer; stepped once an epoch, by the validation loss.
         epochs: of each worker.
         seed: of the order of samples and dropout.
-        curve: whether the model is measured after every epoch.
+        curve: whether the model is measured, and a checkpoint saved, after every epoch.
         timeout: for which a silent worker is waited for.
+        folder: of the checkpoint from which an interrupted training goes on; removed at the end. (A resumed schedule
+            misses the loss of the epoch after which it was interrupted.)
     """
 
     sets: Sets
@@ -58,32 +62,40 @@ class Training:
     seed: int
     curve: bool
     timeout: timedelta
+    folder: Path
 
     def run(self) -> tuple[dict[str, float], list[Row]]:
         """Train; return what the model is worth at the end, and the points of the curve."""
         strategy: Any = "auto"
         if self.workers > 1:
             strategy = DownpourStrategy(self.n_push, self.n_push, timeout=self.timeout, start_method="fork")
-        with tempfile.TemporaryDirectory() as folder:
-            points = Path(folder) / "curve.csv"
-            model = Watched(points, self.network, self.lr, self.momentum, self.seed, schedule=self.schedule)
-            trainer = pl.Trainer(
-                accelerator="cpu",
-                devices=self.workers,
-                strategy=strategy,
-                max_epochs=self.epochs,
-                limit_val_batches=1.0 if self.curve else 0,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                use_distributed_sampler=False,
-                num_sanity_val_steps=0,
-            )
-            begin = time.perf_counter()
-            trainer.fit(model, Data(self.sets, self.shares, self.batch, self.seed))
-            result = {"seconds": time.perf_counter() - begin}
-            curve = read(points)
+        model = Watched(
+            self.folder / "curve.csv", self.network, self.lr, self.momentum, self.seed, schedule=self.schedule
+        )
+        saves = ModelCheckpoint(self.folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=self.workers,
+            strategy=strategy,
+            max_epochs=self.epochs,
+            limit_val_batches=None if self.curve else 0,
+            callbacks=[saves] if self.curve else [],
+            plugins=[AtomicCheckpointIO()],
+            enable_checkpointing=self.curve,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+        )
+        last = self.folder / "last.ckpt"
+        begin = time.perf_counter()
+        data = Data(self.sets, self.shares, self.batch, self.seed)
+        trainer.fit(model, data, ckpt_path=last if last.exists() else None)
+        result = {"seconds": time.perf_counter() - begin}
+        # an epoch after which no checkpoint was complete was trained, and measured, once more
+        curve = list({row["epoch"]: row for row in read(self.folder / "curve.csv")}.values())
+        shutil.rmtree(self.folder, ignore_errors=True)
         # what `fit` left in this process is the server's model, with all that all workers made
         model.eval()
         for name, part in (("validation", self.sets.validation), ("test", self.sets.test)):
@@ -105,11 +117,25 @@ class Watched(Classifier):
         super().__init__(*classifier, **more)
         self.points = points
         self.pushes = self.staleness = 0
+        self.seconds = self.cpu_seconds = 0.0  # until the checkpoint from which this training goes on
         self.begin = (0.0, 0.0)
         self.sums = torch.zeros(2, 3, dtype=torch.float64)
 
     def on_train_start(self) -> None:
         self.begin = (time.perf_counter(), time.process_time())
+
+    def so_far(self) -> dict[str, float]:
+        """Return seconds and this process' processor time of this training."""
+        return {
+            "seconds": self.seconds + time.perf_counter() - self.begin[0],
+            "cpu_seconds": self.cpu_seconds + time.process_time() - self.begin[1],
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["watched"] = {"pushes": self.pushes, "staleness": self.staleness, **self.so_far()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        vars(self).update(checkpoint["watched"])
 
     def on_train_batch_end(self, *args: Any) -> None:
         stats = getattr(self.trainer.strategy, "downpour_stats", None)
@@ -124,8 +150,8 @@ class Watched(Classifier):
         self.sums[dataloader_idx] += measure(self.network, *batch)
 
     def on_validation_epoch_end(self) -> None:
-        seconds, cpu_seconds = time.perf_counter() - self.begin[0], time.process_time() - self.begin[1]
-        own = torch.tensor([cpu_seconds, self.pushes, self.staleness], dtype=torch.float64)
+        so_far = self.so_far()
+        own = torch.tensor([so_far["cpu_seconds"], self.pushes, self.staleness], dtype=torch.float64)
         trainer: Any = self.trainer
         total = trainer.strategy.reduce(torch.cat([self.sums.flatten(), own]), reduce_op="sum").tolist()
         validation_loss, validation_right, validation, test_loss, test_right, test, cpu_seconds, pushes, staleness = (
@@ -140,7 +166,7 @@ class Watched(Classifier):
             "pushes": round(pushes),
             "staleness": staleness / max(pushes, 1),
             "worker_lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "seconds": seconds,
+            "seconds": so_far["seconds"],
             "cpu_seconds": cpu_seconds / trainer.world_size,
             "validation_loss": validation_loss / validation,
             "validation_accuracy": validation_right / validation,
@@ -148,7 +174,10 @@ class Watched(Classifier):
             "test_accuracy": test_right / test,
         }
         append(self.points, [point], digits=6)
-        print(f"    epoch {point['epoch']}: test accuracy {point['test_accuracy']:.4f}, {seconds:.0f} s", flush=True)
+        print(
+            f"    epoch {point['epoch']}: test accuracy {point['test_accuracy']:.4f}, {point['seconds']:.0f} s",
+            flush=True,
+        )
 
 
 @torch.no_grad()
