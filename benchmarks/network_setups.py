@@ -17,6 +17,7 @@ from side_by_side import Block, LightningSetup, Meter, Setup, Values
 from torch import Tensor, nn
 from workloads import Batch, Model, Task, loss, nesterov
 
+from lightning_gossip import DownpourStrategy
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
 
 SLEEP = 0.02
@@ -149,25 +150,32 @@ class LinkMeter(Meter):
 
 
 class TrafficMeter(Meter):
-    """Payload that this rank sent, and how long training waited for what others send; of gossip and Downpour."""
+    """Payload that this rank sent; of gossip and Downpour."""
 
     def start(self, trainer: Trainer | None) -> None:
         """See :meth:`Meter.start`."""
-        strategy = None if trainer is None else trainer.strategy
-        exchange = getattr(strategy, "exchange", None)
-        self._stats = exchange.stats if exchange is not None else getattr(strategy, "downpour_stats", None)
+        self._strategy = None if trainer is None else trainer.strategy
 
     def begin(self) -> None:
         """See :meth:`Meter.begin`."""
-        self._bytes = 0 if self._stats is None else self._stats.bytes_sent
+        self._bytes = self._sent()
 
     def end(self) -> None:
         """See :meth:`Meter.end`."""
-        self._bytes = 0 if self._stats is None else self._stats.bytes_sent - self._bytes
+        self._bytes = self._sent() - self._bytes
 
     def read(self, steps: int) -> Values:
         """See :meth:`Meter.read`."""
-        return {} if self._stats is None else {"payload_mb": self._bytes / steps / 1e6}
+        counts = isinstance(self._strategy, (PairwiseStrategy, DownpourStrategy))
+        return {"payload_mb": self._bytes / steps / 1e6} if counts else {}
+
+    def _sent(self) -> int:
+        strategy = self._strategy
+        if isinstance(strategy, DownpourStrategy):
+            return 0 if strategy.downpour_stats is None else strategy.downpour_stats.bytes_sent
+        if isinstance(strategy, PairwiseStrategy) and strategy.exchange is not None:
+            return strategy.exchange.stats.bytes_sent
+        return 0
 
 
 def torchrun_environment(rank: int, ranks: int, address: str, interface: str) -> dict[str, str]:
@@ -182,4 +190,5 @@ def torchrun_environment(rank: int, ranks: int, address: str, interface: str) ->
         "GROUP_RANK": str(rank),
         "GLOO_SOCKET_IFNAME": interface,
         "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns that these addresses have no names
     }
