@@ -46,7 +46,7 @@ class NetworkSetup(LightningSetup):
         super().train(model, data, block)
 
 
-def rate_setups(megabits: float, payload: float, seconds: float = 4.0) -> list[Setup]:
+def rate_setups(megabits: float, payload: float, seconds: float = 3.0) -> list[Setup]:
     """Return all set-ups, with blocks of about ``seconds`` on links of ``megabits`` · 10⁶ bits a second.
 
     Args:
