@@ -187,12 +187,13 @@ def gather(value: float, world_size: int) -> list[float]:
 def print_table(summary: dict[str, Any]) -> None:
     """Print test accuracy, a row a replica and one for the consensus model, and what the training cost."""
     accuracies = summary["test_accuracy"]
-    table = Table(title=f"Test accuracy, {summary['strategy']}, {len(accuracies)} replicas, {summary['epochs']} epochs")
+    table = Table()
     table.add_column("model")
-    table.add_column("accuracy", justify="right")
+    table.add_column("test accuracy", justify="right")
     for rank, accuracy in enumerate(accuracies):
         table.add_row(f"replica of rank {rank}", f"{accuracy:.4f}", end_section=rank == len(accuracies) - 1)
     table.add_row("consensus", f"{summary['consensus_test_accuracy']:.4f}")
+    print(f"{summary['example']}, {summary['strategy']}, {len(accuracies)} replicas, {summary['epochs']} epochs")
     Console(file=sys.stdout).print(table)
     print(f"{summary['seconds']:.1f} s of training, {summary['bytes_sent_per_rank'] / 1e6:,.1f} MB sent a rank")
 
