@@ -38,16 +38,14 @@ def kaiming(network: nn.Sequential) -> nn.Sequential:
     for layer in network:
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             nn.init.kaiming_normal_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
     return network
 
 
 def alexnet() -> nn.Sequential:
     """Return AlexNet for 32×32 images: 2.5 million parameters.
 
-    Layers as in the DistBelief project, weights Kaiming-normal: from torch's default ones, which the project took, plain
-    SGD stays near chance for a whole epoch.
+    Layers as in the DistBelief project, weights Kaiming-normal: from torch's default ones, which the project took,
+    plain SGD stays near chance for the first epoch.
     """
     network = nn.Sequential(
         Normalize((0.5,) * 3, (0.5,) * 3),
