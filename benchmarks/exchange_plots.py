@@ -36,22 +36,16 @@ def draw(summaries: Sequence[Summary], bars: Mapping[tuple[str, int, str], float
                 chosen = [s for s in summaries if s.model == model and s.ranks == size]
                 places = np.array([setups.index(s.setup) + (index - (len(ranks) - 1) / 2) * height for s in chosen])
                 low, median, high = np.array([s.ratio for s in chosen]).reshape(-1, 3).T
-                panel.barh(
-                    places, median, height, color=COLOURS[index], label=f"{size} ranks",
-                    xerr=[median - low, high - median], error_kw={"elinewidth": 0.7, "ecolor": "0.3"},
+                panel.errorbar(
+                    median, places, xerr=[median - low, high - median], fmt="osD"[index % 3],
+                    color=COLOURS[index], capsize=2, label=f"{size} ranks",
                 )  # fmt: skip
-                limits = [
-                    (y, bars[key])
-                    for y, s in zip(places, chosen, strict=True)
-                    if (key := (model, size, s.setup)) in bars
-                ]
-                for y, limit in limits:
-                    panel.plot([limit, limit], [y - 1.2 * height, y + 1.2 * height], color="black", linewidth=1.6)
-            panel.set_xlim(left=0.8)
-            panel.grid(axis="y", visible=False)
+                for y, setup in zip(places, (s.setup for s in chosen), strict=True):
+                    if (limit := bars.get((model, size, setup))) is not None:
+                        panel.plot([limit] * 2, [y - 0.45 * height, y + 0.45 * height], color="black", linewidth=1.6)
+            panel.set_ylim(len(setups) - 0.5, -0.5)
             panel.set_xlabel("step time / no communication")
         panels[0].set_yticks(range(len(setups)), setups)
-        panels[0].invert_yaxis()
         figure.legend(
             *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ranks),
             title="medians and quartiles over rounds; black: bars that were set",
