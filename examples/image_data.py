@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tensor_data import Labelled, Sets, TensorData
 from torch import Tensor
 from torchvision.datasets import CIFAR10, MNIST
-from torchvision.io import ImageReadMode, decode_image
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning-gossip"
 """Holds downloads, and image folders as decoded (one file a folder, made again when the folder has changed)."""
@@ -30,11 +31,11 @@ class DataNotFoundError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """A data set of torchvision: its class, and a file or folder that shows that it is there."""
+    """A data set of torchvision: its class, a folder that shows that it is there, and Pillow's mode of its images."""
 
     dataset: Any
     mark: str
-    mode: ImageReadMode
+    mode: str
 
     @property
     def name(self) -> str:
@@ -43,8 +44,8 @@ class Source:
 
 
 SOURCES = {
-    "mnist": Source(MNIST, "MNIST/raw", ImageReadMode.GRAY),
-    "cifar10": Source(CIFAR10, "cifar-10-batches-py", ImageReadMode.RGB),
+    "mnist": Source(MNIST, "MNIST/raw", "L"),
+    "cifar10": Source(CIFAR10, "cifar-10-batches-py", "RGB"),
 }
 
 
@@ -161,14 +162,16 @@ def _images(folder: Path) -> Iterator[tuple[str, str, int]]:
                     yield entry.name, file.path, file.stat().st_mtime_ns
 
 
-def _decode(files: list[tuple[str, str, int]], classes: list[str], mode: ImageReadMode) -> Labelled:
+def _decode(files: list[tuple[str, str, int]], classes: list[str], mode: str) -> Labelled:
     print(f"Decoding {len(files):,} images, once; the pixels are kept in {CACHE}", flush=True)
     pixels: Tensor | None = None
     for i, (_, path, _) in enumerate(files):
         try:
-            image = decode_image(path, mode)
-        except RuntimeError as error:
-            raise DataNotFoundError(f"{path} is not an image that torchvision can decode: {error}") from error
+            with Image.open(path) as opened:
+                image = torch.from_numpy(np.array(opened.convert(mode)))  # (height, width), or with channels at the end
+        except OSError as error:
+            raise DataNotFoundError(f"{path} is not an image that Pillow can decode: {error}") from error
+        image = image.unsqueeze(0) if image.dim() == 2 else image.permute(2, 0, 1)
         if pixels is None:
             pixels = torch.empty((len(files), *image.shape), dtype=torch.uint8)
         if image.shape != pixels.shape[1:]:

@@ -6,8 +6,8 @@ import struct
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import write_png
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -37,4 +37,4 @@ def image_folders(root: Path, size: int = 8, train: int = 30, test: int = 10) ->
         for i, (image, label) in enumerate(zip(*random_images(samples, 3, size, seed), strict=True)):
             folder = root / part / f"c{label}"
             folder.mkdir(parents=True, exist_ok=True)
-            write_png(image, str(folder / f"{i:04}.png"))
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:04}.png")
