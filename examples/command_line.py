@@ -70,6 +70,7 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
     add = parser.add_argument_group("results").add_argument
     add("--log-dir", default="logs", help="folder of the TensorBoard event files and checkpoints")
     add("--run-id", default=None, help="name of the run's folder; version_<n> by default")
+    add("--log-every", type=int, default=50, help="steps from one logged loss, and measured exchange, to the next")
     add("--resume", action="store_true", help="continue the run named by --run-id from its last epoch, if it has one")
     add("--summary", type=Path, metavar="FILE.json", help="write accuracies, seconds and bytes to this file")
     parser.set_defaults(**defaults)
@@ -123,7 +124,7 @@ def parse(
 
 def check(args: argparse.Namespace) -> None:
     """Raise ``ValueError`` for options that are out of range, or do not fit together."""
-    for name in ("devices", "num-nodes", "epochs", "batch-size"):
+    for name in ("devices", "num-nodes", "epochs", "batch-size", "log-every"):
         value = getattr(args, name.replace("-", "_"))
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")

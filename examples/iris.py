@@ -32,7 +32,7 @@ class Iris(TensorData):
 
 
 def main() -> None:
-    args = parse(make_parser(__doc__, epochs=20, batch_size=4, lr=0.01, momentum=0.99))
+    args = parse(make_parser(__doc__, epochs=20, batch_size=4, lr=0.01, momentum=0.99, log_every=10))
     pl.seed_everything(args.seed, verbose=False)
     network = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 3))
     train_and_test(args, "iris", Classifier(network, args.lr, args.momentum, args.seed), Iris(args))

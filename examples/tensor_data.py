@@ -13,7 +13,7 @@ from shares import IndexSampler, make_sampler
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 
-EVALUATION_BATCH = 1024
+EVALUATION_BATCH = 256
 
 
 class Labelled(NamedTuple):

@@ -26,7 +26,6 @@ from lightning_gossip import GossipMonitor, RankTensorBoardLogger
 from lightning_gossip.checkpoint import AtomicCheckpointIO
 from lightning_gossip.strategies.base import ReplicaStrategy
 
-LOG_EVERY_N_STEPS = 50
 CHECKPOINT = "last"
 
 
@@ -140,9 +139,9 @@ def make_trainer(args: argparse.Namespace, logger: RankTensorBoardLogger, costs:
     """Return a Trainer that logs on every rank and keeps the last epoch's checkpoint in the run's folder."""
     on_terminal = sys.stderr.isatty()
     callbacks: list[Callback] = [costs]
-    callbacks.append(TQDMProgressBar(refresh_rate=LOG_EVERY_N_STEPS) if on_terminal else EpochLines())
+    callbacks.append(TQDMProgressBar(refresh_rate=args.log_every) if on_terminal else EpochLines())
     if args.strategy not in NO_REPLICAS:
-        callbacks.append(GossipMonitor(every_n_steps=LOG_EVERY_N_STEPS))
+        callbacks.append(GossipMonitor(every_n_steps=args.log_every))
     callbacks.append(ModelCheckpoint(filename=CHECKPOINT, every_n_epochs=1, enable_version_counter=False))
     return pl.Trainer(
         accelerator=args.accelerator,
@@ -156,7 +155,7 @@ def make_trainer(args: argparse.Namespace, logger: RankTensorBoardLogger, costs:
         enable_model_summary=False,
         enable_progress_bar=on_terminal,
         use_distributed_sampler=False,
-        log_every_n_steps=LOG_EVERY_N_STEPS,
+        log_every_n_steps=args.log_every,
         num_sanity_val_steps=0,
     )
 

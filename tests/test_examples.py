@@ -41,6 +41,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *options: str, fill_in: Callable[...
         ("--devices 0", "--devices must be at least 1, got 0"),
         ("--epochs 0", "--epochs must be at least 1, got 0"),
         ("--batch-size 30", "30 is not divisible by 4"),
+        ("--log-every 0", "--log-every must be at least 1, got 0"),
         ("--lr -1", "--lr must be a finite number above 0, got -1.0"),
         ("--lr nan", "--lr must be a finite number above 0, got nan"),
         ("--momentum 1", "--momentum must be at least 0 and below 1, got 1.0"),
