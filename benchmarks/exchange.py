@@ -90,7 +90,7 @@ def measure(model: str, ranks: int, setups: dict[str, Setup], rounds: Iterable[i
     parameters = sum(p.numel() * p.element_size() for p in task.model().parameters()) / 1e6
 
     def report(setup: str, round_: int, values: Values) -> None:
-        key = {"model": model, "ranks": ranks, "setup": setup, "round": round_}
+        key = {"model": model, "ranks": ranks, "setup": setup, "round": round_, "steps": args.steps}
         append(args.out, [key | dict.fromkeys(MEASURED, "") | {"parameters_mb": parameters} | values], digits=5)
         print(f"{model}, {ranks} ranks, round {round_}: {setup} {values['step_ms']:.1f} ms", flush=True)
 

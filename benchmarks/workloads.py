@@ -134,10 +134,10 @@ TASKS = {
     "transformer": Task(
         Transformer,
         lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
-        lambda: (torch.randint(512, (4, 32)), torch.randint(512, (4, 32))),
+        lambda: (torch.randint(512, (2, 32)), torch.randint(512, (2, 32))),
     ),
 }
-"""By name: 32, 16 and 4 samples a rank and step."""
+"""By name: 32, 16 and 2 samples a rank and step."""
 
 
 class SameBatch(IterableDataset[Batch]):
