@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from itertools import count
 from typing import Any
 
@@ -13,6 +15,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_gossip import loggers, run_folder
 from lightning_gossip.run_folder import GroupStore
 
+# torch looks up the name of every address to which it connects, some ten times a rank; a name server that loses one
+# answer in fifty then costs five seconds each time. With this, for all processes that tests start too, none is asked.
+os.environ.setdefault("RES_OPTIONS", "attempts:0")
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector what was imported: in a forked rank, looking at it copies it."""
+    gc.collect()
+    gc.freeze()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run tests that fork before those that start threads in this process: a fork copies locks, not their holders.
@@ -21,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     late. One that fails twice fails; pytest's summary counts the others as rerun.
     """
     for item in items:
-        if forks(item) or {"subprocess", "multiprocessing", "start"} & set(vars(item.module)):  # type: ignore[attr-defined]
+        if forks(item) or {"subprocess", "multiprocessing"} & set(vars(item.module)):  # type: ignore[attr-defined]
             item.add_marker(pytest.mark.flaky(reruns=1))
     items.sort(key=lambda item: not forks(item))
 
