@@ -182,8 +182,10 @@ class Control:
                 return False
         return True
 
-    def poll(self, look: Callable[[], T | None], deadline: float) -> T | None:
+    def poll(self, look: Callable[[], T | None], deadline: float, longest: float = LOOK / 10) -> T | None:
         """Call ``look`` until it finds something, and return that; None at ``deadline`` (of :func:`time.monotonic`).
+
+        The pause between looks grows to ``longest`` seconds.
 
         Raises:
             RunStopped: as :meth:`check`.
@@ -194,7 +196,7 @@ class Control:
             if time.monotonic() >= deadline:
                 return None
             self._closing.wait(pause)
-            pause = min(1.5 * pause, LOOK / 10)
+            pause = min(1.5 * pause, longest)
         return found
 
     def await_stop(self, seconds: float) -> Stop | None:

@@ -115,6 +115,7 @@ class Exchange:
         self._in_flight: _InFlight | None = None
         self._layout: FlatLayout | None = None
         self._signature: tuple[object, ...] = ()
+        self._most_bytes = 0  # of a snapshot, when all parameters travel; 0: not known yet
         self._snapshots: dict[int, FlatBuffer] = {}  # by address: the transport has few rooms, and gives them in turn
 
     @property
@@ -235,12 +236,15 @@ class Exchange:
             exchange.posted.release()
 
     def _post(self, transfers: Transfers) -> None:
-        travelling = {name: p for name, p in self._parameters().items() if p.requires_grad}
+        parameters = self._parameters()
+        travelling = {name: p for name, p in parameters.items() if p.requires_grad}
         if not travelling:
             return
         start = time.perf_counter()
         layout = self._layout_of(travelling)
-        room = self._transport.room(layout.nbytes)
+        if not self._most_bytes:
+            self._most_bytes = FlatLayout(parameters, self._wire_dtype).nbytes
+        room = self._transport.room(layout.nbytes, self._most_bytes)
         ready = time.perf_counter()
         own = self._snapshot(layout, travelling, room)
         header = Header(Kind.SNAPSHOT, self.step, layout.nbytes, layout.fingerprint)

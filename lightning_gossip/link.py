@@ -36,13 +36,13 @@ class Kind(IntEnum):
     """What a message between two ranks is."""
 
     SNAPSHOT = 1
-    """Of a replica, at the step in the header; ``number`` 0: it follows, k: it lies in slot k - 1 of an outbox."""
+    """Of a replica, at the step in the header."""
 
-    OFFER = 2
-    """The address of the sender's outbox follows (:mod:`~lightning_gossip.shared_memory`)."""
+    OUTBOX = 2
+    """Where the sender's outbox is (:mod:`~lightning_gossip.shared_memory`)."""
 
-    ANSWER = 3
-    """To an offer; ``number`` 1: the sender of this can read that outbox, 0: it can not."""
+    NEAR = 3
+    """``number`` 1: the sender of this can read the other's outbox; 0: it can not."""
 
 
 class LinkError(RuntimeError):

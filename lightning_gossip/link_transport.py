@@ -1,8 +1,8 @@
-"""Exchanges over links (gloo): payloads travel on the link, or lie in memory that both ends share.
+"""Exchanges over links (gloo) and, between ranks that see the same memory, where snapshots are written.
 
-Where two ranks see the same memory (:mod:`~lightning_gossip.shared_memory`), the link carries only the header: it says
-in which slot of the sender's outbox the snapshot lies. Each sender offers its outbox to a partner once; the partner's
-answer decides the road from then on.
+When two ranks exchange for the first time, each tells the other on their link where its outbox is
+(:mod:`~lightning_gossip.shared_memory`). Where both can read the other's they are near, and from then on nothing
+travels on the link. Between others every payload does, behind a header.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -24,7 +25,9 @@ from lightning_gossip.shared_memory import ADDRESS_BYTES, AVAILABLE, Address, In
 from lightning_gossip.transport import PartnerLost, Posted, Rooms, Transport
 
 _GLOO_DECORATION = re.compile(r"^\[\S+\.cc:\d+\] |This is typically caused by.*$")  # leaves what happened, and where
-_HOST = torch.device("cpu")
+
+_GLANCE = 0.001
+"""Longest pause in seconds between looks at a near partner's outbox."""
 
 
 def end_of_rank(rank: int) -> str:
@@ -33,7 +36,7 @@ def end_of_rank(rank: int) -> str:
 
 
 class LinkTransport(Transport):
-    """Over :mod:`~lightning_gossip.link`, a two-member gloo group a partner.
+    """Over :mod:`~lightning_gossip.link`, a two-member gloo group a partner, or through shared memory.
 
     Args:
         links: of this process; closed with this object.
@@ -49,54 +52,54 @@ class LinkTransport(Transport):
         self._control = control
         self._shares = shared_memory and AVAILABLE and control.world_size > 1 and not pin_memory
         self._outbox: Outbox | None = None
-        self._slot = 0  # of the outbox: where the next payload lies
-        self._rooms = Rooms(torch.device("cpu"), pin_memory)  # 0: what is sent without an outbox; then what arrives
+        self._slot = -1  # of the outbox, where the next payload lies; -1 for none
+        self._rooms = Rooms(torch.device("cpu"), pin_memory)  # 0: what is sent from no outbox; then what arrives
         self._lanes: dict[int, _Lane] = {}
         self._left: set[int] = set()  # skipped since the last meeting; their links are closed
 
-    def room(self, nbytes: int) -> Tensor:
+    def room(self, nbytes: int, at_most: int) -> Tensor:
         """See :meth:`Transport.room`."""
         self._rooms.resize(nbytes)
-        if not self._shares:
+        if self._shares and self._outbox is None:
+            self._outbox = Outbox(at_most, self._control.world_size)
+        if self._outbox is None or nbytes > self._outbox.address.slot_bytes:
+            self._slot = -1
             return self._rooms[0]
-        if self._outbox is None or self._outbox.address.slot_bytes < nbytes:
-            # whoever reads the one before keeps it alive
-            self._outbox = Outbox(nbytes, self._control.world_size)
         self._slot = self._await_slot(self._outbox)
         return self._outbox.slots[self._slot][:nbytes]
 
     def _await_slot(self, outbox: Outbox) -> int:
         limit = self._control.timeout.total_seconds()
-        deadline = time.monotonic() + limit
-        while (slot := self._control.poll(outbox.free_slot, deadline)) is None:
-            reader, step = next(iter(outbox.readers(0).items()), (-1, 0))
-            if reader >= 0:
-                raise _lost(
-                    self._control.rank,
-                    reader,
-                    step,
-                    f"it did not read this rank's snapshot of that step for {limit:g} s",
-                )
+        slot = self._control.poll(outbox.free_slot, time.monotonic() + limit, _GLANCE)
+        if slot is None:
+            reader, step = next(iter(outbox.readers(0).items()))
+            why = f"it did not read this rank's snapshot of that step for {limit:g} s"
+            raise _lost(self._control.rank, reader, step, why)
         return slot
 
     def post(self, header: Header, send_to: Collection[int], receive_from: Collection[int]) -> Posted:
         """See :meth:`Transport.post`."""
-        outgoing = _Outgoing(self._rooms[0], None, 0)
-        if self._outbox is not None:
-            outgoing = _Outgoing(self._outbox.slots[self._slot][: header.nbytes], self._outbox, self._slot)
-        numbers = {partner: number for number, partner in enumerate(receive_from, start=1)}
-        jobs: dict[int, Future[_Traded]] = {}
-        for partner in sorted({*send_to, *receive_from} - self._left):
+        if self._outbox is not None and self._slot >= 0:
+            self._outbox.announce(self._slot, header)
+            payload = self._outbox.slots[self._slot][: header.nbytes]
+        else:
+            payload = self._rooms[0]
+        transfers = {}
+        for number, partner in enumerate(sorted({*send_to, *receive_from} - self._left), start=1):
             lane = self._lane(partner)
-            room = partial(self._rooms.__getitem__, numbers[partner]) if partner in numbers else None
-            job = partial(lane.trade, header, outgoing if partner in send_to else None, room)
-            jobs[partner] = lane.link.submit(job)
-        return _PostedOnLinks(jobs, header.step, outgoing, self._control, self._skip)
+            transfer = _Transfer(lane, sends=partner in send_to, receives=partner in receive_from)
+            if not lane.is_near(header.nbytes):
+                outgoing = payload if transfer.sends else None
+                room = partial(self._rooms.__getitem__, number) if transfer.receives else None
+                transfer.job = lane.link.submit(partial(lane.trade, header, outgoing, room))
+            transfers[partner] = transfer
+        lend = partial(self._outbox.lend, self._slot) if self._outbox is not None else None
+        return _PostedOnLinks(transfers, header, lend, self._control, self._skip)
 
     def _lane(self, partner: int) -> _Lane:
         if partner not in self._lanes:
             link = self._links.to(end_of_rank(partner))
-            self._lanes[partner] = _Lane(link, self._control.world_size)
+            self._lanes[partner] = _Lane(link, self._outbox, self._control.world_size)
         return self._lanes[partner]
 
     def _skip(self, partner: int) -> None:
@@ -114,196 +117,201 @@ class LinkTransport(Transport):
         """See :meth:`Transport.close`."""
         self._links.close()
         self._lanes.clear()
-        self._outbox = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Outgoing:
-    """A payload; where memory is shared, also the outbox and the slot in which it lies."""
-
-    payload: Tensor
-    outbox: Outbox | None
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Traded:
-    """What came of the transfers with one partner.
-
-    Attributes:
-        received: what it sent; None where it does not send.
-        inbox: where ``received`` lies; None where it travelled on the link.
-        lent: whether the partner reads this rank's payload in its outbox.
-    """
-
-    received: Tensor | None
-    inbox: Inbox | None
-    lent: bool
+        if self._outbox is not None:
+            self._outbox.close()
 
 
 class _Lane:
-    """The transfers with one partner; :meth:`trade` runs in the link's thread, which owns all state here.
+    """What lies between this rank and a partner.
 
     Args:
         link: to the partner.
+        outbox: of this rank; None where it shares no memory.
         readers: number of ranks.
     """
 
-    def __init__(self, link: Link, readers: int) -> None:
+    def __init__(self, link: Link, outbox: Outbox | None, readers: int) -> None:
         self.link = link
+        self.inbox: Inbox | None = None
+        """The partner's outbox, where the two are near; known once a first :meth:`trade` is done."""
+        self._outbox = outbox
         self._readers = readers
-        self._offered: Outbox | None = None
-        self._accepted = False
-        self._inbox: Inbox | None = None
+        self._has_met = False
 
-    def trade(self, header: Header, outgoing: _Outgoing | None, room: Callable[[], Tensor] | None) -> _Traded:
-        """Send and receive.
+    def is_near(self, nbytes: int) -> bool:
+        """Whether a payload of ``nbytes`` is read where it was written; both ends give the same answer."""
+        if self.inbox is None or self._outbox is None:
+            return False
+        return nbytes <= min(self.inbox.address.slot_bytes, self._outbox.address.slot_bytes)
+
+    def trade(self, header: Header, outgoing: Tensor | None, room: Callable[[], Tensor] | None) -> Tensor | None:
+        """Send and receive on the link, unless it turns out that the partner is near; runs in the link's thread.
 
         Args:
             header: of both payloads.
             outgoing: what to send, if anything.
-            room: returns where to put what arrives on the link; None where nothing is to be received.
+            room: returns where to put what arrives; None where nothing is to be received.
+
+        Returns:
+            What arrived on the link.
 
         Raises:
             LinkError: if the partner sends something else.
             RuntimeError: if it is gone, or silent past the timeout.
         """
-        offering = outgoing is not None and self._offer(outgoing.outbox, header.step)
-        if outgoing is not None and not offering:
-            self._send(header, outgoing)
-        received: Tensor | None = None
-        inbox: Inbox | None = None
-        while offering or (room is not None and received is None):
-            arrived = self.link.receive_header()
-            if arrived.kind == Kind.OFFER and arrived.nbytes == ADDRESS_BYTES:
-                self._answer(arrived.step)
-            elif arrived.kind == Kind.ANSWER and outgoing is not None and offering:
-                offering = False
-                self._offered, self._accepted = outgoing.outbox, arrived.number == 1
-                self._send(header, outgoing)
-            elif room is not None and received is None and replace(arrived, number=0) == header:
-                received, inbox = self._receive(arrived, room)
-            else:
-                raise LinkError(f"expected {header}, but {self.link.peer} sent {arrived}")
+        if not self._has_met:
+            self._meet(header.step)
+        if self.is_near(header.nbytes):
+            return None
+        if outgoing is not None:
+            self.link.send(header, outgoing)
+        incoming = None
+        if room is not None:
+            check_header(self.link.receive_header(), header, self.link.peer)
+            incoming = room()
+            self.link.receive(incoming)
         self.link.flush()
-        return _Traded(received, inbox, lent=outgoing is not None and self._accepted)
+        return incoming
 
-    def _offer(self, outbox: Outbox | None, step: int) -> bool:
-        """Tell the partner of an outbox that it does not know yet; whether there was one."""
-        if outbox is None or outbox is self._offered:
-            return False
-        self.link.send(Header(Kind.OFFER, step, ADDRESS_BYTES), outbox.address.to_tensor())
-        return True
+    def _meet(self, step: int) -> None:
+        """Tell the partner where the outbox is, and hear where its is; near is who reads and is read."""
+        address = Address() if self._outbox is None else self._outbox.address
+        self.link.send(Header(Kind.OUTBOX, step, ADDRESS_BYTES), address.to_tensor())
+        check_header(self.link.receive_header(), Header(Kind.OUTBOX, step, ADDRESS_BYTES), self.link.peer)
+        offered = torch.empty(ADDRESS_BYTES, dtype=torch.uint8)
+        self.link.receive(offered)
+        inbox = Inbox.open(Address.from_tensor(offered), self._readers) if self._outbox is not None else None
+        self.link.send(Header(Kind.NEAR, step, 0, number=int(inbox is not None)))
+        answer = self.link.receive_header()
+        check_header(answer, Header(Kind.NEAR, step, 0, number=answer.number), self.link.peer)
+        self.link.flush()
+        self.inbox = inbox if answer.number == 1 else None
+        self._has_met = True
 
-    def _answer(self, step: int) -> None:
-        address = torch.empty(ADDRESS_BYTES, dtype=torch.uint8)
-        self.link.receive(address)
-        self._inbox = Inbox.open(Address.from_tensor(address), self._readers)
-        self.link.send(Header(Kind.ANSWER, step, 0, number=int(self._inbox is not None)))
 
-    def _send(self, header: Header, outgoing: _Outgoing) -> None:
-        if self._accepted:
-            self.link.send(replace(header, number=1 + outgoing.slot))
-        else:
-            self.link.send(header, outgoing.payload)
+@dataclass
+class _Transfer:
+    """With one partner; ``job`` runs on the link, where the partner is not known to be near."""
 
-    def _receive(self, arrived: Header, room: Callable[[], Tensor]) -> tuple[Tensor, Inbox | None]:
-        if arrived.number == 0:
-            payload = room()
-            self.link.receive(payload)
-            return payload, None
-        slot = self._inbox.slot(arrived.number - 1, arrived.nbytes) if self._inbox is not None else None
-        if slot is None:
-            raise LinkError(f"{self.link.peer} sent {arrived}, and there is no such slot in its outbox")
-        return slot, self._inbox
+    lane: _Lane
+    sends: bool
+    receives: bool
+    job: Future[Tensor | None] | None = None
 
 
 class _PostedOnLinks(Posted):
     def __init__(
         self,
-        jobs: Mapping[int, Future[_Traded]],
-        step: int,
-        outgoing: _Outgoing,
+        transfers: Mapping[int, _Transfer],
+        header: Header,
+        lend: Callable[[int, int], None] | None,
         control: Control,
         skip: Callable[[int], None],
     ) -> None:
-        self._jobs = jobs
-        self._skipped: set[int] = set()
-        self._step = step
-        self._outgoing = outgoing
+        self._transfers = dict(transfers)
+        self._header = header
+        self._lend = lend
         self._control = control
         self._skip = skip
         self._inboxes: list[Inbox] = []
-        self._changed = threading.Event()  # a transfer is done, or failed
-        for future in jobs.values():
-            future.add_done_callback(lambda _: self._changed.set())
+        self._changed = threading.Event()  # a job is done, or failed
+        for transfer in transfers.values():
+            if transfer.job is not None:
+                transfer.job.add_done_callback(lambda _: self._changed.set())
 
     def wait(self) -> Mapping[int, Tensor]:
-        self._await_jobs()
         received: dict[int, Tensor] = {}
-        for partner, job in self._jobs.items():
-            if partner in self._skipped:
-                continue
-            traded = job.result()
-            if traded.received is not None:
-                received[partner] = traded.received
-            if traded.inbox is not None:
-                self._inboxes.append(traded.inbox)
-            if traded.lent and self._outgoing.outbox is not None:
-                self._outgoing.outbox.lend(self._outgoing.slot, partner, self._step)
+        deadline = time.monotonic() + self._control.timeout.total_seconds()
+        try:
+            self._await_jobs(deadline)
+            for partner, transfer in list(self._transfers.items()):
+                payload = transfer.job.result() if transfer.job is not None else None
+                if transfer.lane.is_near(self._header.nbytes) and transfer.lane.inbox is not None:
+                    payload = self._look(partner, transfer, transfer.lane.inbox, deadline)
+                if payload is not None:
+                    received[partner] = payload
+        except RunStopped as stopped:
+            if (lost := stopped.stop.lost) in self._transfers:
+                raise self._lost(lost, stopped.stop.cause) from stopped
+            raise
         return received
 
     def release(self) -> None:
         for inbox in self._inboxes:
-            inbox.finish(self._control.rank, self._step)
+            inbox.finish(self._control.rank, self._header.step)
         self._inboxes.clear()
 
-    def _await_jobs(self) -> None:
-        limit = self._control.timeout.total_seconds()
-        deadline = time.monotonic() + limit
+    def _look(self, partner: int, transfer: _Transfer, inbox: Inbox, deadline: float) -> Tensor | None:
+        """Wait until a near partner has begun the step; return its snapshot, if this rank mixes it."""
+        step = self._header.step
+        while not self._control.poll(lambda: inbox.has_begun(step) or None, time.monotonic() + LOOK, _GLANCE):
+            if self._skip_if_left(partner):
+                return None
+            if not inbox.owner_lives:
+                self._explain(partner, ConnectionError("its process is gone"))
+            if time.monotonic() >= deadline:
+                self._explain(partner, self._silence())
+        if transfer.sends and self._lend is not None:
+            self._lend(partner, step)
+        if not transfer.receives:
+            return None
+        header, memory = inbox.find(step) or (None, torch.empty(0))
         try:
-            while waiting := self._waiting():
-                changed = self._control.wait(self._changed, min(deadline, time.monotonic() + LOOK))
-                self._changed.clear()
-                for partner in waiting:
-                    failure = self._jobs[partner].exception() if self._jobs[partner].done() else None
-                    overdue = not changed and failure is None
-                    if (overdue or failure is not None) and self._skip_if_left(partner):
-                        continue
-                    if failure is not None:
-                        self._explain(partner, failure)
-                if time.monotonic() >= deadline and (late := self._waiting()):
-                    self._explain(late[0], TimeoutError(f"it stayed silent for {limit:g} s"))
-        except RunStopped as stopped:
-            if stopped.stop.lost in self._waiting():
-                raise self._lost(stopped.stop.lost, stopped.stop.cause) from stopped
-            raise
+            check_header(header, self._header, transfer.lane.link.peer)
+        except LinkError as error:
+            self._explain(partner, error)
+        self._inboxes.append(inbox)
+        return memory[: self._header.nbytes]
 
-    def _waiting(self) -> list[int]:
-        """Return the partners whose transfers are not done, failed ones among them."""
-        return [
-            partner
-            for partner, future in self._jobs.items()
-            if partner not in self._skipped and (not future.done() or future.exception() is not None)
-        ]
+    def _await_jobs(self, deadline: float) -> None:
+        while waiting := self._waiting():
+            changed = self._control.wait(self._changed, min(deadline, time.monotonic() + LOOK))
+            self._changed.clear()
+            for partner, job in waiting.items():
+                failure = job.exception() if job.done() else None
+                overdue = not changed and failure is None
+                if (overdue or failure is not None) and self._skip_if_left(partner):
+                    continue
+                if failure is not None:
+                    self._explain(partner, failure)
+            if time.monotonic() >= deadline and (late := self._waiting()):
+                self._explain(next(iter(late)), self._silence())
+
+    def _waiting(self) -> dict[int, Future[Tensor | None]]:
+        """Return the jobs by partner that are not done, failed ones among them."""
+        jobs = {partner: transfer.job for partner, transfer in self._transfers.items()}
+        return {
+            partner: job
+            for partner, job in jobs.items()
+            if job is not None and (not job.done() or job.exception() is not None)
+        }
 
     def _skip_if_left(self, partner: int) -> bool:
         """Skip a partner that waits elsewhere and never began this step."""
-        if not self._control.has_left(partner, self._step):
+        if not self._control.has_left(partner, self._header.step):
             return False
-        self._skipped.add(partner)
+        del self._transfers[partner]
         self._skip(partner)
         return True
 
-    def _explain(self, partner: int, error: BaseException) -> None:
+    def _explain(self, partner: int, error: BaseException) -> NoReturn:
         """Raise why ``partner`` is not there: the reason that a rank gave when it stopped, or else its loss."""
         stop = self._control.await_stop(1.0)
         if stop is not None and stop.lost != partner:
             self._control.check()
         raise self._lost(partner, _GLOO_DECORATION.sub("", str(error)).strip()) from error
 
+    def _silence(self) -> TimeoutError:
+        return TimeoutError(f"it stayed silent for {self._control.timeout.total_seconds():g} s")
+
     def _lost(self, partner: int, why: str) -> PartnerLost:
-        return _lost(self._control.rank, partner, self._step, why)
+        return _lost(self._control.rank, partner, self._header.step, why)
+
+
+def check_header(arrived: Header | None, expected: Header, peer: str) -> None:
+    """Raise :class:`LinkError` where what ``peer`` sent is not what was expected."""
+    if arrived != expected:
+        raise LinkError(f"expected {expected}, but {peer} sent {arrived}")
 
 
 def _lost(rank: int, partner: int, step: int, why: str) -> PartnerLost:

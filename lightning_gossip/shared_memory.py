@@ -3,6 +3,10 @@
 The memory has no name. A file descriptor of its owner is the only handle, which others reach under
 ``/proc/<pid>/fd``, and the kernel frees it with the last process that maps it, however that ends: nothing to clean up.
 Linux only.
+
+A rank's outbox holds its snapshots and says which they are; readers look, read, and write there what they have read.
+Words are written one at a time, the one that makes the others count last. Between a snapshot and its word the
+interpreter's lock changes hands, which orders the two for other processors.
 """
 
 from __future__ import annotations
@@ -10,11 +14,14 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
+import weakref
 from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lightning_gossip.link import Header
 
 AVAILABLE = hasattr(os, "memfd_create")
 
@@ -22,7 +29,9 @@ SLOTS = 2
 """Of an outbox: while a slow partner still reads one snapshot, the next can be taken."""
 
 _NAME = "lightning_gossip"
-_ALIGNMENT = 64  # bytes
+_TOKEN, _CLOCK, _HEADERS = 0, 1, 2  # places of words; a header a slot, then a word a reader
+_HEADER_WORDS = len(astuple(Header(0, 0, 0)))
+_READERS = _HEADERS + SLOTS * _HEADER_WORDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +39,20 @@ class Address:
     """Where another process finds an outbox: four integers of 64 bits.
 
     Attributes:
-        pid, descriptor: of the owner.
+        pid, descriptor: of the owner; process 0 has none.
         token: stands in the memory too, for process numbers mean something else in another container.
         slot_bytes: size of a slot.
     """
 
-    pid: int
-    descriptor: int
-    token: int
-    slot_bytes: int
+    pid: int = 0
+    descriptor: int = 0
+    token: int = 0
+    slot_bytes: int = 0
+
+    @property
+    def path(self) -> str:
+        """Where the operating system shows the memory."""
+        return f"/proc/{self.pid}/fd/{self.descriptor}"
 
     def to_tensor(self) -> Tensor:
         """Return the address as it travels: 1-D, uint8."""
@@ -50,35 +64,35 @@ class Address:
         return cls(*tensor.view(torch.int64).tolist())
 
 
-ADDRESS_BYTES = Address(0, 0, 0, 0).to_tensor().nbytes
+ADDRESS_BYTES = Address().to_tensor().nbytes
 
 
 class _Mapped:
-    """One process' view of an outbox: its token, for each reader the last step that it has read, and the slots."""
+    """One process' view of an outbox: its words, and the slots."""
 
     def __init__(self, descriptor: int, slot_bytes: int, readers: int) -> None:
         memory = mmap.mmap(descriptor, _total_bytes(slot_bytes, readers))
-        self.slot_bytes = slot_bytes
-        self.words = np.frombuffer(memory, dtype=np.int64, count=1 + readers)
-        everything = torch.frombuffer(memory, dtype=torch.uint8)
-        self.slots = everything[_slots_start(readers) :].split(slot_bytes)
+        self.words = np.frombuffer(memory, dtype=np.int64, count=_READERS + readers)
+        self.slots = torch.frombuffer(memory, dtype=torch.uint8)[_slots_start(readers) :].split(slot_bytes)
 
 
 class Outbox:
     """Slots in which this process puts its snapshots, and who reads them; belongs to one thread.
 
     Args:
-        slot_bytes: size of the largest snapshot.
+        nbytes: of the largest snapshot; pages that are never written take no memory.
         readers: number of ranks.
     """
 
-    def __init__(self, slot_bytes: int, readers: int) -> None:
-        slot_bytes = -(-slot_bytes // _ALIGNMENT) * _ALIGNMENT
-        self._descriptor = os.memfd_create(_NAME)
-        os.ftruncate(self._descriptor, _total_bytes(slot_bytes, readers))
-        self._mapped = _Mapped(self._descriptor, slot_bytes, readers)
-        self._mapped.words[0] = token = secrets.randbits(63)
-        self.address = Address(os.getpid(), self._descriptor, token, slot_bytes)
+    def __init__(self, nbytes: int, readers: int) -> None:
+        slot_bytes = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        descriptor = os.memfd_create(_NAME)
+        self.close = weakref.finalize(self, os.close, descriptor)
+        """Let nobody else find the outbox; who has, keeps the memory."""
+        os.ftruncate(descriptor, _total_bytes(slot_bytes, readers))
+        self._mapped = _Mapped(descriptor, slot_bytes, readers)
+        self._mapped.words[_TOKEN] = token = secrets.randbits(63)
+        self.address = Address(os.getpid(), descriptor, token, slot_bytes)
         self._lent: list[dict[int, int]] = [{} for _ in range(SLOTS)]
 
     @property
@@ -86,13 +100,20 @@ class Outbox:
         """1-D, uint8; they keep the memory alive."""
         return self._mapped.slots
 
+    def announce(self, slot: int, header: Header) -> None:
+        """Tell readers that the snapshot in ``slot`` is the one of ``header``."""
+        words = self._mapped.words
+        start = _HEADERS + slot * _HEADER_WORDS
+        words[start : start + _HEADER_WORDS] = astuple(header)
+        words[_CLOCK] = header.step
+
     def lend(self, slot: int, reader: int, step: int) -> None:
         """Note that ``reader`` reads the snapshot of ``step`` in ``slot``, until it says that it has finished."""
         self._lent[slot][reader] = step
 
     def readers(self, slot: int) -> dict[int, int]:
         """Return who still reads ``slot``, with the step of the snapshot there."""
-        read = self._mapped.words[1:]
+        read = self._mapped.words[_READERS:]
         self._lent[slot] = {reader: step for reader, step in self._lent[slot].items() if read[reader] < step}
         return self._lent[slot]
 
@@ -100,24 +121,21 @@ class Outbox:
         """Return the first slot that nobody reads: the first of all is likeliest to be in the cache."""
         return next((slot for slot in range(SLOTS) if not self.readers(slot)), None)
 
-    def __del__(self) -> None:
-        os.close(self._descriptor)
-
 
 class Inbox:
     """Another process' outbox, seen from a reader; made by :meth:`open`."""
 
-    def __init__(self, mapped: _Mapped) -> None:
+    def __init__(self, address: Address, mapped: _Mapped) -> None:
+        self.address = address
         self._mapped = mapped
 
     @classmethod
     def open(cls, address: Address, readers: int) -> Inbox | None:
         """Map the outbox at ``address``; None where this process does not see it: on another host, or kept apart."""
-        path = f"/proc/{address.pid}/fd/{address.descriptor}"
         try:
-            if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+            if not os.readlink(address.path).startswith(f"/memfd:{_NAME}"):
                 return None
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = os.open(address.path, os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             return None
         try:
@@ -126,24 +144,35 @@ class Inbox:
             mapped = _Mapped(descriptor, address.slot_bytes, readers)
         finally:
             os.close(descriptor)
-        return cls(mapped) if int(mapped.words[0]) == address.token else None
+        return cls(address, mapped) if int(mapped.words[_TOKEN]) == address.token else None
 
-    def slot(self, number: int, nbytes: int) -> Tensor | None:
-        """Return the first ``nbytes`` of a slot, 1-D, uint8, to be read only; None where there is no such room."""
-        if not 0 <= number < SLOTS or nbytes > self._mapped.slot_bytes:
+    @property
+    def owner_lives(self) -> bool:
+        """Whether the owner has not ended, nor closed its outbox."""
+        return os.path.lexists(self.address.path)
+
+    def has_begun(self, step: int) -> bool:
+        """Whether the owner has announced the snapshot of ``step`` or a later one."""
+        return bool(self._mapped.words[_CLOCK] >= step)
+
+    def find(self, step: int) -> tuple[Header, Tensor] | None:
+        """Return header and slot (1-D, uint8, to be read only) of the snapshot of ``step``, if there is one yet."""
+        if not self.has_begun(step):
             return None
-        return self._mapped.slots[number][:nbytes]
+        for slot, memory in enumerate(self._mapped.slots):
+            start = _HEADERS + slot * _HEADER_WORDS
+            header = Header(*self._mapped.words[start : start + _HEADER_WORDS].tolist())
+            if header.step == step:
+                return header, memory
+        return None
 
     def finish(self, reader: int, step: int) -> None:
-        """Tell the owner that ``reader`` needs the snapshot of ``step``, and those before it, no more.
-
-        The interpreter's lock, taken and given back since the snapshot was read, orders the two for other processors.
-        """
-        self._mapped.words[1 + reader] = step
+        """Tell the owner that ``reader`` needs the snapshot of ``step``, and those before it, no more."""
+        self._mapped.words[_READERS + reader] = step
 
 
 def _slots_start(readers: int) -> int:
-    return -(-8 * (1 + readers) // mmap.PAGESIZE) * mmap.PAGESIZE
+    return -(-8 * (_READERS + readers) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _total_bytes(slot_bytes: int, readers: int) -> int:

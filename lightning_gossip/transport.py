@@ -46,8 +46,12 @@ class Transport(ABC):
     """Whether payloads lie in host memory."""
 
     @abstractmethod
-    def room(self, nbytes: int) -> Tensor:
+    def room(self, nbytes: int, at_most: int) -> Tensor:
         """Return where the next payload is to be written (1-D, uint8); wait while somebody reads what is there.
+
+        Args:
+            nbytes: of the payload.
+            at_most: what ``nbytes`` may grow to while the model stays the same.
 
         Raises:
             PartnerLost: if a partner did not read it within the timeout.
@@ -120,7 +124,7 @@ class NcclTransport(Transport):
         self._rooms = Rooms(device)  # 0: what is sent; then what arrives
         dist.barrier(group=group)  # NCCL wants the first call on a group to be a collective by all ranks
 
-    def room(self, nbytes: int) -> Tensor:
+    def room(self, nbytes: int, at_most: int) -> Tensor:
         """See :meth:`Transport.room`; nobody else reads it."""
         self._rooms.resize(nbytes)
         return self._rooms[0]

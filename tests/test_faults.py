@@ -41,14 +41,16 @@ def test_a_silent_partner_is_named_with_the_step() -> None:
     assert error.partner == 1
 
 
-def test_a_lost_link_is_noticed_at_once_and_both_ranks_named() -> None:
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_a_lost_partner_is_noticed_at_once_and_both_ranks_named(shared_memory: bool) -> None:
     def body(rank: Rank) -> float:
-        exchange = rank.exchange(Schedule(), ElasticMixing(0.5), {"theta": nn.Parameter(torch.ones(4))})
+        parameters = {"theta": nn.Parameter(torch.ones(4))}
+        exchange = rank.exchange(Schedule(), ElasticMixing(0.5), parameters, shared_memory)
         for _ in range(2):
             exchange.begin()
             exchange.end()
             if rank.rank == 1:
-                rank.links.close()  # as a killed process would
+                exchange.close()  # links and outbox, as a killed process would
                 time.sleep(3)
                 return 0.0
         raise AssertionError("rank 0 did not notice")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ import torch
 from ranks import Rank, run_ranks
 from torch import nn
 
-from lightning_gossip.link import Link
+from lightning_gossip.link import Header, Kind, Link
 from lightning_gossip.mixing import ElasticMixing
 from lightning_gossip.schedule import Schedule
 from lightning_gossip.shared_memory import AVAILABLE, SLOTS, Address, Inbox, Outbox
@@ -36,19 +37,23 @@ def descriptors() -> list[str]:
 
 def test_another_process_reads_and_says_so() -> None:
     outbox = Outbox(100, readers=3)
-    outbox.slots[1][:4] = torch.tensor([1, 2, 3, 4], dtype=torch.uint8)
-    outbox.lend(0, reader=2, step=7)
-    outbox.lend(1, reader=2, step=8)
+    for slot, step in enumerate((7, 8)):
+        outbox.slots[slot][:4] = torch.tensor([1, 2, 3, step], dtype=torch.uint8)
+        outbox.announce(slot, Header(Kind.SNAPSHOT, step, 100, layout=2**55))
+        outbox.lend(slot, reader=2, step=step)
     assert outbox.free_slot() is None
     program = (
         "import sys\nfrom lightning_gossip.shared_memory import Address, Inbox\n"
         "inbox = Inbox.open(Address(*map(int, sys.argv[1:])), 3)\n"
-        "print(inbox.slot(1, 100)[:4].tolist(), inbox.slot(2, 1), inbox.slot(0, 10_000))\ninbox.finish(2, 7)\n"
+        "header, memory = inbox.find(8)\n"
+        "print(header, memory[:4].tolist(), inbox.find(6), inbox.find(9))\n"
+        "print(inbox.has_begun(8), inbox.has_begun(9), inbox.owner_lives)\ninbox.finish(2, 7)\n"
     )
     address = outbox.address
     numbers = [str(n) for n in (address.pid, address.descriptor, address.token, address.slot_bytes)]
     done = subprocess.run([sys.executable, "-c", program, *numbers], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "[1, 2, 3, 4] None None\n", done.stderr
+    expected = f"{Header(Kind.SNAPSHOT, 8, 100, layout=2**55)!r} [1, 2, 3, 8] None None\nTrue False True\n"
+    assert done.stdout == expected.replace("<Kind.SNAPSHOT: 1>", "1"), done.stderr
     assert outbox.free_slot() == 0, "the snapshot of step 7 was read"
     assert outbox.readers(1) == {2: 8}, "that of step 8 was not"
 
@@ -58,14 +63,39 @@ def test_what_can_not_be_seen_is_not_opened() -> None:
     address = outbox.address
     file = os.open(os.devnull, os.O_RDWR)
     try:
-        assert Inbox.open(address, 2) is not None
+        inbox = Inbox.open(address, 2)
+        assert inbox is not None
+        assert Inbox.open(Address(), 2) is None, "no outbox at all"
         assert Inbox.open(replace(address, pid=2**22 + 1), 2) is None, "no such process"
         assert Inbox.open(replace(address, descriptor=file), 2) is None, "not an outbox"
         assert Inbox.open(replace(address, token=address.token ^ 1), 2) is None, "another outbox of that number"
-        assert Inbox.open(replace(address, slot_bytes=128), 2) is None, "of another size"
+        assert Inbox.open(replace(address, slot_bytes=2 * address.slot_bytes), 2) is None, "of another size"
+        assert inbox.owner_lives
+        outbox.close()
+        assert not inbox.owner_lives
+        assert Inbox.open(address, 2) is None
     finally:
         os.close(file)
     assert Address.from_tensor(address.to_tensor()) == address
+
+
+def test_a_killed_owner_is_noticed_before_it_is_waited_for() -> None:
+    """A killed process that nobody has reaped yet is a zombie: its number is still taken, its memory is not there."""
+    program = (
+        "import time\nfrom lightning_gossip.shared_memory import Outbox\noutbox = Outbox(64, 2)\n"
+        "a = outbox.address\nprint(a.pid, a.descriptor, a.token, a.slot_bytes, flush=True)\ntime.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        inbox = Inbox.open(Address(*map(int, process.stdout.readline().split())), 2)
+        assert inbox is not None
+        assert inbox.owner_lives
+        process.send_signal(signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while inbox.owner_lives and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not inbox.owner_lives
+        assert process.returncode is None, "nobody has waited for it"
 
 
 def test_memory_is_free_once_nobody_maps_it() -> None:
@@ -74,10 +104,12 @@ def test_memory_is_free_once_nobody_maps_it() -> None:
     outbox = Outbox(64, readers=2)
     inbox = Inbox.open(outbox.address, 2)
     assert inbox is not None
-    slot = inbox.slot(0, 64)
-    assert slot is not None
     outbox.slots[0].fill_(5)
-    del outbox, inbox
+    outbox.announce(0, Header(Kind.SNAPSHOT, 1, 64))
+    found = inbox.find(1)
+    assert found is not None
+    slot = found[1]
+    del outbox, inbox, found
     gc.collect()
     assert (slot == 5).all(), "a reader keeps what it reads"
     assert len(descriptors()) > len(before)
@@ -213,17 +245,34 @@ def test_ranks_that_do_not_see_each_others_memory_send(monkeypatch: pytest.Monke
         assert torch.equal(a, b)
 
 
-def test_an_outbox_grows_with_the_model() -> None:
+def test_an_outbox_has_room_for_what_unfreezes_and_what_is_added_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent, send = [], Link.send
+
+    def counting(link: Link, header: Any, *payloads: torch.Tensor) -> None:
+        sent.extend(payload.nbytes for payload in payloads)
+        send(link, header, *payloads)
+
+    monkeypatch.setattr(Link, "send", counting)
+
     def body(rank: Rank) -> list[float]:
-        large = nn.Parameter(torch.full((5000,), float(rank.rank)), requires_grad=False)
-        small = nn.Parameter(torch.full((3,), float(rank.rank)))
-        exchange = rank.exchange(Schedule(), ElasticMixing(0.5), {"small": small, "large": large})
+        value = float(rank.rank)
+        large = nn.Parameter(torch.full((5000,), value), requires_grad=False)
+        parameters = {"small": nn.Parameter(torch.full((3,), value)), "large": large}
+        exchange = rank.exchange(Schedule(), ElasticMixing(0.5), parameters)
         seen = []
-        for step in range(3):
-            large.requires_grad_(step == 1)
+        for step in range(4):
+            large.requires_grad_(step > 0)
+            if step == 2:
+                parameters["added"] = nn.Parameter(torch.full((9000,), value))
+            if step == 3:
+                del parameters["added"]
             exchange.begin()
             exchange.end()
             seen.append(large.detach().mean().item())
+            if step == 2:
+                seen.append(parameters["added"].detach().mean().item())
         return seen
 
-    assert run_ranks(2, body) == [[0.0, 0.5, 0.5], [1.0, 0.5, 0.5]]
+    assert run_ranks(2, body) == [[0.0, 0.5, 0.5, 0.5, 0.5], [1.0, 0.5, 0.5, 0.5, 0.5]]
+    added = 64 + 4 * (5000 + 9000)
+    assert [nbytes for nbytes in sent if nbytes > 1000] == [added] * 2, "only what is too large for the outbox"
