@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import fmean
 
 import pandas as pd
 from thesis_results import Results
@@ -15,8 +16,8 @@ POINTS, POINTS_AT_MOST = 0.3, 0.45
 """Between a figure and the thesis', of test accuracy in percent: for all gossip figures but one, and for all."""
 POINTS_OTHERS = {"AR-4": 0.2, "NC-4": 0.5}
 RATES = ("0.125", "0.031", "0.008", "0.002")
-SEEDS_RATE = "0.031"
-"""Where further seeds tell how much a row's accuracy varies."""
+SEEDS_RATE, SEEDS = "0.031", 3
+"""Where further seeds tell how much a row's accuracy varies, and how many with the first."""
 COLUMNS = {"mean": "mean_over_ranks", "consensus": "consensus_test_accuracy"}
 """Of the results, for each figure of a row."""
 _ROUNDING = 1e-9
@@ -72,22 +73,17 @@ def _elastic_is_not_worse(rows: pd.DataFrame, first: pd.DataFrame) -> Outcome:
     pairs = [[f"{method}-4-{rate}" for method in ("EG", "GS")] for rate in RATES]
     seeds = [rows.loc[rows["id"] == f"{method}-4-{SEEDS_RATE}", "mean_over_ranks"] for method in ("EG", "GS")]
     missing = [row_id for pair in pairs for row_id in pair if row_id not in first.index]
-    missing += [f"further seeds at {SEEDS_RATE}"] * (min(map(len, seeds)) < 2)
+    if min(map(len, seeds)) < SEEDS:
+        missing.append(f"further seeds at {SEEDS_RATE}")
     if missing:
         return Outcome(f"{claim}: missing {', '.join(missing)}", None)
-    mean = _mean([100 * (first.loc[eg, "mean_over_ranks"] - first.loc[gs, "mean_over_ranks"]) for eg, gs in pairs])
+    mean = 100 * fmean(first.loc[eg, "mean_over_ranks"] - first.loc[gs, "mean_over_ranks"] for eg, gs in pairs)
     error = 100 * math.sqrt(sum(float(seed.var()) for seed in seeds) / len(RATES))
-    return Outcome(
-        f"{claim}: {mean:+.3f} points, standard error {error:.3f} ({len(seeds[0])} seeds)", bool(mean >= -error)
-    )
+    return Outcome(f"{claim}: {mean:+.3f} points, standard error {error:.3f} ({len(seeds[0])} seeds)", mean >= -error)
 
 
 def _difference(first: pd.DataFrame, row_id: str, name: str, theirs: float) -> float | None:
     return 100 * (float(first.loc[row_id, COLUMNS[name]]) - theirs) if row_id in first.index else None
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _signed(difference: float | None) -> str:

@@ -41,7 +41,8 @@ def as_markdown(experiment: Experiment, results: Results) -> str:
         lines += [""]
     lines += [
         "Test accuracy in percent: mean, smallest and largest of the replicas, and of their mean, the consensus model."
-        " Differences in points, where the thesis trained for as many epochs.",
+        " Differences in points, where the thesis trained for as many epochs. Bytes are counted, and computed for"
+        " all-reduce: a ring sends 2 N (n - 1) / n a step, N the gradients' bytes and n the workers.",
     ]
     return "\n".join(lines) + "\n"
 
