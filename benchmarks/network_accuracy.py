@@ -4,7 +4,7 @@
 
 The thesis' network and set-up (arXiv:1812.02407; `examples/mnist.py`) on 4 ranks, validated every 100 updates: under
 DDP its model, under gossip the consensus model. Each set-up of `network.py` is trained until it gets there, once. One
-row a validation in ``results/network_accuracy.csv``; set-ups that got there are not trained again.
+row a validation in ``results/network_accuracy.csv``; set-ups that are there are not trained again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ShardedValidation(ImageData):
 
 
 class UntilAccurate(Callback):
-    """Ends training at :data:`ACCURACY`, and writes a row a validation.
+    """Ends training at :data:`ACCURACY`; at the end it writes a row a validation.
 
     Args:
         setup: its name.
@@ -57,14 +57,19 @@ class UntilAccurate(Callback):
 
     def __init__(self, setup: str, out: Path) -> None:
         self.setup, self.out = setup, out
+        self.rows: list[dict[str, object]] = []
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         accuracy = float(trainer.strategy.reduce(trainer.callback_metrics["val_accuracy"], reduce_op="mean"))
         if trainer.is_global_zero:
-            append(self.out, [{"setup": self.setup, "updates": trainer.global_step, "accuracy": accuracy}])
+            self.rows.append({"setup": self.setup, "updates": trainer.global_step, "accuracy": accuracy})
             print(f"{self.setup}: {trainer.global_step} updates, validation accuracy {accuracy:.4f}", flush=True)
         if accuracy >= ACCURACY:
             trainer.should_stop = True
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            append(self.out, self.rows)
 
 
 def train(setup: str, data_dir: Path | None, out: Path) -> None:
@@ -110,7 +115,7 @@ def main() -> None:
     data = [] if args.data_dir is None else ["--data-dir", str(args.data_dir)]
     for setup in args.setups:
         rows = find(read(args.out), {"setup": setup})
-        if any(float(row["accuracy"]) >= ACCURACY or int(row["updates"]) >= MOST for row in rows):
+        if rows:
             continue
         run([sys.executable, __file__, "--train", setup, "--out", str(args.out), *data])
 
