@@ -37,7 +37,7 @@ CLOCKS = ((1.0, 1, 0), (0.125, 1, 0), (1.0, 8, 0), (1.0, 8, 7), (1.0, 32, 0), (1
 DIMENSION = 16
 """Of the vectors that stand for replicas."""
 NOISE_STEPS = 256
-"""Simulated at period 1; longer periods get 8 times as many, for they have fewer rounds."""
+"""Simulated at period 1; longer periods get 4 times as many, for they have fewer rounds."""
 STALLS = 0.1
 
 MLP = 4 * 2_913_290
@@ -67,7 +67,7 @@ class Run:
 
 
 def run(setting: Setting, ranks: int, links: dict[str, Machine]) -> Run:
-    steps = NOISE_STEPS * (1 if setting.period == 1 else 8)
+    steps = NOISE_STEPS * (1 if setting.period == 1 else 4)
     generator = torch.Generator().manual_seed(setting.seed)
     start = torch.randn(ranks, DIMENSION, dtype=torch.float64, generator=generator)
     still = Replicas(start, noise=0, rule=ElasticMixing(setting.alpha))
