@@ -1,10 +1,14 @@
-"""The thesis' plots from our rows: accuracy beside its tables, against updates and bytes, and the sweeps."""
+"""The thesis' plots from our rows: accuracy beside its tables, against updates and bytes, and the sweeps.
+
+Rows of fewer epochs than the thesis' are drawn as far as they go: the beginning of a training does not depend on its
+length.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from thesis_results import Results
-from thesis_rows import METHODS, SEED, Experiment, Row, parse
+from thesis_rows import DEFAULT_ALPHA, METHODS, SEED, Experiment, Row, parse
 from thesis_table import in_order, published
 
 from lightning_gossip.report_plots import COLOURS, DPI, STYLE
@@ -37,7 +41,7 @@ def draw(experiment: Experiment, results: Results, folder: Path) -> list[Path]:
     Returns:
         The files written.
     """
-    plots = {
+    plots: dict[str, Callable[[Experiment, Results], Figure | None]] = {
         "table": _table,
         "evolution": _evolution,
         "all": _together,
@@ -83,7 +87,7 @@ def _table(experiment: Experiment, results: Results) -> Figure | None:
 
 def _evolution(experiment: Experiment, results: Results) -> Figure | None:
     """Validation accuracy against updates, a panel a number of workers and a probability."""
-    rows = [row for row in _whole_rows(experiment, results) if row.period == 1 and row.alpha in (None, 0.5)]
+    rows = _main_rows(results)
     panels = list(dict.fromkeys((row.workers, row.rate) for row in rows if row.probability is not None))
     if not panels:
         return None
@@ -93,11 +97,11 @@ def _evolution(experiment: Experiment, results: Results) -> Figure | None:
             gossips = row.probability is not None
             if gossips and row.rate != rate:
                 continue
-            curve = _curve(results, row, experiment.epochs)
+            curve = _curve(results, row)
             label = METHODS[row.method][0]
             _draw(axes, curve, curve["updates"], label, color=_METHOD_COLOURS[row.method], lw=1.4 if gossips else 0.8)
             if gossips:
-                _mark_test(axes, results, row, experiment.epochs, curve["updates"].max())
+                _mark_test(axes, results, row, experiment.epochs, curve["updates"].min() * experiment.epochs)
         axes.plot([], [], "o", color="0.35", label="test accuracy, ours")
         axes.plot([], [], "o", color="0.35", mfc="none", label="test accuracy, thesis")
         axes.set_title(f"{workers} workers, probability 1/{1 / rate:g}", fontsize=8)
@@ -107,23 +111,23 @@ def _evolution(experiment: Experiment, results: Results) -> Figure | None:
 
 
 def _mark_test(axes: Axes, results: Results, row: Row, epochs: int, last: float) -> None:
-    """Mark the mean test accuracy, ours and the thesis', right of the curve."""
+    """Mark the mean test accuracy after all epochs, ours and the thesis', right of update ``last``."""
     rows = results.rows
-    [ours] = rows.loc[(rows["id"] == row.id) & (rows["seed"] == SEED) & (rows["epochs"] == epochs), "mean_over_ranks"]
+    ours = rows.loc[(rows["id"] == row.id) & (rows["seed"] == SEED) & (rows["epochs"] == epochs), "mean_over_ranks"]
     style: dict[str, Any] = {"color": _METHOD_COLOURS[row.method], "marker": "o", "ls": "none", "zorder": 4}
-    axes.plot(1.03 * last, 100 * ours, **style)
+    axes.plot([1.03 * last] * len(ours), 100 * ours, **style)
     axes.plot(1.06 * last, 100 * published(results, row.id)[0], mfc="none", **style)
 
 
 def _together(experiment: Experiment, results: Results) -> Figure | None:
     """Validation accuracy against updates, all rows in one."""
-    rows = _whole_rows(experiment, results)
+    rows = _main_rows(results)
     if not rows:
         return None
     figure = Figure(figsize=(6.0, 4.6), layout="constrained")
     axes = figure.add_subplot(ylabel="Validation accuracy (%)")
     for row in rows:
-        curve = _curve(results, row, experiment.epochs)
+        curve = _curve(results, row)
         _draw(axes, curve, curve["updates"], row.id, **_style(row))
     _finish(axes, experiment, "Updates of each replica")
     _legend(figure, axes, columns=4, title=f"{experiment.title}: {_BAND}")
@@ -132,13 +136,13 @@ def _together(experiment: Experiment, results: Results) -> Figure | None:
 
 def _bytes(experiment: Experiment, results: Results) -> Figure | None:
     """Validation accuracy against bytes sent by a worker."""
-    rows = _whole_rows(experiment, results)
+    rows = _main_rows(results)
     if not any(row.rate for row in rows):
         return None
     figure = Figure(figsize=(6.0, 4.6), layout="constrained")
     axes = figure.add_subplot(ylabel="Validation accuracy (%)", xscale="log")
     for row in rows:
-        curve = _curve(results, row, experiment.epochs)
+        curve = _curve(results, row)
         if row.rate:
             _draw(axes, curve, curve["bytes_sent_per_rank"] / 1e9, row.id, **_style(row))
         else:  # a logarithmic axis has no 0
@@ -152,7 +156,7 @@ def _sweeps(method: str, experiment: Experiment, results: Results) -> Figure | N
     """Rows of a method that share workers and rate, and differ in α or period: validation accuracy against updates,
     and test accuracies.
 
-    Rows of fewer epochs are compared with the beginning of longer ones: nothing in a training depends on its length.
+    All are drawn as far as the shortest goes.
     """
     known = results.curves[results.curves["seed"] == SEED]
     groups: defaultdict[tuple[int, float], list[Row]] = defaultdict(list)
@@ -193,17 +197,19 @@ def _compare_tests(
     axes.legend(loc="best")
 
 
-def _whole_rows(experiment: Experiment, results: Results) -> list[Row]:
-    curves = results.curves
-    ids = curves.loc[(curves["epochs"] == experiment.epochs) & (curves["seed"] == SEED), "id"].unique()
-    return sorted(map(parse, ids), key=lambda row: row.place)
+def _main_rows(results: Results) -> list[Row]:
+    """Return the rows that no sweep is about: one of each method, number of workers and probability."""
+    ids = results.curves.loc[results.curves["seed"] == SEED, "id"].unique()
+    rows = [row for row in map(parse, ids) if row.period == 1 and row.alpha in (None, DEFAULT_ALPHA)]
+    return sorted(rows, key=lambda row: row.place)
 
 
-def _curve(results: Results, row: Row, epochs: int) -> pd.DataFrame:
-    """Return the first ``epochs`` epochs of the row's shortest run that has as many."""
+def _curve(results: Results, row: Row, epochs: int | None = None) -> pd.DataFrame:
+    """Return the first ``epochs`` epochs of the row's shortest run that has as many; None for its longest run."""
     curves = results.curves[(results.curves["id"] == row.id) & (results.curves["seed"] == SEED)]
-    length = min(length for length in curves["epochs"].unique() if length >= epochs)
-    return curves[curves["epochs"] == length].sort_values("updates").head(epochs)
+    lengths = curves["epochs"].unique()
+    length = max(lengths) if epochs is None else min(length for length in lengths if length >= epochs)
+    return curves[curves["epochs"] == length].sort_values("updates").head(epochs or length)
 
 
 def _panels(number: int) -> tuple[Figure, Sequence[Axes]]:

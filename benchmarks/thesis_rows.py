@@ -24,7 +24,7 @@ METHODS = {
     "GS": ("gossiping-sgd-pull", "gossip"),
 }
 """The thesis' name of each method and the examples' ``--strategy``."""
-_DEFAULT_ALPHA = 0.5
+DEFAULT_ALPHA = 0.5
 _ID = re.compile(
     r"(?P<method>AR|NC|EG|GS)-(?P<workers>[1-9]\d*)(-(?P<rate>\d+\.\d+|tau[1-9]\d*))?(-(?P<alpha>\d+(\.\d+)?))?"
 )
@@ -151,4 +151,4 @@ def parse(row_id: str) -> Row:
         raise ValueError(f"row {row_id!r}: the probability must be one of {', '.join(PROBABILITIES)}, got {rate}")
     if method == "GS":
         return Row(row_id, method, workers, probability, period)
-    return Row(row_id, method, workers, probability, period, _DEFAULT_ALPHA if alpha is None else float(alpha))
+    return Row(row_id, method, workers, probability, period, DEFAULT_ALPHA if alpha is None else float(alpha))
