@@ -6,7 +6,7 @@
 
 A row is one run of ``examples/mnist.py`` or ``cifar10.py``, whose command line is printed. Rows in
 ``results/thesis_<experiment>.csv`` are not run again; one that was stopped goes on from its last epoch. The ResNet-18
-rows of CIFAR-10 need a GPU.
+rows of CIFAR-10 need a GPU a worker.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import thesis_results
+import torch
 from thesis_checks import check
 from thesis_plots import draw
 from thesis_results import Key
@@ -172,6 +173,13 @@ def report(experiment: Experiment, folder: Path) -> None:
         print(file)
 
 
+def check_gpus(experiment: Experiment, rows: Sequence[Row]) -> None:
+    """End with a message where rows need more GPUs than there are."""
+    needed, there = max(row.workers for row in rows), torch.cuda.device_count()
+    if "cuda" in experiment.options and there < needed:
+        sys.exit(f"{experiment.title}: rows of {needed} workers need as many GPUs, and torch sees {there}")
+
+
 def run(experiment: Experiment, rows: Sequence[Row], arguments: argparse.Namespace) -> bool:
     """Run the rows that are missing, each in turn; whether all went well."""
     good = True
@@ -204,6 +212,7 @@ def main() -> None:
         return
     name, ids = TABLES[arguments.table] if arguments.table else (arguments.experiment, [])
     rows = [parse(row_id) for row_id in ids] if arguments.table else arguments.rows
+    check_gpus(EXPERIMENTS[name], rows)
     if not run(EXPERIMENTS[name], rows, arguments):
         sys.exit(1)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -148,3 +149,13 @@ def test_the_command_line_is_one_that_the_example_takes(tmp_path: Path) -> None:
     assert str(tmp_path / "none") in log.read_text()
     assert "usage:" not in log.read_text()
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() >= 4, reason="there are as many GPUs as it needs")
+def test_rows_that_need_gpus_say_so(tmp_path: Path) -> None:
+    script = [sys.executable, str(BENCHMARKS / "thesis.py"), "--table", "cifar10-resnet18-w4"]
+    folders = ["--work-dir", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    ran = subprocess.run([*script, *folders], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 1
+    assert "rows of 4 workers need as many GPUs" in ran.stderr
+    assert not any(tmp_path.iterdir())
