@@ -203,7 +203,7 @@ class _Ticker(Callback):
 
 
 def make_links(strategy: PairwiseStrategy) -> None:
-    """Exchange until every two ranks have: links and buffers are made once in a training, and are not to be counted.
+    """Exchange until every two ranks have that ever do: links and buffers are made once in a training, uncounted here.
 
     It ends at a multiple of the period, and with equal replicas, as it began.
     """
@@ -211,21 +211,15 @@ def make_links(strategy: PairwiseStrategy) -> None:
     if exchange is None:
         raise RuntimeError("links are made within `fit`")
     met = np.eye(size, dtype=bool)
-    for _ in range(1000 * schedule.period):
-        if met.all() and exchange.step % schedule.period == 0:
-            return
+    quiet = 0  # rounds in a row in which nobody met anybody new: on a ring, not all ever do
+    while exchange.step % schedule.period or not (met.all() or quiet > 50 * size):
         exchange.begin()
         exchange.end()
         if schedule.is_round(exchange.step):
             choices = schedule.choices(exchange.step, size)
-            chose = np.flatnonzero(choices >= 0)
+            chose, pairs = np.flatnonzero(choices >= 0), met.sum()
             met[chose, choices[chose]] = met[choices[chose], chose] = True
-            if (
-                not len(chose)
-                and exchange.step >= 100 * schedule.period
-                and not (met & ~np.eye(size, dtype=bool)).any()
-            ):
-                return  # peers that never choose
+            quiet = 0 if met.sum() > pairs else quiet + 1
 
 
 Report = Callable[[str, int, Values], None]
@@ -271,6 +265,8 @@ def run_rank(
                 for meter in meters:
                     meter.prepare()
                 setups[index].train(copy.deepcopy(model), SameBatch(batch), block)
+                if not block.values:
+                    raise RuntimeError(f"{setups[index].name!r} trained for less than {plan.total} steps")
                 values: list[Values] = [{}] * dist.get_world_size()
                 dist.all_gather_object(values, block.values)
                 if dist.get_rank() == 0:
