@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -103,8 +104,8 @@ EXPERIMENTS = {
         network=lambda: nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 3)),
         shares="fixed",
         batch=4,
-        lr=0.01,
-        momentum=0.99,
+        lr=0.03,
+        momentum=0.9,
         n_push=5,
         epochs=20,
         workers=(1, 2, 4),
@@ -239,4 +240,5 @@ def main(arguments: Sequence[str]) -> None:
                 result |= {key: float(points[-1][key]) for key in ("seconds", "cpu_seconds", "staleness")}
             machine = {"cores": os.cpu_count(), "version": lightning_gossip.__version__}
             append(out, [given | result | machine], digits=6)
+            shutil.rmtree(folder, ignore_errors=True)  # there is none without checkpoints
     print_summary(read(out))

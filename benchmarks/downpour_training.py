@@ -45,8 +45,8 @@ class Training:
         seed: of the order of samples and dropout.
         curve: whether the model is measured, and a checkpoint saved, after every epoch.
         timeout: for which a silent worker is waited for.
-        folder: of the checkpoint from which an interrupted training goes on; removed at the end. (A resumed schedule
-            misses the loss of the epoch after which it was interrupted.)
+        folder: of the checkpoint from which an interrupted training goes on. (A resumed schedule misses the loss of
+            the epoch after which it was interrupted.)
     """
 
     sets: Sets
@@ -89,13 +89,14 @@ class Training:
             num_sanity_val_steps=0,
         )
         last = self.folder / "last.ckpt"
+        if last.exists() and torch.load(last, weights_only=True, mmap=True)["epoch"] + 1 >= self.epochs:
+            shutil.rmtree(self.folder)  # the server ended with what the last epoch made: once more
         begin = time.perf_counter()
         data = Data(self.sets, self.shares, self.batch, self.seed)
         trainer.fit(model, data, ckpt_path=last if last.exists() else None)
         result = {"seconds": time.perf_counter() - begin}
         # an epoch after which no checkpoint was complete was trained, and measured, once more
         curve = list({row["epoch"]: row for row in read(self.folder / "curve.csv")}.values())
-        shutil.rmtree(self.folder, ignore_errors=True)
         # what `fit` left in this process is the server's model, with all that all workers made
         model.eval()
         for name, part in (("validation", self.sets.validation), ("test", self.sets.test)):
