@@ -173,6 +173,24 @@ class Link:
         """
         self._connected().recv([payload], 1 - self._index, _TAG).wait(self._timeout)
 
+    def swap(self, outgoing: Tensor | None, incoming: Tensor | None) -> None:
+        """Send and receive the payloads (1-D, uint8, host memory) whose headers have passed and fit, at once.
+
+        The receive is posted before the send: gloo lets a payload go when the other end has said that it is ready for
+        it, and behind our own payload in the socket that word would come last. The two directions of a slow link then
+        ran one after the other (measured: 0.5 of its rate instead of 0.94).
+
+        Raises:
+            RuntimeError: if the other end is gone, or did not send or take it within the timeout.
+        """
+        group = self._connected()
+        receiving = None if incoming is None else group.recv([incoming], 1 - self._index, _TAG)
+        if outgoing is not None:
+            self._sending.append((group.send([outgoing], 1 - self._index, _TAG), outgoing))
+        if receiving is not None:
+            receiving.wait(self._timeout)
+        self.flush()
+
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:

@@ -164,13 +164,12 @@ class _Lane:
         if self.is_near(header.nbytes):
             return None
         if outgoing is not None:
-            self.link.send(header, outgoing)
+            self.link.send(header)
         incoming = None
         if room is not None:
             check_header(self.link.receive_header(), header, self.link.peer)
             incoming = room()
-            self.link.receive(incoming)
-        self.link.flush()
+        self.link.swap(outgoing, incoming)
         return incoming
 
     def _meet(self, step: int) -> None:

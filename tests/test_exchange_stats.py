@@ -13,7 +13,7 @@ import torch
 from ranks import Rank, run_ranks
 from torch import Tensor
 
-from lightning_gossip.link import Kind, Link
+from lightning_gossip.link import Link
 from lightning_gossip.mixing import ElasticMixing, MixingRule, PullMixing, PushMixing
 from lightning_gossip.schedule import Schedule
 
@@ -39,14 +39,15 @@ def test_bytes_sent_are_payloads_times_their_size(
 ) -> None:
     on_the_wire: Counter[str] = Counter()
     lock = threading.Lock()
-    send = Link.send
+    swap = Link.swap
 
-    def counting(link: Link, header: Any, *payloads: Tensor) -> None:
-        with lock:
-            on_the_wire[link.own] += sum(payload.nbytes for payload in payloads if header.kind == Kind.SNAPSHOT)
-        send(link, header, *payloads)
+    def counting(link: Link, outgoing: Tensor | None, incoming: Tensor | None) -> None:
+        if outgoing is not None:
+            with lock:
+                on_the_wire[link.own] += outgoing.nbytes
+        swap(link, outgoing, incoming)
 
-    monkeypatch.setattr(Link, "send", counting)
+    monkeypatch.setattr(Link, "swap", counting)
     schedule = {"peers": "uniform", "probability": 0.7, "period": 2, "seed": 5}
 
     def body(rank: Rank) -> Any:

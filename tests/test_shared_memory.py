@@ -209,20 +209,20 @@ def test_ranks_that_do_not_see_each_others_memory_send(monkeypatch: pytest.Monke
     """Ranks 0 and 1 on one host, 2 and 3 on another, say: both roads in one exchange, and the same result."""
     host_of = {f"rank{rank}": rank // 2 for rank in range(4)}
     opened, sent = [], []
-    open_, send = Inbox.open, Link.send
+    open_, swap = Inbox.open, Link.swap
 
     def open_if_near(address: Address, readers: int) -> Inbox | None:
         own, peer = threading.current_thread().name.removeprefix("link-").split("-")
         opened.append(host_of[own] == host_of[peer])
         return open_(address, readers) if opened[-1] else None
 
-    def counting(link: Link, header: Any, *payloads: torch.Tensor) -> None:
-        if any(payload.nbytes == 4096 for payload in payloads):
+    def counting(link: Link, outgoing: torch.Tensor | None, incoming: torch.Tensor | None) -> None:
+        if outgoing is not None and outgoing.nbytes == 4096:
             sent.append((link.own, link.peer))
-        send(link, header, *payloads)
+        swap(link, outgoing, incoming)
 
     monkeypatch.setattr(Inbox, "open", open_if_near)
-    monkeypatch.setattr(Link, "send", counting)
+    monkeypatch.setattr(Link, "swap", counting)
 
     def body(rank: Rank, shared_memory: bool) -> torch.Tensor:
         torch.manual_seed(rank.rank)
@@ -246,13 +246,13 @@ def test_ranks_that_do_not_see_each_others_memory_send(monkeypatch: pytest.Monke
 
 
 def test_an_outbox_has_room_for_what_unfreezes_and_what_is_added_travels(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent, send = [], Link.send
+    sent, swap = [], Link.swap
 
-    def counting(link: Link, header: Any, *payloads: torch.Tensor) -> None:
-        sent.extend(payload.nbytes for payload in payloads)
-        send(link, header, *payloads)
+    def counting(link: Link, outgoing: torch.Tensor | None, incoming: torch.Tensor | None) -> None:
+        sent.extend(() if outgoing is None else (outgoing.nbytes,))
+        swap(link, outgoing, incoming)
 
-    monkeypatch.setattr(Link, "send", counting)
+    monkeypatch.setattr(Link, "swap", counting)
 
     def body(rank: Rank) -> list[float]:
         value = float(rank.rank)
