@@ -37,7 +37,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 import lightning_gossip
 
 # found where downpour_training has found theirs
-from image_data import ImageData  # isort: skip
+from image_data import DataNotFoundError, ImageData  # isort: skip
 from iris import Iris  # isort: skip
 from models import alexnet, mlp  # isort: skip
 from tensor_data import Sets  # isort: skip
@@ -226,7 +226,10 @@ def main(arguments: Sequence[str]) -> None:
         return
     torch.set_num_threads(1)
     for seed in args.seeds:
-        sets = experiment.load(seed, args.data_dir)
+        try:
+            sets = experiment.load(seed, args.data_dir)
+        except DataNotFoundError as error:
+            parser.error(str(error))
         for workers in args.workers:
             n_push = args.n_push if workers > 1 else 0
             given = asdict(Setting(workers, n_push, args.lr, args.momentum, args.epochs, seed))

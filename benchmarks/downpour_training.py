@@ -136,7 +136,8 @@ class Watched(Classifier):
         checkpoint["watched"] = {"pushes": self.pushes, "staleness": self.staleness, **self.so_far()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        vars(self).update(checkpoint["watched"])
+        for name, value in checkpoint["watched"].items():
+            setattr(self, name, value)
 
     def on_train_batch_end(self, *args: Any) -> None:
         stats = getattr(self.trainer.strategy, "downpour_stats", None)
