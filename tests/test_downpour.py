@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from datetime import timedelta
 from functools import partial
@@ -16,7 +15,6 @@ from forked import Linear, Recorder, fit, regression
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from shards import until
-from test_launch import endings, finish, results, start
 from test_strategies import Gan
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -143,16 +141,6 @@ def test_a_registered_name_that_forks_fits_and_tests(tmp_path: Path) -> None:
     trainer.fit(module, DataLoader(regression(), 4))
     [tested] = trainer.test(module, DataLoader(regression(), 4), verbose=False)
     assert tested["test_loss"] < 2, "of 14 at the start"
-
-
-def test_a_registered_name_that_starts_processes_anew(tmp_path: Path) -> None:
-    process = start(tmp_path, "--strategy", "downpour", "--devices", 2, "--epochs", 6)
-    printed = finish(process, tmp_path)
-    assert process.returncode == 0, printed
-    first, second = results(tmp_path, 2)
-    assert first["state"] == second["state"], "both hold the server's parameters"
-    assert first["accuracy"] == second["accuracy"]
-    assert first["step"] == second["step"] == 6 * 16, "how well they learnt depends on timing"
 
 
 # -- what is evaluated and what remains -------------------------------------------------------------------------------
@@ -326,25 +314,6 @@ def test_an_exception_on_one_worker_leaves_no_server(tmp_path: Path) -> None:
     pids = (tmp_path / "pids").read_text().split()
     assert len(pids) == 2
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 5)
-
-
-def test_a_killed_shard_ends_all_with_its_name_and_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
-    process = start(tmp_path, "--strategy", "downpour", "--fault", "shard:0:20", "--devices", 2, "--epochs", 500)
-    finish(process, tmp_path)
-    assert process.returncode == 1
-    assert list(tmp_path.rglob("*.ckpt"))
-    ended = endings(tmp_path)
-    assert set(ended) == {0, 1}
-    for ending in ended.values():
-        assert ending["type"] in ("ShardLost", "RunStopped")
-        assert "parameter server shard 0 (127.0.0.1:" in ending["text"]
-
-
-def test_shards_end_with_a_run_whose_launching_process_is_killed(tmp_path: Path) -> None:
-    process = start(tmp_path, "--strategy", "downpour", "--fault", "SIGKILL:0:10", "--devices", 2)
-    finish(process, tmp_path)  # nothing is left within 5 seconds
-    assert process.returncode == -signal.SIGKILL
-    assert set(endings(tmp_path)) == {1}
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------

@@ -1,203 +1,199 @@
 """Real processes: every way to start them, and every way in which they end.
 
-These tests start the program `programs/train.py`, for what they show lies between processes: launchers, signals, exit
-codes, and that nothing is left. All others run ranks as threads (ranks.py) or as forks (forked.py).
+What these tests show lies between processes: launchers, signals, exit codes, and that nothing is left. All others run
+ranks as threads (ranks.py) or as forks (forked.py).
+
+Every process imports Lightning, for seconds. So that both cores have something to do, the programs of all selected
+tests are run ahead of them, two at a time.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-from lightning_gossip import checkpoint as files
-
-PROGRAM = Path(__file__).parent / "programs" / "train.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+from launched import Ended, Program, wait_for
 
 
-def start(out: Path, *arguments: Any, python: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
-    environment = {**ENVIRONMENT, "TMPDIR": str(out / "tmp"), "TRAIN_MARK": str(out)}
-    (out / "tmp").mkdir(parents=True, exist_ok=True)
-    command = [*python, str(PROGRAM), str(out), *map(str, arguments)]
-    # a session of its own, so that what is left of it can be found and ended
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+def program(*arguments: Any, **options: Any) -> pytest.MarkDecorator:
+    """Give the test, as ``ended``, how :class:`Program` with these arguments ended."""
+    name = " ".join(map(str, arguments))
+    return pytest.mark.parametrize("ended", [Program(arguments, **options)], indirect=True, ids=[name])
 
 
-def members(session: int) -> list[int]:
-    """The processes of a session."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if os.getsid(int(entry.name)) == session and "Z" not in (entry / "stat").read_text().split()[2]:
-                    found.append(int(entry.name))
-            except (ProcessLookupError, FileNotFoundError, PermissionError):
-                continue
-    return found
+@pytest.fixture(scope="module")
+def begun(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[dict[Program, Future[Ended]]]:
+    """Begin the programs of all selected tests of this module."""
+    selected = [getattr(item, "callspec", None) for item in request.session.items if item.module is request.module]
+    programs = [callspec.params["ended"] for callspec in selected if callspec and "ended" in callspec.params]
+    with ThreadPoolExecutor(2) as pool:
+        yield {each: pool.submit(each.run, tmp_path_factory.mktemp("program")) for each in programs}
+        pool.shutdown(cancel_futures=True)
 
 
-def finish(process: subprocess.Popen[str], out: Path, seconds: float = 90, linger: float = 5) -> str:
-    """Wait for the program and whatever it started; return what it printed. Nothing may be left of it."""
-    try:
-        printed, _ = process.communicate(timeout=seconds)
-        deadline = time.monotonic() + linger
-        while (left := members(process.pid)) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not left, f"processes left: {left}\n{printed[-3000:]}"
-        # torch leaves the folder of torchrun's agent, and the file in which a spawned process reports its traceback
-        of_torch = ("torchelastic_", "pytorch-errorfile-")
-        temporary = [path.name for path in (out / "tmp").iterdir() if not path.name.startswith(of_torch)]
-        assert not temporary, "temporary files left"
-        assert not list(out.rglob("*.tmp")), "a save was left half done"
-        for path in out.rglob("*.ckpt"):
-            entry = torch.load(path, weights_only=True)[files.KEY]
-            for rank in range(entry["world_size"]):
-                files.load_replica(files.AtomicCheckpointIO(), path, entry["save_id"], rank, True)
-        return printed
-    finally:
-        for pid in members(process.pid):
-            os.kill(pid, signal.SIGKILL)
+@pytest.fixture
+def ended(request: pytest.FixtureRequest, tmp_path: Path, begun: dict[Program, Future[Ended]]) -> Ended:
+    future = begun.pop(request.param, None)
+    return request.param.run(tmp_path) if future is None else future.result()  # None: the test is run once more
 
 
-def results(out: Path, ranks: int) -> list[dict[str, Any]]:
-    return [json.loads((out / f"result_{rank}.json").read_text()) for rank in range(ranks)]
+@pytest.fixture(autouse=True)
+def _no_shared_temporary_files() -> Iterator[None]:
+    before = set(Path(tempfile.gettempdir()).glob("*.temp.ckpt"))
+    yield
+    assert set(Path(tempfile.gettempdir()).glob("*.temp.ckpt")) == before
 
 
-def endings(out: Path) -> dict[int, dict[str, Any]]:
-    return {int(path.stem[-1]): json.loads(path.read_text()) for path in out.glob("ending_*.json")}
+# -- starts -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["gossip", "elastic_gossip", "gossip_spawn", "elastic_gossip_spawn"])
-def test_every_registered_name_fits_and_tests(tmp_path: Path, strategy: str) -> None:
+@program("--strategy", "gossip", "elastic_gossip", "downpour", "--devices", 4, "--fits", 2)
+def test_names_that_start_the_program_again_fit_and_test(ended: Ended) -> None:
     """Those that fork are in test_strategies.py."""
-    spawned = strategy.endswith("_spawn")  # only the launching process lives on, and Lightning refuses a second fit
-    process = start(tmp_path, "--strategy", strategy, "--devices", 4, "--fits", 1 if spawned else 2)
-    printed = finish(process, tmp_path)
-    assert process.returncode == 0, printed
-    ranks = results(tmp_path, 1 if spawned else 4)
-    for rank in ranks:
-        assert rank["accuracy"] > 0.9
-        assert rank["state"] == ranks[0]["state"], "all hold the consensus model"
-    if not spawned:
-        assert [rank["step"] for rank in ranks] == [24] * 4, "the clock goes on in the second fit"
+    assert ended.code == 0, ended.printed
+    for strategy, steps in (("gossip", 24), ("elastic_gossip", 24), ("downpour", 8)):
+        ranks = ended.results(strategy)
+        assert [rank["step"] for rank in ranks] == [steps] * 4, "gossip's clock goes on in the second fit"
+        for rank in ranks:
+            assert rank["state"] == ranks[0]["state"], "all hold the consensus model"
+            assert rank["accuracy"] == ranks[0]["accuracy"]
+            assert rank["accuracy"] > 0.9 or strategy == "downpour", "how well its workers learnt depends on timing"
 
 
-def test_torchrun_with_two_nodes_of_two_processes(tmp_path: Path) -> None:
-    port = free_port()
-
-    def node(number: int) -> tuple[int, str]:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={number}"]
-        torchrun += ["--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
-        process = start(tmp_path, "--devices", 2, "--nodes", 2, python=tuple(torchrun))
-        return process.pid, finish(process, tmp_path)
-
-    with ThreadPoolExecutor() as pool:
-        printed = list(pool.map(node, range(2)))
-    ranks = results(tmp_path, 4)
-    assert all(rank["state"] == ranks[0]["state"] and rank["accuracy"] > 0.9 for rank in ranks), printed
+@program("--strategy", "gossip_spawn", "--devices", 2)
+def test_gossip_spawn_fits_and_tests(ended: Ended) -> None:
+    """Only the launching process lives on, and Lightning refuses a second fit."""
+    assert_fitted_and_tested(ended, "gossip_spawn")
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+@program("--strategy", "elastic_gossip_spawn", "--devices", 2)
+def test_elastic_gossip_spawn_fits_and_tests(ended: Ended) -> None:
+    assert_fitted_and_tested(ended, "elastic_gossip_spawn")
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_an_exception_on_one_rank_ends_all_with_its_cause(tmp_path: Path, rank: int) -> None:
-    process = start(tmp_path, "--fault", f"raise:{rank}:10", "--devices", 3)
-    printed = finish(process, tmp_path)
-    assert process.returncode == 1
-    found = endings(tmp_path)
+def assert_fitted_and_tested(ended: Ended, strategy: str) -> None:
+    assert ended.code == 0, ended.printed
+    [launching] = ended.results(strategy)
+    assert launching["accuracy"] > 0.9
+
+
+@program("--devices", 2, "--nodes", 2, nodes=2)
+def test_torchrun_with_two_nodes_of_two_processes(ended: Ended) -> None:
+    ranks = ended.results()
+    assert len(ranks) == 4
+    assert all(rank["state"] == ranks[0]["state"] and rank["accuracy"] > 0.9 for rank in ranks), ended.printed
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@program("--accelerator", "cuda", "--devices", 2)
+def test_nccl(ended: Ended) -> None:
+    assert ended.code == 0, ended.printed
+
+
+# -- exceptions and signals -------------------------------------------------------------------------------------------
+
+
+@program("--fault", "raise:0:10", "--devices", 3)
+def test_an_exception_on_rank_0_ends_all_with_its_cause(ended: Ended) -> None:
+    assert_all_ended_with_the_cause(ended, 0)
+
+
+@program("--fault", "raise:2:10", "--devices", 3)
+def test_an_exception_on_another_rank_ends_all_with_its_cause(ended: Ended) -> None:
+    assert_all_ended_with_the_cause(ended, 2)
+
+
+def assert_all_ended_with_the_cause(ended: Ended, rank: int) -> None:
+    assert ended.code == 1
+    found = ended.endings()
     assert found.pop(rank)["type"] == "ValueError"
     assert len(found) == 2
     for ending in found.values():
         assert ending["text"] == f"rank {rank} stopped at step 10: ValueError: boom"
-    assert "ValueError: boom" in printed
+    assert "ValueError: boom" in ended.printed
 
 
-def test_an_exception_before_training_ends_all(tmp_path: Path) -> None:
-    process = start(tmp_path, "--fault", "setup:1:0", "--devices", 2)
-    finish(process, tmp_path)
-    assert process.returncode == 1
-    assert endings(tmp_path)[0]["text"] == "rank 1 stopped at step 0: ValueError: boom in setup"
+@program("--fault", "setup:1:0", "--devices", 2)
+def test_an_exception_before_training_ends_all(ended: Ended) -> None:
+    assert ended.code == 1
+    assert ended.endings()[0]["text"] == "rank 1 stopped at step 0: ValueError: boom in setup"
 
 
-def test_an_exception_under_spawn_ends_all(tmp_path: Path) -> None:
-    process = start(tmp_path, "--strategy", "elastic_gossip_spawn", "--fault", "raise:1:10", "--devices", 2)
-    printed = finish(process, tmp_path)
-    assert process.returncode == 1
-    assert "ValueError: boom" in printed
+@program("--strategy", "elastic_gossip_spawn", "--fault", "raise:1:10", "--devices", 2)
+def test_an_exception_under_spawn_ends_all(ended: Ended) -> None:
+    assert ended.code == 1
+    assert "ValueError: boom" in ended.printed
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_sigterm_to_one_rank_ends_all(tmp_path: Path, rank: int) -> None:
-    process = start(tmp_path, "--fault", f"SIGTERM:{rank}:10", "--devices", 2)
-    printed = finish(process, tmp_path)
-    assert process.returncode == 143, printed
-    assert {ending["type"] for ending in endings(tmp_path).values()} == {"SIGTERMException"}
-    assert len(endings(tmp_path)) == 2
-    assert re.search(f"rank {rank} stopped at step 1[01]: it received SIGTERM", printed)
+@program("--fault", "SIGTERM:0:10", "--devices", 2)
+def test_sigterm_to_rank_0_ends_all(ended: Ended) -> None:
+    assert_sigterm_ended_both(ended, 0)
 
 
-def test_sigint_to_one_rank_ends_all(tmp_path: Path) -> None:
-    process = start(tmp_path, "--fault", "SIGINT:1:10", "--devices", 2)
-    finish(process, tmp_path)
-    assert process.returncode == 1
-    found = endings(tmp_path)
+@program("--fault", "SIGTERM:1:10", "--devices", 2)
+def test_sigterm_to_another_rank_ends_all(ended: Ended) -> None:
+    assert_sigterm_ended_both(ended, 1)
+
+
+def assert_sigterm_ended_both(ended: Ended, rank: int) -> None:
+    assert ended.code == 143, ended.printed
+    found = ended.endings()
+    assert {ending["type"] for ending in found.values()} == {"SIGTERMException"}
+    assert len(found) == 2
+    assert re.search(f"rank {rank} stopped at step 1[01]: it received SIGTERM", ended.printed)
+
+
+@program("--fault", "SIGINT:1:10", "--devices", 2)
+def test_sigint_to_one_rank_ends_all(ended: Ended) -> None:
+    assert ended.code == 1
+    found = ended.endings()
     assert {ending["type"] for ending in found.values()} == {"KeyboardInterrupt"}
     assert len(found) == 2
 
 
-def test_ctrl_c_in_a_terminal_ends_all(tmp_path: Path) -> None:
+def press_ctrl_c(process: subprocess.Popen[str], out: Path) -> None:
     """A terminal sends SIGINT to every process of the foreground group at once."""
-    process = start(tmp_path, "--fault", "slow:0:0", "--epochs", 100, "--devices", 2)
-    wait_for(process, tmp_path / "pid_1")
+    wait_for(process, out / "pid_1")
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)
-    finish(process, tmp_path)
-    assert process.returncode == 1
-    assert {ending["type"] for ending in endings(tmp_path).values()} == {"KeyboardInterrupt"}
 
 
-def test_sigint_to_the_launching_process_under_spawn_ends_all(tmp_path: Path) -> None:
-    process = start(tmp_path, "--strategy", "gossip_spawn", "--fault", "slow:0:0", "--epochs", 100, "--devices", 2)
-    wait_for(process, tmp_path / "pid_1")
+@program("--fault", "slow:0:0", "--epochs", 100, "--devices", 2, after=press_ctrl_c)
+def test_ctrl_c_in_a_terminal_ends_all(ended: Ended) -> None:
+    assert ended.code == 1
+    assert {ending["type"] for ending in ended.endings().values()} == {"KeyboardInterrupt"}
+
+
+def interrupt_the_first(process: subprocess.Popen[str], out: Path) -> None:
+    wait_for(process, out / "pid_1")
     time.sleep(1)
     os.kill(process.pid, signal.SIGINT)
-    finish(process, tmp_path)
-    assert process.returncode == 1
 
 
-def wait_for(process: subprocess.Popen[str], path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert process.poll() is None, "the program has ended"
-        assert time.monotonic() < deadline, "the program did not start"
-        time.sleep(0.05)
+@program(
+    *("--strategy", "gossip_spawn", "--fault", "slow:0:0", "--epochs", 100, "--devices", 2), after=interrupt_the_first
+)
+def test_sigint_to_the_launching_process_under_spawn_ends_all(ended: Ended) -> None:
+    assert ended.code == 1
 
 
-def test_a_killed_rank_is_named_by_those_that_wait_for_it(tmp_path: Path) -> None:
-    process = start(tmp_path, "--fault", "SIGKILL:2:10")
-    finish(process, tmp_path)
-    assert process.returncode == 1
-    found = endings(tmp_path)
+# -- processes that are lost ------------------------------------------------------------------------------------------
+
+
+@program("--fault", "SIGKILL:2:10", "--devices", 4)
+def test_a_killed_rank_is_named_by_those_that_wait_for_it(ended: Ended) -> None:
+    assert ended.code == 1
+    found = ended.endings()
     assert sorted(found) == [0, 1, 3]
     for rank, ending in found.items():
         assert "rank 2" in ending["text"]
@@ -206,47 +202,45 @@ def test_a_killed_rank_is_named_by_those_that_wait_for_it(tmp_path: Path) -> Non
     assert "PartnerLost" in {ending["type"] for ending in found.values()}
 
 
-def test_a_killed_rank_that_nobody_exchanges_with_is_reported_by_the_launcher(tmp_path: Path) -> None:
-    process = start(
-        tmp_path, "--fault", "SIGKILL:1:5", "--timeout", 60, "--probability", 1e-9, "--devices", 2, "--epochs", 500
-    )
-    finish(process, tmp_path)
-    assert process.returncode == 1
-    assert "rank 1 is gone: its process" in endings(tmp_path)[0]["text"]
-    assert "was killed by SIGKILL" in endings(tmp_path)[0]["text"]
+@program("--fault", "SIGKILL:1:5", "--timeout", 60, "--probability", 1e-9, "--devices", 2, "--epochs", 500)
+def test_a_killed_rank_that_nobody_exchanges_with_is_reported_by_the_launcher(ended: Ended) -> None:
+    assert ended.code == 1
+    assert "rank 1 is gone: its process" in ended.endings()[0]["text"]
+    assert "was killed by SIGKILL" in ended.endings()[0]["text"]
 
 
-def test_a_killed_launching_process_takes_the_others_with_it(tmp_path: Path) -> None:
-    process = start(tmp_path, "--fault", "SIGKILL:0:10", "--devices", 2)
-    finish(process, tmp_path, linger=20)
-    assert process.returncode == -signal.SIGKILL
-    found = endings(tmp_path)
+@program("--fault", "SIGKILL:0:10", "--devices", 2, linger=20)
+def test_a_killed_launching_process_takes_the_others_with_it(ended: Ended) -> None:
+    assert ended.code == -signal.SIGKILL
+    found = ended.endings()
     assert sorted(found) == [1]
     for ending in found.values():
         assert "the run's store is gone" in ending["text"] or "lost its partner rank 0" in ending["text"]
 
 
-def test_a_stopped_rank_is_not_waited_for_longer_than_twice_the_timeout(tmp_path: Path) -> None:
-    process = start(tmp_path, "--fault", "SIGSTOP:2:3", "--timeout", 6, "--devices", 3)
-    wait_for(process, tmp_path / "pid_2")
-    finish(process, tmp_path)
-    assert process.returncode == 1
-    found = endings(tmp_path)
+@program("--fault", "SIGSTOP:2:3", "--timeout", 6, "--devices", 3)
+def test_a_stopped_rank_is_not_waited_for_longer_than_twice_the_timeout(ended: Ended) -> None:
+    assert ended.code == 1
+    found = ended.endings()
     waited = [ending for ending in found.values() if ending["type"] == "PartnerLost"]
     silent = [e for e in waited if "lost its partner rank 2" in e["text"] and "silent for 6 s" in e["text"]]
     assert silent, found
     assert all("rank 2" in ending["text"] for ending in found.values())
 
 
-@pytest.fixture(autouse=True)
-def _no_shared_temporary_files(tmp_path: Path) -> Iterator[None]:
-    before = set(Path(tempfile.gettempdir()).glob("*.temp.ckpt"))
-    yield
-    assert set(Path(tempfile.gettempdir()).glob("*.temp.ckpt")) == before
+@program("--strategy", "downpour", "--fault", "shard:0:20", "--devices", 2, "--epochs", 500)
+def test_a_killed_shard_ends_all_with_its_name_and_leaves_the_last_checkpoint_whole(ended: Ended) -> None:
+    assert ended.code == 1
+    assert list(ended.out.rglob("*.ckpt"))
+    found = ended.endings()
+    assert set(found) == {0, 1}
+    for ending in found.values():
+        assert ending["type"] in ("ShardLost", "RunStopped")
+        assert "parameter server shard 0 (127.0.0.1:" in ending["text"]
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_nccl(tmp_path: Path) -> None:
-    process = start(tmp_path, "--accelerator", "cuda", "--devices", 2)
-    printed = finish(process, tmp_path)
-    assert process.returncode == 0, printed
+@program("--strategy", "downpour", "--fault", "SIGKILL:0:10", "--devices", 2)
+def test_shards_end_with_a_run_whose_launching_process_is_killed(ended: Ended) -> None:
+    """Nothing is left within 5 seconds."""
+    assert ended.code == -signal.SIGKILL
+    assert set(ended.endings()) == {1}

@@ -75,7 +75,7 @@ class Fault(Callback):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--strategy", default="elastic_gossip")
+    parser.add_argument("--strategy", nargs="+", default=["elastic_gossip"], help="one training after the other")
     parser.add_argument("--devices", type=int, default=4)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--accelerator", default="cpu")
@@ -85,12 +85,17 @@ def main() -> None:
     parser.add_argument("--probability", type=float, default=1.0)
     parser.add_argument("--fault", default="none:0:0", help="kind:rank:batch")
     args = parser.parse_args()
-    kind, rank, batch = args.fault.split(":")
 
+    for name in args.strategy:
+        train(name, args)
+
+
+def train(name: str, args: argparse.Namespace) -> None:
+    kind, rank, batch = args.fault.split(":")
     pl.seed_everything(1, verbose=False)
     x = torch.randn(512, 8)
     data = TensorDataset(x, (x.sum(1) > 0).long())
-    strategy: Any = args.strategy
+    strategy: Any = name
     if args.timeout:
         strategy = lightning_gossip.ElasticGossipStrategy(
             timeout=timedelta(seconds=args.timeout), probability=args.probability
@@ -117,7 +122,7 @@ def main() -> None:
         "step": trainer.strategy.step,
         "state": {name: value.flatten().tolist() for name, value in module.state_dict().items()},
     }
-    (args.out / f"result_{trainer.global_rank}.json").write_text(json.dumps(result))
+    (args.out / f"result_{trainer.global_rank}.{name}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
