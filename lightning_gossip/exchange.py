@@ -116,6 +116,7 @@ class Exchange:
         self._layout: FlatLayout | None = None
         self._signature: tuple[object, ...] = ()
         self._most_bytes = 0  # of a snapshot, when all parameters travel; 0: not known yet
+        self._scratch: dict[torch.dtype, Tensor] = {}
         self._snapshots: dict[int, FlatBuffer] = {}  # by address: the transport has few rooms, and gives them in turn
 
     @property
@@ -275,6 +276,14 @@ class Exchange:
             room.copy_(snapshot.storage)  # device to host: returns when the copy is done
         return snapshot.storage
 
+    def _scratch_of(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Return room for differences that a CPU's cache holds; a GPU mixes all at once."""
+        if device.type != "cpu":
+            return None
+        if dtype not in self._scratch:
+            self._scratch[dtype] = torch.empty(CHUNK, dtype=dtype)
+        return self._scratch[dtype]
+
     @torch.no_grad()
     def _apply(self) -> None:
         self.arrive()
@@ -290,11 +299,16 @@ class Exchange:
             start = time.perf_counter()  # measuring is no part of mixing
         if received:
             weight = self._rule.weight(len(received))
-            on_cpu = exchange.own.device.type == "cpu"
             for segment in layout.segments:
                 targets = [exchange.parameters[name] for name in segment.names]
                 snapshots = [segment.of(payload) for payload in received]
-                mix(targets, segment.of(exchange.own), snapshots, weight, chunk=CHUNK if on_cpu else None)
+                mix(
+                    targets,
+                    segment.of(exchange.own),
+                    snapshots,
+                    weight,
+                    self._scratch_of(segment.dtype, exchange.own.device),
+                )
             self.stats.exchanges += len(received)
         if exchange.posted is not None:
             exchange.posted.release()

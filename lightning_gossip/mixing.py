@@ -89,9 +89,11 @@ class PushMixing(MixingRule):
 
 @torch.no_grad()
 def mix(
-    targets: Sequence[Tensor], own: Tensor, received: Sequence[Tensor], weight: float, chunk: int | None = CHUNK
+    targets: Sequence[Tensor], own: Tensor, received: Sequence[Tensor], weight: float, scratch: Tensor | None = None
 ) -> None:
     """Subtract weight · Σ_k (own − received_k) from ``targets``, in one pass over each.
+
+    The last come first: the optimizer has just left them in the cache, and the first layers are there for what follows.
 
     Args:
         targets: tensors of one dtype, in which differences are taken and summed.
@@ -99,10 +101,17 @@ def mix(
         received: snapshots of its partners, shaped and typed as ``own``; in ascending rank, so that a replay of the
             sum is exact. At least one.
         weight: of the sum.
-        chunk: elements that are worked on together, so that a difference never leaves the cache; None for all.
+        scratch: 1-D, typed as the targets: as many elements are worked on together, few enough that a difference
+            never leaves the cache. None: all at once.
     """
-    for stretch, pieces in _cut(targets, chunk or max(1, own.numel())):
-        difference = sum_of_differences(own[stretch], [snapshot[stretch] for snapshot in received], pieces[0].dtype)
+    chunk = own.numel() if scratch is None else scratch.numel()
+    for stretch, pieces in reversed(list(_cut(targets, max(1, chunk)))):
+        size = stretch.stop - stretch.start
+        if scratch is None or size > chunk:  # a tensor that can not be cut
+            out = torch.empty_like(own[stretch], dtype=pieces[0].dtype)
+        else:
+            out = scratch[:size]
+        difference = sum_of_differences(own[stretch], [snapshot[stretch] for snapshot in received], out)
         if len(pieces) == 1:
             pieces[0].add_(difference.view(pieces[0].shape), alpha=-weight)
         else:
@@ -111,13 +120,13 @@ def mix(
             torch._foreach_add_(pieces, views, alpha=-weight)
 
 
-def sum_of_differences(own: Tensor, received: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return Σ_k (own − received_k), taken and summed in ``dtype`` in the given order; see :func:`mix`."""
-    wide = own.to(dtype)
-    total = wide - received[0]
+def sum_of_differences(own: Tensor, received: Sequence[Tensor], out: Tensor) -> Tensor:
+    """Write Σ_k (own − received_k), taken and summed in the dtype of ``out`` and in the given order, to ``out``."""
+    wide = own.to(out.dtype)
+    torch.sub(wide, received[0], out=out)
     for snapshot in received[1:]:
-        total += wide - snapshot  # rounded by itself before it is added: the partner computes exactly its negative
-    return total
+        out += wide - snapshot  # rounded by itself before it is added: the partner computes exactly its negative
+    return out
 
 
 def _cut(tensors: Sequence[Tensor], chunk: int) -> Iterator[tuple[slice, list[Tensor]]]:
