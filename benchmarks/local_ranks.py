@@ -50,16 +50,21 @@ def start_ranks(world_size: int, function: Callable[[], None], seconds: float) -
 
 
 def _watch(ranks: list[multiprocessing.context.ForkProcess], deadline: float) -> None:
-    limit, why = deadline, "they took too long"
-    while running := [process for process in ranks if process.is_alive()]:
-        wait([process.sentinel for process in running], timeout=max(0.0, limit - time.monotonic()))
-        failed = [f"rank {rank} ended with exit code {p.exitcode}" for rank, p in enumerate(ranks) if p.exitcode]
-        if failed and limit == deadline:
-            limit, why = min(deadline, time.monotonic() + _GRACE), failed[0]
-        if time.monotonic() >= limit:
+    """Wait until all have ended, or the time is up: of the whole, or of those left once one has failed."""
+    failure = None
+    while True:
+        running = [process for process in ranks if process.is_alive()]
+        if failure is None and (failed := [(rank, p.exitcode) for rank, p in enumerate(ranks) if p.exitcode]):
+            failure = "rank {} ended with exit code {}".format(*failed[0])
+            deadline = min(deadline, time.monotonic() + _GRACE)
+        left = deadline - time.monotonic()
+        if not running or left <= 0:
             break
-    if running or limit != deadline:
-        raise RuntimeError(f"the ranks were ended: {why}" if running else why)
+        wait([process.sentinel for process in running], timeout=left)
+    if failure is not None:
+        raise RuntimeError(failure)
+    if running:
+        raise RuntimeError("the ranks took too long and were ended")
 
 
 def _rank(rank: int, world_size: int, port: int, function: Callable[[], None]) -> None:
