@@ -55,7 +55,7 @@ def perceptron() -> nn.Module:
 
 
 def convnet() -> nn.Module:
-    """Return four 3×3 convolutions with BatchNorm for images of 32×32: 0.4 million parameters, 18 tensors."""
+    """Return four 3×3 convolutions with BatchNorm for images of 32×32: 0.4 million parameters, 14 tensors."""
     widths = (3, 32, 64, 128, 256)
     layers: list[nn.Module] = []
     for a, b in pairwise(widths):
@@ -64,7 +64,7 @@ def convnet() -> nn.Module:
 
 
 class Transformer(nn.Module):
-    """A GPT-like network: pre-norm blocks of causal attention and a four times wider perceptron.
+    """A GPT-like network, by default of 9.7 million parameters in 149 tensors: pre-norm blocks, causal attention.
 
     Args:
         vocabulary: number of tokens.
