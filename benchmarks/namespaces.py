@@ -151,12 +151,14 @@ class Network:
 
 
 def burst_bytes(megabits: float) -> int:
-    """Return the size of a bucket: 2 ms at its rate, 16 kB at least.
+    """Return the size of a bucket: 2 ms at its rate, 128 kB at least.
 
-    Timers are late by some tenths of a millisecond on a busy machine: a smaller bucket would not reach its rate. A
-    burst passes both buckets of a link at full speed, once after a pause: subtract it where link use is measured.
+    A segment that TCP hands over in one piece (64 kB; a network card would cut it up) has to fit, or `tbf` cuts it, and
+    some thousand packets a second keep this host's cores from training (100 ms of a core for 11 MB instead of 15).
+    Timers are late by some tenths of a millisecond on a busy machine: a smaller bucket would not reach a high rate.
+    A burst passes both buckets of a link at full speed, once after a pause: subtract it where link use is measured.
     """
-    return max(16_000, int(megabits * 1e6 / 8 * 2e-3))
+    return max(128_000, int(megabits * 1e6 / 8 * 2e-3))
 
 
 def check_requirements() -> None:
