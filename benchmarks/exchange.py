@@ -23,11 +23,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from downpour_rows import RESULTS, Row, append, find, read
 from exchange_plots import draw
 from exchange_summary import PARTS, print_table, summarize
 from inside import InterfaceMeter, MemoryMeter, PartsMeter
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from local_ranks import start_ranks
 from plain_loop import DecentSetup, PlainDDPSetup, PlainSetup
@@ -35,6 +37,8 @@ from side_by_side import LightningSetup, Nobody, Plan, Setup, Values, run_rank
 from workloads import TASKS
 
 from lightning_gossip import ElasticGossipStrategy
+from lightning_gossip.flat import FlatBuffer, FlatLayout
+from lightning_gossip.mixing import CHUNK, mix
 
 TIMEOUT = timedelta(minutes=1)
 MEASURED = (
@@ -51,11 +55,35 @@ BARS = {
 """What the step times are to stay below, relative to no communication, by model, ranks and set-up."""
 
 
-def gossip(name: str, **arguments: Any) -> LightningSetup:
+class MemoryTraffic(Callback):
+    """What an exchange with one partner reads and writes, without the partner: the limit of any exchange on one host.
+
+    Each step takes a snapshot, and afterwards mixes the replica with another snapshot, by the package's own passes.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.parameters = dict(pl_module.named_parameters())
+        layout = FlatLayout(self.parameters)
+        self.own, self.other = (FlatBuffer.empty(layout, pl_module.device) for _ in range(2))
+        self.other.pack(self.parameters)
+        self.scratch = torch.empty(CHUNK)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.own.pack(self.parameters)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        for segment, own, other in zip(self.own.layout.segments, self.own.segments, self.other.segments, strict=True):
+            targets = [self.parameters[name] for name in segment.names]
+            mix(targets, own, [other], weight=0.5, scratch=self.scratch)
+
+
+def gossip(name: str, callbacks: Sequence[type[Callback]] = (), **arguments: Any) -> LightningSetup:
     """Return a set-up with elastic gossip."""
-    return LightningSetup(
-        name, lambda seed: ElasticGossipStrategy(seed=seed, evaluate="replica", timeout=TIMEOUT, **arguments)
-    )
+
+    def strategy(seed: int) -> ElasticGossipStrategy:
+        return ElasticGossipStrategy(seed=seed, evaluate="replica", timeout=TIMEOUT, **arguments)
+
+    return LightningSetup(name, strategy, callbacks=callbacks)
 
 
 def make_setups() -> dict[str, Setup]:
@@ -63,6 +91,7 @@ def make_setups() -> dict[str, Setup]:
     setups: list[Setup] = [
         gossip("none", peers=Nobody()),
         gossip("none again", peers=Nobody()),
+        gossip("memory traffic alone", [MemoryTraffic], peers=Nobody()),
         gossip("matching"),
         gossip("matching, p 1/8", probability=1 / 8),
         gossip("uniform", peers="uniform"),

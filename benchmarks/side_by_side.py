@@ -165,11 +165,19 @@ class LightningSetup(Setup):
     Args:
         name, reference: see :class:`Setup`.
         strategy: makes one, given the number of the round: a seed, so that rounds see different exchanges.
+        callbacks: types of callbacks that are part of the set-up.
     """
 
-    def __init__(self, name: str, strategy: Callable[[int], Strategy], reference: str = "none") -> None:
+    def __init__(
+        self,
+        name: str,
+        strategy: Callable[[int], Strategy],
+        reference: str = "none",
+        callbacks: Sequence[type[Callback]] = (),
+    ) -> None:
         super().__init__(name, reference)
         self.strategy = strategy
+        self.callbacks = callbacks
 
     def train(self, model: Model, data: Iterable[Batch], block: Block) -> None:
         """See :meth:`Setup.train`."""
@@ -180,7 +188,7 @@ class LightningSetup(Setup):
             strategy=self.strategy(block.round),
             plugins=[TorchElasticEnvironment()],
             max_steps=block.plan.total,
-            callbacks=[_Ticker(block)],
+            callbacks=[*(callback() for callback in self.callbacks), _Ticker(block)],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
