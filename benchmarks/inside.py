@@ -69,7 +69,7 @@ class PartsMeter(Meter):
         self._exchange = exchange = trainer.strategy.exchange
         if exchange is None:
             raise RuntimeError("an exchange is measured within `fit`")
-        exchange._transport.room = self._timed(exchange._transport.room, "room")
+        exchange._transport.room = self._timed(exchange._transport.room, "room")  # type: ignore[method-assign]
         loop = trainer.fit_loop.epoch_loop
         loop._broadcast_sigterm_tensor = self._timed(loop._broadcast_sigterm_tensor, "check")  # type: ignore[method-assign]
         run = loop.automatic_optimization.run
