@@ -112,6 +112,7 @@ class Exchange:
         self._parameters = parameters
         self._delay = delay
         self._wire_dtype = wire_dtype
+        self._drawn: dict[int, Transfers] = {}  # by step
         self._in_flight: _InFlight | None = None
         self._layout: FlatLayout | None = None
         self._signature: tuple[object, ...] = ()
@@ -134,9 +135,7 @@ class Exchange:
             self._apply()  # it fell due when the clock was set forward
         if self.world_size == 1 or not self._schedule.is_round(self.step):
             return
-        choices = self._schedule.choices(self.step, self.world_size)
-        transfers = self._rule.transfers(choices, self.rank)
-        if transfers:
+        if transfers := self._transfers():
             self._post(transfers)
 
     def end(self) -> None:
@@ -235,6 +234,19 @@ class Exchange:
         exchange, self._in_flight = self._in_flight, None
         if exchange is not None and exchange.posted is not None:
             exchange.posted.release()
+
+    def _transfers(self) -> Transfers:
+        """Return this rank's transfers in the present step.
+
+        Those of a block of rounds are drawn together: a forward and backward pass leaves the caches cold for a draw,
+        which then takes ten times as long as one that follows another.
+        """
+        if self.step not in self._drawn:
+            period, block = self._schedule.period, self._schedule.drawn_together
+            steps = range(self.step, self.step + block * period, period)
+            choices = {step: self._schedule.choices(step, self.world_size) for step in steps}
+            self._drawn = {step: self._rule.transfers(chosen, self.rank) for step, chosen in choices.items()}
+        return self._drawn[self.step]
 
     def _post(self, transfers: Transfers) -> None:
         parameters = self._parameters()

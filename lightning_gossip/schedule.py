@@ -170,6 +170,11 @@ class Schedule:
         self._start = self._bits.state
         self._rng = np.random.Generator(self._bits)
 
+    @property
+    def drawn_together(self) -> int:
+        """How many rounds' choices may be drawn at once, ahead of their steps; an object of yours is asked in time."""
+        return 64 if isinstance(self.peers, Peers) else 1
+
     def is_round(self, step: int) -> bool:
         """Whether ranks choose at ``step`` (counted from 1) at all."""
         return step % self.period == 0
