@@ -2,7 +2,7 @@
 
 An id is method-workers[-probability][-alpha]: ``AR-4`` all-reduce, ``NC-4`` no communication, ``EG-4-0.031`` elastic
 gossip at probability 1/32 and α = 0.5, ``EG-4-0.031-0.25`` at α = 0.25, ``GS-4-0.125`` gossiping SGD (pull),
-``GS-4-tau8`` the same every 8 steps.
+``GS-4-tau8`` the same every 8 steps, ``EG-4-tau8d7`` elastic gossip every 8 steps and applied 7 steps late (ours).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ METHODS = {
 """The thesis' name of each method and the examples' ``--strategy``."""
 DEFAULT_ALPHA = 0.5
 _ID = re.compile(
-    r"(?P<method>AR|NC|EG|GS)-(?P<workers>[1-9]\d*)(-(?P<rate>\d+\.\d+|tau[1-9]\d*))?(-(?P<alpha>\d+(\.\d+)?))?"
+    r"(?P<method>AR|NC|EG|GS)-(?P<workers>[1-9]\d*)(-(?P<rate>\d+\.\d+|tau[1-9]\d*(d[1-9]\d*)?))?(-(?P<alpha>\d+(\.\d+)?))?"
 )
 
 
@@ -41,6 +41,7 @@ class Row:
         probability: of a worker to choose a partner in a round; None without gossip.
         period: steps from one round to the next.
         alpha: of elastic gossip; None for others.
+        delay: steps from posting an exchange to applying it.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Row:
     probability: float | None = None
     period: int = 1
     alpha: float | None = None
+    delay: int = 0
 
     @property
     def rate(self) -> float:
@@ -68,6 +70,8 @@ class Row:
             options += ["--probability", f"{self.probability}", "--period", f"{self.period}", "--peers", "uniform"]
         if self.alpha is not None:
             options += ["--alpha", f"{self.alpha}"]
+        if self.delay:
+            options += ["--delay", f"{self.delay}"]
         return options + (["--variant", "pull"] if self.method == "GS" else [])
 
 
@@ -116,6 +120,7 @@ TABLES: dict[str, tuple[str, list[str]]] = {
     "mnist-alpha-p0.031-w4": ("mnist", ["EG-4-0.031", *(f"EG-4-0.031-{a}" for a in ("0.05", "0.25", "0.75", "0.95"))]),
     "mnist-alpha-p0.0005-w4": ("mnist", ["EG-4-0.0005", *(f"EG-4-0.0005-{a}" for a in (0.05, 0.25, 0.75, 0.95))]),
     "mnist-alpha-p0.0005-w8": ("mnist", ["EG-8-0.0005", "EG-8-0.0005-0.05", "EG-8-0.0005-0.25"]),
+    "mnist-delay-w4": ("mnist", ["EG-4-tau8", "EG-4-tau8d7"]),
     "mnist-period-w4": ("mnist", ["GS-4-tau8", "GS-4-tau32", "GS-4-tau128", "GS-4-tau512"]),
     "cifar10-resnet18-w4": ("cifar10_resnet18", _GOSSIP_W4 + _RARE_W4),
     "cifar10-alexnet-w4": ("cifar10_alexnet", ["AR-4", "NC-4", "EG-4-0.031", "GS-4-0.031"]),
@@ -144,11 +149,14 @@ def parse(row_id: str) -> Row:
     if not gossips:
         return Row(row_id, method, workers)
     if rate.startswith("tau"):
-        probability, period = 1.0, int(rate.removeprefix("tau"))
+        steps, _, late = rate.removeprefix("tau").partition("d")
+        probability, period, delay = 1.0, int(steps), int(late or 0)
+        if delay >= period:
+            raise ValueError(f"row {row_id!r}: the delay must be below the period, {period}, got {delay}")
     elif rate in PROBABILITIES:
-        probability, period = PROBABILITIES[rate], 1
+        probability, period, delay = PROBABILITIES[rate], 1, 0
     else:
         raise ValueError(f"row {row_id!r}: the probability must be one of {', '.join(PROBABILITIES)}, got {rate}")
     if method == "GS":
-        return Row(row_id, method, workers, probability, period)
-    return Row(row_id, method, workers, probability, period, DEFAULT_ALPHA if alpha is None else float(alpha))
+        return Row(row_id, method, workers, probability, period, delay=delay)
+    return Row(row_id, method, workers, probability, period, DEFAULT_ALPHA if alpha is None else float(alpha), delay)
