@@ -218,6 +218,7 @@ class Link:
             options = ProcessGroupGloo._Options()
             options._devices = [self._device]
             options._timeout = self._timeout
+            options._threads = 1  # sends and receives need none of gloo's own
             # a connection of its own: gloo blocks in it for the other end's address, and links of other threads that
             # shared it could not give theirs, in a circle of ranks for ever
             store = PrefixStore("gloo", self._store.clone())
