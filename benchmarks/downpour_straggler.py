@@ -21,6 +21,7 @@ import argparse
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -106,22 +107,26 @@ class Blocks(Callback):
         self.slow, self.seconds, self.pause, self.data, self.folder = slow, seconds, pause, data, folder
         self.begin = 0.0
         self.starts: list[float] = []
-        self.usual: list[float] = []
+        self.usual: deque[float] = deque(maxlen=200)  # steps without a pause
+        self.paused = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.begin = trainer.strategy.broadcast(time.monotonic()) + WARM_SECONDS  # one clock for all processes
         self.data.end = self.begin + len(self.slow) * self.seconds
 
     def on_train_batch_start(self, *args: Any) -> None:
-        self.starts.append(time.monotonic() - self.begin)
+        now = time.monotonic() - self.begin
+        if self.starts and not self.paused:
+            self.usual.append(now - self.starts[-1])
+        self.starts.append(now)
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        now = time.monotonic() - self.begin
-        block = int(now // self.seconds)
-        if trainer.global_rank != trainer.world_size - 1 or not 0 <= block < len(self.slow) or not self.slow[block]:
-            self.usual.append(now - self.starts[-1])
+        block = int((time.monotonic() - self.begin) // self.seconds)
+        last = trainer.global_rank == trainer.world_size - 1
+        self.paused = last and 0 <= block < len(self.slow) and self.slow[block]
+        if not self.paused:
             return
-        end = time.monotonic() + (FACTOR - 1) * float(np.median(self.usual[-200:]))
+        end = time.monotonic() + (FACTOR - 1) * sum(self.usual) / len(self.usual)
         if self.pause == "sleep":
             time.sleep(end - time.monotonic())
         while time.monotonic() < end:
