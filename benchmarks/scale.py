@@ -48,6 +48,7 @@ LINKS = {
     "10 Gbit/s": Machine(compute=0.035, payload=MLP, bandwidth=10e9, latency=2e-5),
 }
 
+_MILLISECONDS = (50, 100, 200, 500, 1000, 2000)
 LINKS_SHOWN = ("200 Mbit/s", "10 Gbit/s")
 SHOWN = (("matching", 1, 0), ("matching", 8, 0), ("matching", 8, 7), ("matching", 32, 31), ("uniform", 8, 7))
 """Peers, period and delay in the picture of time."""
@@ -96,7 +97,7 @@ def compute(file: Path) -> None:
             for name, link in LINKS.items()
         }
         for peers, (probability, period, delay) in itertools.product(PEERS, CLOCKS):
-            key = {"peers": peers, "probability": probability, "period": period, "delay": delay, "ranks": ranks}
+            key = _key(peers, probability, period, delay) | {"ranks": ranks}
             if find(read(file), key):
                 continue
             result = run(Setting(peers, probability, period, delay), ranks, LINKS)
@@ -180,36 +181,46 @@ def modelled_step(name: str, link: Machine, ranks: int) -> float:
 def draw(rows: Sequence[Row], folder: Path) -> Path:
     """Draw distance and wall time against the number of ranks."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+        figure = Figure(figsize=(9.6, 4.8), layout="constrained")
         axes: Any = figure.subplots(1, 3)
         ranks = sorted({int(row["ranks"]) for row in rows})
         for colour, peers in zip(COLOURS, PEERS, strict=False):
             for style, period in (("-", 1), ("--", 8)):
-                key = {"peers": peers, "probability": 1.0, "period": period, "delay": 0}
-                line = _line(rows, key, LINKS_SHOWN[0], "distance_in_steps_of_noise", ranks)
+                line = _line(rows, _key(peers, 1.0, period, 0), LINKS_SHOWN[0], "distance_in_steps_of_noise", ranks)
                 axes[0].plot(ranks, line, style, color=colour, label=f"{peers}, period {period}")
         axes[0].set(xscale="log", yscale="log", ylabel="Consensus distance, in steps of noise")
-        axes[0].legend(fontsize=7)
+        _legend_below(axes[0])
         for panel, link in zip(axes[1:], LINKS_SHOWN, strict=True):
-            first = find(rows, {"peers": "matching", "probability": 1.0, "period": 1, "delay": 0, "link": link})
+            first = find(rows, _key("matching", 1.0, 1, 0) | {"link": link})
             reduced = {int(row["ranks"]): float(row["all_reduce_ms_with_stalls"]) for row in first}
             panel.plot(ranks, [reduced[n] for n in ranks], color=COLOURS[6], marker="s", label="ring all-reduce")
             for colour, (peers, period, delay) in zip(COLOURS, SHOWN, strict=False):
-                key = {"peers": peers, "probability": 1.0, "period": period, "delay": delay}
-                line = _line(rows, key, link, "step_ms_with_stalls", ranks)
+                line = _line(rows, _key(peers, 1.0, period, delay), link, "step_ms_with_stalls", ranks)
                 label = f"{peers}, period {period}" + (f", delay {delay}" if delay else "")
                 panel.plot(ranks, line, color=colour, marker="o", label=label)
             own = 1e3 * replace(LINKS[link], stall_probability=STALLS).mean_step
             panel.axhline(own, color="0.5", linestyle=":", label="a rank's own mean step")
             panel.set(xscale="log", yscale="log", title=link, ylabel="Step with stalls (ms)")
-        axes[2].legend(fontsize=7)
-        for panel in axes:
+        _legend_below(axes[1])
+        for panel, ticks in zip(axes, ((1, 2, 5, 10), _MILLISECONDS, _MILLISECONDS), strict=True):
             panel.set_xlabel("Ranks")
             panel.set_xticks(ranks, [f"{n:,}" for n in ranks])
+            low, high = panel.get_ylim()
+            shown = [tick for tick in ticks if low <= tick <= high]
+            panel.set_yticks(shown, [f"{tick:,}" for tick in shown])
             panel.minorticks_off()
         file = folder / "scale.png"
         figure.savefig(file, dpi=DPI)
     return file
+
+
+def _legend_below(axes: Any) -> None:
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=1)
+
+
+def _key(peers: str, probability: float, period: int, delay: int) -> dict[str, Any]:
+    """Return what tells a setting's rows, as it stands in the file."""
+    return {"peers": peers, "probability": f"{probability:g}", "period": period, "delay": delay}
 
 
 def _line(rows: Sequence[Row], key: dict[str, Any], link: str, column: str, ranks: Sequence[int]) -> list[float]:
