@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from downpour_rows import append
@@ -48,7 +50,8 @@ def main() -> None:
 
     def report(setup: str, round_: int, values: Values) -> None:
         ranks = dist.get_world_size()
-        row = {"rate_mbit": args.rate, "ranks": ranks, "factor": args.factor, "setup": setup, "round": round_}
+        row: dict[str, Any] = {"rate_mbit": args.rate, "ranks": ranks, "cores": os.cpu_count(), "factor": args.factor}
+        row |= {"setup": setup, "round": round_}
         append(args.out, [row | {name: values.get(name, "") for name in COLUMNS}])
         print(f"{time.monotonic() - began:4.0f} s, round {round_}: {setup} {values['step_ms']:.1f} ms", flush=True)
 
