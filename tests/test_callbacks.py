@@ -44,8 +44,9 @@ def partners(strategy: Any, step: int, rank: int, world_size: int) -> list[int]:
     return sorted({choices[rank], *(k for k in range(world_size) if choices[k] == rank)} - {-1})
 
 
-def test_every_rank_of_a_run_logs_what_it_saw_and_no_message_more(tmp_path: Path) -> None:
-    strategy = ElasticGossipStrategy(alpha=0.3, peers="uniform", seed=4, **LAUNCH)
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_every_rank_of_a_run_logs_what_it_saw_and_no_message_more(tmp_path: Path, shared_memory: bool) -> None:
+    strategy = ElasticGossipStrategy(alpha=0.3, peers="uniform", seed=4, shared_memory=shared_memory, **LAUNCH)
     ranks = fit(
         tmp_path,
         Model(),
@@ -93,8 +94,10 @@ def test_every_rank_of_a_run_logs_what_it_saw_and_no_message_more(tmp_path: Path
         ]
         assert [step for step, _ in scalars(folder, "val_loss")] == [2, 5, 8, 11]
 
-        sent = seen["calls_in_steps"].pop("send")
-        assert sent == sum(map(len, every)), "a message a payload"
+        met = len(set().union(*map(set, every)))
+        headers, payloads = (seen["calls_in_steps"].pop(name, 0) for name in ("send", "swap"))
+        assert payloads == (0 if shared_memory else sum(map(len, every)))
+        assert headers == payloads + 2 * met, "a message a payload, and two to get to know a partner"
         assert not seen["calls_in_steps"], "no collective in a step"
         assert seen["shown"] == {
             "partner_distance": pytest.approx(distances[-1][1], rel=1e-6),

@@ -55,6 +55,7 @@ class Witness(Recorder):
             for name in self.COLLECTIVES:
                 setattr(module, name, self._counting(name, getattr(module, name)))
         Link.send = self._counting("send", Link.send)  # type: ignore[method-assign]
+        Link.swap = self._counting("swap", Link.swap)  # type: ignore[method-assign]
         self.seen |= {"snapshots": [], "stats": [], "loss": [], "at_consensus": [], "calls_in_steps": Counter()}
 
     def _counting(self, name: str, function: Any) -> Any:
