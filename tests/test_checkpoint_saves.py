@@ -50,6 +50,7 @@ def test_a_failing_save_ends_the_run_and_leaves_the_last_checkpoint_whole(tmp_pa
 
 def save_at_every_step(folder: Path) -> None:
     os.setsid()
+    os.environ.pop("MASTER_PORT", None)  # of an earlier fit: two runs at once need a port each
     multiprocessing_launcher._check_bad_cuda_fork = lambda: None  # a fork of a fork, and no CUDA anywhere
     checkpoint = ModelCheckpoint(
         dirpath=folder / "saved",
