@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ def text(value: Any, digits: int = 4) -> str:
 
 
 def find(rows: Sequence[Row], given: Mapping[str, Any]) -> list[Row]:
-    """Return the rows in which what was ``given`` stands as it is."""
-    wanted = {key: str(value) for key, value in given.items()}
-    return [row for row in rows if wanted.items() <= row.items()]
+    """Return the rows in which what was ``given`` stands; a float as it is once written and read."""
+    return [row for row in rows if all(key in row and _is(row[key], value) for key, value in given.items())]
+
+
+def _is(text: str, value: Any) -> bool:
+    return math.isclose(float(text), value, rel_tol=1e-5) if isinstance(value, float) and text else text == str(value)
