@@ -202,6 +202,7 @@ class Exchange:
             PartnerLost, RunStopped: as :meth:`end`.
         """
         self._give_up()
+        self._transport.rewind()
         self.step = int(state["step"])
         self.stats = ExchangeStats(**state["stats"])
         if (saved := state["in_flight"]) is None:

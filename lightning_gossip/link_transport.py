@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NoReturn
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_gossip.control import LOOK, Control, RunStopped
 from lightning_gossip.link import Header, Kind, Link, LinkError, Links
-from lightning_gossip.shared_memory import ADDRESS_BYTES, AVAILABLE, Address, Inbox, Outbox
+from lightning_gossip.shared_memory import ADDRESS_BYTES, AVAILABLE, Address, Inbox, Outbox, moment, step_of
 from lightning_gossip.transport import PartnerLost, Posted, Rooms, Transport
 
 _GLOO_DECORATION = re.compile(r"^\[\S+\.cc:\d+\] |This is typically caused by.*$")  # leaves what happened, and where
@@ -55,6 +55,7 @@ class LinkTransport(Transport):
         self._slot = -1  # of the outbox, where the next payload lies; -1 for none
         self._rooms = Rooms(torch.device("cpu"), pin_memory)  # 0: what is sent from no outbox; then what arrives
         self._lanes: dict[int, _Lane] = {}
+        self._rewound = 0  # how often the clock was set back
         self._left: set[int] = set()  # skipped since the last meeting; their links are closed
 
     def room(self, nbytes: int, at_most: int) -> Tensor:
@@ -72,13 +73,14 @@ class LinkTransport(Transport):
         limit = self._control.timeout.total_seconds()
         slot = self._control.poll(outbox.free_slot, time.monotonic() + limit, _GLANCE)
         if slot is None:
-            reader, step = next(iter(outbox.readers(0).items()))
+            reader, when = next(iter(outbox.readers(0).items()))
             why = f"it did not read this rank's snapshot of that step for {limit:g} s"
-            raise _lost(self._control.rank, reader, step, why)
+            raise _lost(self._control.rank, reader, step_of(when), why)
         return slot
 
     def post(self, header: Header, send_to: Collection[int], receive_from: Collection[int]) -> Posted:
         """See :meth:`Transport.post`."""
+        header = replace(header, extra=self._rewound)
         if self._outbox is not None and self._slot >= 0:
             self._outbox.announce(self._slot, header)
             payload = self._outbox.slots[self._slot][: header.nbytes]
@@ -106,6 +108,10 @@ class LinkTransport(Transport):
         self._left.add(partner)
         self._control.note_skip()
         self._links.to(end_of_rank(partner)).close()
+
+    def rewind(self) -> None:
+        """See :meth:`Transport.rewind`."""
+        self._rewound += 1
 
     def reset(self, generation: int) -> None:
         """See :meth:`Transport.reset`; who still reads a slot goes on reading."""
@@ -237,13 +243,13 @@ class _PostedOnLinks(Posted):
 
     def release(self) -> None:
         for inbox in self._inboxes:
-            inbox.finish(self._control.rank, self._header.step)
+            inbox.finish(self._control.rank, moment(self._header))
         self._inboxes.clear()
 
     def _look(self, partner: int, transfer: _Transfer, inbox: Inbox, deadline: float) -> Tensor | None:
         """Wait until a near partner has begun the step; return its snapshot, if this rank mixes it."""
-        step = self._header.step
-        while not self._control.poll(lambda: inbox.has_begun(step) or None, time.monotonic() + LOOK, _GLANCE):
+        now = moment(self._header)
+        while not self._control.poll(lambda: inbox.has_begun(now) or None, time.monotonic() + LOOK, _GLANCE):
             if self._skip_if_left(partner):
                 return None
             if not inbox.owner_lives:
@@ -251,10 +257,10 @@ class _PostedOnLinks(Posted):
             if time.monotonic() >= deadline:
                 self._explain(partner, self._silence())
         if transfer.sends and self._lend is not None:
-            self._lend(partner, step)
+            self._lend(partner, now)
         if not transfer.receives:
             return None
-        header, memory = inbox.find(step) or (None, torch.empty(0))
+        header, memory = inbox.find(now) or (None, torch.empty(0))
         try:
             check_header(header, self._header, transfer.lane.link.peer)
         except LinkError as error:

@@ -34,6 +34,19 @@ _HEADER_WORDS = len(astuple(Header(0, 0, 0)))
 _READERS = _HEADERS + SLOTS * _HEADER_WORDS
 
 
+_ERA = 2**40  # more steps than a training has
+
+
+def moment(header: Header) -> int:
+    """Return a number that grows from one exchange to the next, also where the clock was set back (``extra``)."""
+    return header.extra * _ERA + header.step
+
+
+def step_of(moment: int) -> int:
+    """Return the step at a :func:`moment`."""
+    return moment % _ERA
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     """Where another process finds an outbox: four integers of 64 bits.
@@ -105,16 +118,16 @@ class Outbox:
         words = self._mapped.words
         start = _HEADERS + slot * _HEADER_WORDS
         words[start : start + _HEADER_WORDS] = astuple(header)
-        words[_CLOCK] = header.step
+        words[_CLOCK] = moment(header)
 
-    def lend(self, slot: int, reader: int, step: int) -> None:
-        """Note that ``reader`` reads the snapshot of ``step`` in ``slot``, until it says that it has finished."""
-        self._lent[slot][reader] = step
+    def lend(self, slot: int, reader: int, when: int) -> None:
+        """Note that ``reader`` reads the snapshot of a :func:`moment` in ``slot``, until it says that it has."""
+        self._lent[slot][reader] = when
 
     def readers(self, slot: int) -> dict[int, int]:
-        """Return who still reads ``slot``, with the step of the snapshot there."""
+        """Return who still reads ``slot``, with the moment of the snapshot there."""
         read = self._mapped.words[_READERS:]
-        self._lent[slot] = {reader: step for reader, step in self._lent[slot].items() if read[reader] < step}
+        self._lent[slot] = {reader: when for reader, when in self._lent[slot].items() if read[reader] < when}
         return self._lent[slot]
 
     def free_slot(self) -> int | None:
@@ -151,24 +164,24 @@ class Inbox:
         """Whether the owner has not ended, nor closed its outbox."""
         return os.path.lexists(self.address.path)
 
-    def has_begun(self, step: int) -> bool:
-        """Whether the owner has announced the snapshot of ``step`` or a later one."""
-        return bool(self._mapped.words[_CLOCK] >= step)
+    def has_begun(self, when: int) -> bool:
+        """Whether the owner has announced the snapshot of a :func:`moment` or a later one."""
+        return bool(self._mapped.words[_CLOCK] >= when)
 
-    def find(self, step: int) -> tuple[Header, Tensor] | None:
-        """Return header and slot (1-D, uint8, to be read only) of the snapshot of ``step``, if there is one yet."""
-        if not self.has_begun(step):
+    def find(self, when: int) -> tuple[Header, Tensor] | None:
+        """Return header and slot (1-D, uint8, to be read only) of the snapshot of a moment, if there is one yet."""
+        if not self.has_begun(when):
             return None
         for slot, memory in enumerate(self._mapped.slots):
             start = _HEADERS + slot * _HEADER_WORDS
             header = Header(*self._mapped.words[start : start + _HEADER_WORDS].tolist())
-            if header.step == step:
+            if moment(header) == when:
                 return header, memory
         return None
 
-    def finish(self, reader: int, step: int) -> None:
-        """Tell the owner that ``reader`` needs the snapshot of ``step``, and those before it, no more."""
-        self._mapped.words[_READERS + reader] = step
+    def finish(self, reader: int, when: int) -> None:
+        """Tell the owner that ``reader`` needs the snapshot of a moment, and those before it, no more."""
+        self._mapped.words[_READERS + reader] = when
 
 
 def _slots_start(readers: int) -> int:

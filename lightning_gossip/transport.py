@@ -69,6 +69,10 @@ class Transport(ABC):
         """
 
     @abstractmethod
+    def rewind(self) -> None:
+        """The exchange clock was set, perhaps back; called on all ranks alike, with nothing under way."""
+
+    @abstractmethod
     def reset(self, generation: int) -> None:
         """Begin anew with everybody, after partners were skipped; called on all ranks, with nothing on the wire."""
 
@@ -139,6 +143,9 @@ class NcclTransport(Transport):
             if partner in received:
                 operations.append(dist.P2POp(dist.irecv, received[partner], partner, self._group))
         return _PostedOnStream(dist.batch_isend_irecv(operations), received)
+
+    def rewind(self) -> None:
+        """Nothing: NCCL has no headers."""
 
     def reset(self, generation: int) -> None:
         """Nothing: unequal numbers of batches, and so skipped partners, are refused on NCCL."""

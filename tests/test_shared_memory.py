@@ -40,7 +40,7 @@ def test_another_process_reads_and_says_so() -> None:
     for slot, step in enumerate((7, 8)):
         outbox.slots[slot][:4] = torch.tensor([1, 2, 3, step], dtype=torch.uint8)
         outbox.announce(slot, Header(Kind.SNAPSHOT, step, 100, layout=2**55))
-        outbox.lend(slot, reader=2, step=step)
+        outbox.lend(slot, reader=2, when=step)
     assert outbox.free_slot() is None
     program = (
         "import sys\nfrom lightning_gossip.shared_memory import Address, Inbox\n"
@@ -276,3 +276,25 @@ def test_an_outbox_has_room_for_what_unfreezes_and_what_is_added_travels(monkeyp
     assert run_ranks(2, body) == [[0.0, 0.5, 0.5, 0.5, 0.5], [1.0, 0.5, 0.5, 0.5, 0.5]]
     added = 64 + 4 * (5000 + 9000)
     assert [nbytes for nbytes in sent if nbytes > 1000] == [added] * 2, "only what is too large for the outbox"
+
+
+def test_a_clock_that_is_set_back_finds_the_new_snapshots() -> None:
+    """As the learning-rate finder does: it restores the state from before its steps, on all ranks."""
+
+    def body(rank: Rank) -> list[float]:
+        parameter = nn.Parameter(torch.full((10,), float(rank.rank)))
+        exchange = rank.exchange(Schedule(), ElasticMixing(0.5), {"w": parameter})
+        before = exchange.state_dict()
+        seen = []
+        for times in range(3):
+            with torch.no_grad():
+                parameter.fill_(10.0 * times + rank.rank)
+            for _ in range(5):
+                exchange.begin()
+                exchange.end()
+            seen.append(parameter[0].item())
+            exchange.load_state_dict(before)
+            assert exchange.step == 0
+        return seen
+
+    assert run_ranks(2, body) == [[0.5, 10.5, 20.5]] * 2
