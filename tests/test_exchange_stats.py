@@ -119,6 +119,7 @@ def test_a_payload_is_padded_to_64_bytes_a_dtype() -> None:
     assert run_ranks(2, body) == [64 + 128] * 2
 
 
+@pytest.mark.flaky(reruns=1)  # it compares durations, and a crowded machine stretches some of them
 def test_wait_and_mix_seconds_account_for_the_time_of_an_exchange() -> None:
     late, steps = 0.06, 6
 
