@@ -5,10 +5,9 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from numpy.typing import NDArray
+from side_by_side import Nobody
 
 from lightning_gossip import DownpourStrategy, ElasticGossipStrategy
 
@@ -32,13 +31,6 @@ FILES = {"rates": "network.csv", "stalls": "network_stalls.csv", "straggler": "n
 ACCURACY_FILE = "network_accuracy.csv"
 ACCURACY = 0.97
 """On MNIST's validation set."""
-
-
-class Nobody:
-    """Peers that never choose: replicas that never talk."""
-
-    def choices(self, step: int, world_size: int) -> NDArray[np.int64]:
-        return np.full(world_size, -1)
 
 
 def make_strategy(name: str, seed: int = 0, evaluate: str = "replica", shared_memory: bool = False) -> Any:

@@ -36,7 +36,7 @@ class Kind(IntEnum):
     """What a message between two ranks is."""
 
     SNAPSHOT = 1
-    """Of a replica, at the step in the header."""
+    """Of a replica, at the step in the header; ``extra``: how often the sender's exchange clock was set back."""
 
     OUTBOX = 2
     """Where the sender's outbox is (:mod:`~lightning_gossip.shared_memory`)."""
