@@ -25,7 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from downpour_rows import RESULTS, append, find, read
+from result_rows import RESULTS, append, find, read
 from torch import nn
 from torch.distributed import HashStore
 

@@ -29,8 +29,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from downpour_rows import RESULTS, Row, append, find, read
 from downpour_training import Training
+from result_rows import RESULTS, Row, append, find, read
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from downpour_rows import Row, find
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from result_rows import Row, find
 
 from lightning_gossip.report_plots import COLOURS, DPI, STYLE
 

@@ -24,8 +24,8 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from downpour_rows import RESULTS, append, find, read
 from lightning.pytorch.callbacks import Callback
+from result_rows import RESULTS, append, find, read
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

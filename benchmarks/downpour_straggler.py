@@ -31,10 +31,10 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from downpour_rows import RESULTS, append, find, read
 from downpour_step import BATCH, Network
 from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
+from result_rows import RESULTS, append, find, read
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 

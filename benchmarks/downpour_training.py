@@ -13,8 +13,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from downpour_rows import Row, append, read
 from lightning.pytorch.callbacks import ModelCheckpoint
+from result_rows import Row, append, read
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 

@@ -25,7 +25,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from downpour_rows import RESULTS, Row, append, find, read
 from exchange_plots import draw
 from exchange_summary import PARTS, print_table, summarize
 from inside import InterfaceMeter, MemoryMeter, PartsMeter
@@ -33,6 +32,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from local_ranks import start_ranks
 from plain_loop import DecentSetup, PlainDDPSetup, PlainSetup
+from result_rows import RESULTS, Row, append, find, read
 from side_by_side import LightningSetup, Nobody, Plan, Setup, Values, run_rank
 from workloads import TASKS
 
@@ -41,6 +41,8 @@ from lightning_gossip.flat import FlatBuffer, FlatLayout
 from lightning_gossip.mixing import CHUNK, mix
 
 TIMEOUT = timedelta(minutes=1)
+WARM_UP = 8
+"""Steps: the longest period, so that as many exchanges end in the counted steps as begin there."""
 MEASURED = (
     "step_ms", "step_max_ms", "cpu_ms", "helper_cpu_ms",
     "payload_mb", "network_mb", "peak_mb", "parameters_mb",
@@ -125,7 +127,7 @@ def measure(model: str, ranks: int, setups: dict[str, Setup], rounds: Iterable[i
 
     def rank() -> None:
         meters = [PartsMeter(), MemoryMeter(), InterfaceMeter(ranks)]
-        plan = Plan(steps=args.steps, timeout=TIMEOUT)
+        plan = Plan(steps=args.steps, warm_up=WARM_UP, timeout=TIMEOUT)
         run_rank(list(setups.values()), task.model(), task.batch(), rounds, report, plan, meters, args.seconds)
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -160,8 +162,8 @@ def main() -> None:
     add("--table", action="store_true", help="print what is there and measure nothing")
     add("--plot", action="store_true", help="draw what is there, beside --out, and measure nothing")
     args = parser.parse_args()
-    if args.steps < 8 or args.steps % 8:
-        parser.error(f"--steps must be a multiple of 8, got {args.steps}")
+    if args.steps < WARM_UP or args.steps % WARM_UP:
+        parser.error(f"--steps must be a multiple of {WARM_UP}, got {args.steps}")
     setups = make_setups()
     if args.setups is not None:
         parts = args.setups.split(";")

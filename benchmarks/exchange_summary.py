@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from downpour_rows import Row
+from result_rows import Row
 from rich.console import Console
 from rich.table import Table
 from side_by_side import ratios

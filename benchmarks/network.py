@@ -24,10 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import network_report
-from downpour_rows import RESULTS, Row, find, read
 from namespaces import INTERFACE, Network, NetworkUnavailable
 from network_schemes import FILES, SETUPS, STALLING
 from network_setups import torchrun_environment
+from result_rows import RESULTS, Row, find, read
 
 RANKS = 4
 RATES = (200.0, 1000.0, 50.0)

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from downpour_rows import RESULTS, append, find, read
 from lightning.pytorch.callbacks import Callback
 from network_schemes import ACCURACY, ACCURACY_FILE, GOSSIP, make_strategy
+from result_rows import RESULTS, append, find, read
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))  # before benchmarks: both have `models`
 from classifier import Classifier

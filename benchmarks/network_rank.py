@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from downpour_rows import append
 from inside import InterfaceMeter
 from network_schemes import TIMEOUT
 from network_setups import (
@@ -21,6 +20,7 @@ from network_setups import (
     sleeping_setups,
     sleeping_task,
 )
+from result_rows import append
 from side_by_side import Meter, Plan, Setup, Values, run_rank
 from workloads import TASKS
 

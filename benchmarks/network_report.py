@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from downpour_rows import Row, find, read
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from network_schemes import ACCURACY, ACCURACY_FILE, FILES, GOSSIP, SETUPS, STALLING
 from numpy.typing import NDArray
+from result_rows import Row, find, read
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table

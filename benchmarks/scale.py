@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from downpour_rows import RESULTS, Row, append, find, read
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from network_schemes import FILES, GOSSIP
+from result_rows import RESULTS, Row, append, find, read
 from scale_model import Clocks, Machine, Replicas, Setting, all_reduce_step, growth, simulate
 
 from lightning_gossip.mixing import ElasticMixing
