@@ -85,7 +85,7 @@ def _rate_table(rows: Sequence[Row], steps: Steps, rate: float, updates: Mapping
             f"{to_none[1]:.2f}", f"{to_none[0]:.2f}–{to_none[2]:.2f}",
             f"{ratios(steps['ddp'], steps[name])[1]:.2f}",
             "" if np.isnan(payload[name]).all() else f"{np.median(payload[name]):.2f}",
-            f"{100 * np.median(share):.0f}",
+            "" if name == "downpour" else f"{100 * np.median(share):.0f}",  # rank 0 reaches it over loopback
             "" if np.isnan(alone) else f"{100 * alone:.1f}",
             f"{updates[name]:,}" if name in updates else "",
             f"{updates[name] * step / 1e3:.0f}" if name in updates else "",
