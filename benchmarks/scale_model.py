@@ -27,6 +27,10 @@ TCP_SHARE = 1448 / 1514
 BACKWARD_SHARE = 2 / 3
 """Of a step's computing, the share in which gradients come out and an all-reduce can run."""
 
+SNAPSHOT_SHARE, MIXING_SHARE = 0.2, 0.4
+"""Of a rank's own time for an exchange over TCP (the parts in exchange.py's table): what comes before the transfer, and
+after it. The rest, copies into and out of the kernel, runs beside it."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -58,7 +62,7 @@ class Machine:
         payload: bytes of a snapshot, or of all gradients.
         bandwidth: bits a second of a rank's uplink, and of its downlink.
         latency: seconds from one rank to another.
-        exchange: seconds of the rank's own time that an exchange takes with each partner (snapshot and mixing).
+        exchange: seconds of the rank's own time that an exchange takes with each partner.
         stall_probability, stall_factor: of a rank's step to take longer, and how many times.
     """
 
@@ -183,6 +187,7 @@ class Clocks:
         self._machine = machine
         self._rng = np.random.default_rng(seed)
         self._arrival: Seconds = np.zeros(ranks)
+        self._mixing: Seconds = np.zeros(ranks)
 
     def begin(self, edges: Edges | None) -> None:
         """See :class:`Observer`."""
@@ -190,18 +195,21 @@ class Clocks:
             return
         sender, receiver, machine = edges.sender, edges.receiver, self._machine
         crowd = np.maximum(edges.sent[sender], edges.received[receiver])
-        begun = np.maximum(self.now[sender], self.now[receiver])
+        own = machine.exchange * edges.received
+        ready = self.now + SNAPSHOT_SHARE * own
+        begun = np.maximum(ready[sender], ready[receiver])
         done = begun + machine.latency + machine.transfer * crowd
         self._arrival = np.zeros_like(self.now)
         for end in (sender, receiver):
             np.maximum.at(self._arrival, end, done)
-        self.now = self.now + machine.exchange * edges.received
+        self._mixing = MIXING_SHARE * own
+        self.now = self.now + own - self._mixing
 
     def end(self, due: bool) -> None:
         """See :class:`Observer`."""
         self.now = self.now + self._machine.step_times(len(self.now), self._rng)
         if due:
-            self.now = np.maximum(self.now, self._arrival)
+            self.now = np.maximum(self.now, self._arrival) + self._mixing
         self.means.append(float(self.now.mean()))
 
 
