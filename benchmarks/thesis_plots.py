@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +45,8 @@ def draw(experiment: Experiment, results: Results, folder: Path) -> list[Path]:
         "evolution": _evolution,
         "all": _together,
         "bytes": _bytes,
-        "alpha": partial(_sweeps, "EG"),
-        "periods": partial(_sweeps, "GS"),
+        "alpha": _alphas,
+        "periods": _periods,
     }
     files = []
     with rc_context(STYLE):
@@ -152,28 +151,46 @@ def _bytes(experiment: Experiment, results: Results) -> Figure | None:
     return figure
 
 
-def _sweeps(method: str, experiment: Experiment, results: Results) -> Figure | None:
-    """Rows of a method that share workers and rate, and differ in α or period: validation accuracy against updates,
-    and test accuracies.
+def _alphas(experiment: Experiment, results: Results) -> Figure | None:
+    """Rows of elastic gossip that share workers and probability and differ in α."""
+    rows = (row for row in _first_seed(results) if row.method == "EG" and row.period == 1)
+    return _sweeps(experiment, results, _alike(rows), lambda row: f"α = {row.alpha:g}")
 
-    All are drawn as far as the shortest goes.
-    """
-    known = results.curves[results.curves["seed"] == SEED]
-    groups: defaultdict[tuple[int, float], list[Row]] = defaultdict(list)
-    for row in sorted((parse(row_id) for row_id in known["id"].unique()), key=lambda row: row.place):
-        if row.method == method:
-            groups[row.workers, row.rate].append(row)
-    sweeps = {key: group for key, group in sorted(groups.items()) if len(group) > 1}
-    if not sweeps:
+
+def _periods(experiment: Experiment, results: Results) -> Figure | None:
+    """Rows of a method that exchange equally often: by chance at every step, or every so many, at once or late."""
+    rows = (row for row in _first_seed(results) if row.probability is not None and row.alpha in (None, DEFAULT_ALPHA))
+    groups = {key: group for key, group in _alike(rows).items() if any(row.period > 1 for row in group)}
+    return _sweeps(experiment, results, groups, lambda row: row.id)
+
+
+_Group = tuple[str, int, float]
+"""Method, workers and rate."""
+
+
+def _alike(rows: Iterable[Row]) -> dict[_Group, list[Row]]:
+    """Return the groups of more than one row."""
+    groups: defaultdict[_Group, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.method, row.workers, row.rate].append(row)
+    return {key: group for key, group in sorted(groups.items()) if len(group) > 1}
+
+
+def _sweeps(
+    experiment: Experiment, results: Results, groups: Mapping[_Group, Sequence[Row]], name: Callable[[Row], str]
+) -> Figure | None:
+    """Validation accuracy against updates, as far as the shortest row of a group goes, and test accuracies."""
+    if not groups:
         return None
-    figure, all_axes = _panels(2 * len(sweeps))
-    for nth, ((workers, rate), group) in enumerate(sweeps.items()):
+    known = results.curves[results.curves["seed"] == SEED]
+    figure, all_axes = _panels(2 * len(groups))
+    for nth, ((method, workers, rate), group) in enumerate(groups.items()):
         curves, tests = all_axes[2 * nth : 2 * nth + 2]
         epochs = min(known.loc[known["id"] == row.id, "epochs"].max() for row in group)
-        names = [f"α = {row.alpha:g}" if method == "EG" else row.id for row in group]
-        for row, name, colour in zip(group, names, COLOURS, strict=False):
+        names = [name(row) for row in group]
+        for row, label, colour in zip(group, names, COLOURS, strict=False):
             curve = _curve(results, row, epochs)
-            _draw(curves, curve, curve["updates"], name, color=colour)
+            _draw(curves, curve, curve["updates"], label, color=colour)
         of = "" if epochs == experiment.epochs else f" of {experiment.epochs}"
         curves.set_title(
             f"{METHODS[method][0]}, {workers} workers, rate 1/{1 / rate:g}: {epochs}{of} epochs", fontsize=8
@@ -197,11 +214,15 @@ def _compare_tests(
     axes.legend(loc="best")
 
 
+def _first_seed(results: Results) -> list[Row]:
+    """Return the rows whose curves are there for the thesis' seed."""
+    ids = results.curves.loc[results.curves["seed"] == SEED, "id"].unique()
+    return sorted(map(parse, ids), key=lambda row: row.place)
+
+
 def _main_rows(results: Results) -> list[Row]:
     """Return the rows that no sweep is about: one of each method, number of workers and probability."""
-    ids = results.curves.loc[results.curves["seed"] == SEED, "id"].unique()
-    rows = [row for row in map(parse, ids) if row.period == 1 and row.alpha in (None, DEFAULT_ALPHA)]
-    return sorted(rows, key=lambda row: row.place)
+    return [row for row in _first_seed(results) if row.period == 1 and row.alpha in (None, DEFAULT_ALPHA)]
 
 
 def _curve(results: Results, row: Row, epochs: int | None = None) -> pd.DataFrame:
@@ -215,7 +236,7 @@ def _curve(results: Results, row: Row, epochs: int | None = None) -> pd.DataFram
 def _panels(number: int) -> tuple[Figure, Sequence[Axes]]:
     columns = 1 if number == 1 else 2
     lines = math.ceil(number / columns)
-    figure = Figure(figsize=(4.0 * columns, 2.8 * lines + 0.3), layout="constrained")
+    figure = Figure(figsize=(max(5.6, 4.0 * columns), 2.8 * lines + 0.3), layout="constrained")
     return figure, [figure.add_subplot(lines, columns, n + 1, ylabel="Validation accuracy (%)") for n in range(number)]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from classifier import Classifier
-from command_line import add_image_options, make_parser, parse
+from command_line import add_image_options, downpour_lr, make_parser, parse
 from image_data import ImageData
 from models import alexnet, crop_and_flip, preact_resnet18
 from torch.optim import Optimizer
@@ -28,11 +28,11 @@ SCHEDULES = ("constant", "milestones", "plateau")
 
 
 def default_to_model(args: argparse.Namespace) -> None:
-    """Fill in the options left out, by model and strategy."""
+    """Fill in the options left out, by model and strategy; raise ``ValueError`` for a bad --n-push."""
     resnet = args.model == "preact_resnet18"
-    steps_a_push = args.n_push if args.strategy == "downpour" else 1
+    plain = downpour_lr(0.1, args.n_push) if args.strategy == "downpour" else 0.1
     defaults = {
-        "lr": 0.01 if resnet else 0.1 / steps_a_push,
+        "lr": 0.01 if resnet else plain,
         "momentum": 0.9 if resnet else 0.0,
         "epochs": 50 if resnet else 20,
         "schedule": "milestones" if resnet else "plateau",

@@ -107,19 +107,30 @@ def parse(
 ) -> argparse.Namespace:
     """Return the options given, or end with a message and status 2 where they do not fit together.
 
-    ``fill_in`` sets the options left out that depend on others.
+    ``fill_in`` sets the options left out that depend on others; what it raises is such a message.
     """
     args = parser.parse_args()
-    if fill_in is not None:
-        fill_in(args)
     if args.strategy == "local":
         args.devices = args.num_nodes = 1
     try:
+        if fill_in is not None:
+            fill_in(args)
         check(args)
         args.strategy_object = make_strategy(args)
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def downpour_lr(lr: float, n_push: int) -> float:
+    """Return a worker's learning rate under downpour: the single process' over the steps that a push sums up.
+
+    Raises:
+        ValueError: for ``n_push`` below 1.
+    """
+    if n_push < 1:
+        raise ValueError(f"--n-push must be at least 1, got {n_push}")
+    return lr / n_push
 
 
 def check(args: argparse.Namespace) -> None:

@@ -99,6 +99,7 @@ def train_and_test(
         data: gives each rank its share for training and the whole sets for validation and test.
     """
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")  # of Lightning's own calls
+    warnings.filterwarnings("ignore", message=".*sync_dist=True")  # each replica's metrics are its own
     prepare_before_launch(data)
     logger = RankTensorBoardLogger(args.log_dir, name=name, version=args.run_id)
     costs = Costs(args.strategy)

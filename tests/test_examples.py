@@ -78,6 +78,26 @@ def test_cifar10_takes_its_defaults_from_model_and_strategy(monkeypatch: pytest.
     assert of("--strategy", "downpour", "--lr", "0.3").lr == 0.3
 
 
+def test_mnist_takes_its_defaults_from_the_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(*options: str) -> Any:
+        args = parsed(monkeypatch, "--epochs", "1", *options, fill_in=mnist.default_to_strategy)
+        return args.lr, args.momentum
+
+    assert of() == of("--strategy", "all-reduce") == (0.001, 0.99)
+    assert of("--strategy", "downpour") == (0.02, 0.0)
+    assert of("--strategy", "downpour", "--lr", "0.3", "--momentum", "0.5") == (0.3, 0.5)
+
+
+@pytest.mark.parametrize("fill_in", [mnist.default_to_strategy, cifar10.default_to_model])
+def test_defaults_that_can_not_be_computed_end_with_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fill_in: Callable[..., None]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parsed(monkeypatch, "--strategy", "downpour", "--n-push", "0", fill_in=fill_in)
+    assert ended.value.code == 2
+    assert "--n-push must be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_schedules_follow_their_papers() -> None:
     def rates(name: str, lr: float, losses: list[float]) -> list[float]:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
