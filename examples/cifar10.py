@@ -53,8 +53,7 @@ def make_schedule(name: str) -> Callable[[Optimizer], Any] | None:
 
 
 def main() -> None:
-    by_model: dict[str, Any] = dict.fromkeys(("lr", "momentum", "epochs"))
-    parser = make_parser(__doc__, batch_size=128, **by_model)
+    parser = make_parser(__doc__, batch_size=128, lr=None, momentum=None, epochs=None)
     add_image_options(parser, validation=5200, models=tuple(MODELS))
     add = parser.add_argument_group("of this example; None: by the model").add_argument
     add(

@@ -9,7 +9,6 @@ and 0.1 divided by --n-push, as in the DistBelief project.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import lightning.pytorch as pl
 from classifier import Classifier
@@ -29,8 +28,7 @@ def default_to_strategy(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    by_strategy: dict[str, Any] = dict.fromkeys(("lr", "momentum"))
-    parser = make_parser(__doc__, epochs=5, batch_size=128, **by_strategy)
+    parser = make_parser(__doc__, epochs=5, batch_size=128, lr=None, momentum=None)
     add_image_options(parser, validation=8800, models=("mlp",))
     args = parse(parser, default_to_strategy)
     pl.seed_everything(args.seed, verbose=False)
