@@ -117,7 +117,7 @@ def test_resuming_on_another_world_size_warns_and_starts_from_the_consensus(
     path = saved / "last.ckpt"
     consensus = torch.load(path, weights_only=True)["state_dict"]
     warned = tmp_path / "warned"
-    monkeypatch.setattr("lightning_gossip.strategies.base.rank_zero_warn", warned.write_text)
+    monkeypatch.setattr("lightning_gossip.strategies.consensus.rank_zero_warn", warned.write_text)
     ranks = fit(tmp_path, Start(), make("elastic"), devices=devices, ckpt_path=path, max_epochs=3)
     assert f"it was saved by 4 ranks, and there are {devices} now" in warned.read_text()
     assert ranks[0]["step"] == 6 + 12 // devices, "the clock goes on: 3 steps an epoch before, then 12 batches"
@@ -206,7 +206,7 @@ def damaged(tmp_path: Path, saved: Path, damage: Any, monkeypatch: Any) -> str:
     save_id = torch.load(path, weights_only=True)[files.KEY]["save_id"]
     damage(Path(files.replica_path(path, save_id, 1)))
     warned = tmp_path / "warned"
-    monkeypatch.setattr("lightning_gossip.strategies.base.rank_zero_warn", warned.write_text)
+    monkeypatch.setattr("lightning_gossip.strategies.consensus.rank_zero_warn", warned.write_text)
     ranks = fit(tmp_path, Start(), make("elastic"), devices=4, ckpt_path=path, max_epochs=3)
     consensus = torch.load(path, weights_only=True)["state_dict"]
     for rank in ranks:

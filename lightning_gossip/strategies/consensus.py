@@ -1,0 +1,305 @@
+"""The consensus model under Lightning: evaluation on it, and checkpoints of it beside the replicas (design §2, §4)."""
+
+from __future__ import annotations
+
+import uuid
+from abc import abstractmethod
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_gossip import checkpoint as files
+from lightning_gossip import lightning_compat
+from lightning_gossip.arguments import check_choice
+from lightning_gossip.consensus import Consensus, average_state
+from lightning_gossip.strategies.meeting import MeetingStrategy
+
+Evaluate = Literal["consensus", "replica"]
+
+
+class ConsensusStrategy(MeetingStrategy):
+    """Ranks with replicas of one model, whose consensus is what is evaluated and what a checkpoint holds.
+
+    Args:
+        evaluate: see :class:`~lightning_gossip.strategies.base.ReplicaStrategy`.
+        launch: as for Lightning's ``DDPStrategy``.
+
+    Raises:
+        ValueError: if ``evaluate`` is neither ``"consensus"`` nor ``"replica"``.
+    """
+
+    def __init__(self, *, evaluate: Evaluate, **launch: Any) -> None:
+        self.evaluate = check_choice("evaluate", evaluate, ("consensus", "replica"))
+        super().__init__(**launch)
+        self.consensus_distance: float | None = None  # when the consensus model was last built
+        self.consensus_built = 0  # how often it was built
+        self._consensus: Consensus | None = None  # in a `fit`
+        self._unsynced: list[tuple[Metric, Any]] = []  # torchmetrics objects, and when they sync otherwise
+        self._dumped: dict[str, Any] = {}  # this replica's state, as last given to a checkpoint
+        self._resume: dict[str, Any] | None = None  # this package's entry in the checkpoint that is resumed
+        self._saved: dict[str, str] = {}  # id of the last save to a path
+
+    # -- what a subclass does -----------------------------------------------------------------------------------
+
+    def make_consensus(self, module: pl.LightningModule) -> Consensus:
+        """Return what builds the consensus model in a ``fit``: the mean of the replicas, unless a subclass differs."""
+        return Consensus(module, self.world_size)
+
+    @abstractmethod
+    def training_state(self) -> dict[str, Any]:
+        """Return what this rank needs to continue, as tensors and primitives; called on all ranks at one clock."""
+
+    @abstractmethod
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`training_state` returned."""
+
+    def continue_from(self, step: int) -> None:
+        """Set the exchange clock, where a training goes on from a consensus model."""
+
+    # -- life of a call of the Trainer ---------------------------------------------------------------------------
+
+    @override
+    def setup_environment(self) -> None:
+        self._resume = None
+        super().setup_environment()
+
+    def _set_up_consensus(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Begin a ``fit``: until :meth:`teardown` validations and checkpoints may build the consensus model."""
+        self._consensus = self.make_consensus(module)
+        if self.evaluate == "consensus":
+            averages = lightning_compat.weight_averages(trainer)
+            lightning_compat.validate_mean_of_averages(averages, Consensus(module, self.world_size), self._meet)
+
+    def _resume_training(self, trainer: pl.Trainer) -> None:
+        """Go on from the checkpoint that was loaded, if one was."""
+        resume = self._resume
+        if resume is not None and "state" in resume:
+            self.load_training_state(resume["state"])
+            lightning_compat.before_iterating(trainer, lambda: files.restore_rng_state(resume["rng"]))
+        elif resume is not None:
+            self.continue_from(resume["step"])
+
+    @override
+    def on_train_end(self) -> None:
+        if self.evaluate == "consensus" and self._consensus is not None:
+            self._meet("consensus for the end of training")
+            self.consensus_distance = self._consensus.adopt()
+            self.consensus_built += 1
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        if self._consensus is not None:
+            self._consensus.leave()
+        self._end_evaluation()
+        super().on_exception(exception)
+
+    @override
+    def teardown(self) -> None:
+        self._consensus = None
+        self._dumped = {}
+        super().teardown()
+
+    @override
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_consensus": None}
+
+    # -- consensus ----------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        if self.evaluate == "replica" and self._trainer is not None and not self._trainer.training:
+            return {"num_replicas": 1, "rank": 0}  # each rank evaluates its own replica on the whole data
+        return super().distributed_sampler_kwargs
+
+    def _enter_consensus(self, consensus: Consensus, reason: str) -> None:
+        self._meet(f"consensus for {reason}")
+        self.consensus_distance = consensus.enter()
+        self.consensus_built += 1
+
+    def adopt_consensus(self) -> None:
+        """Make every rank's module the consensus model; call it on all ranks, after ``fit``.
+
+        Raises:
+            RuntimeError: where the other replicas are out of reach: in the launching process of spawn and fork, whose
+                ranks have ended, or before any ``fit``.
+        """
+        if self.world_size > 1 and not dist.is_initialized():
+            raise RuntimeError(
+                "adopt_consensus() needs the other ranks, and they are not there: with `start_method='spawn'` and"
+                " 'fork' their processes end with `fit`. Use `evaluate='consensus'`, or start with 'popen' or torchrun."
+            )
+        module = self._module
+        device = module.device
+        self._meet("adopt_consensus")
+        module.to(self.root_device)
+        Consensus(module, self.world_size).adopt()
+        module.to(device)
+
+    @override
+    def on_validation_start(self) -> None:
+        self._start_evaluation()
+        if self.evaluate == "consensus" and self._consensus is not None:
+            self._enter_consensus(self._consensus, "validation")
+
+    @override
+    def on_validation_end(self) -> None:
+        if self._consensus is not None:
+            self._consensus.leave()
+        self._end_evaluation()
+
+    @override
+    def on_test_start(self) -> None:
+        self._start_evaluation()
+
+    @override
+    def on_test_end(self) -> None:
+        self._end_evaluation()
+
+    def _start_evaluation(self) -> None:
+        """Keep torchmetrics objects from pooling the ranks' results where each rank evaluates its own replica."""
+        if self.evaluate == "replica":
+            self._unsynced = [(m, m.distributed_available_fn) for m in self._module.modules() if isinstance(m, Metric)]
+            for metric, _ in self._unsynced:
+                metric.distributed_available_fn = _not_available
+
+    def _end_evaluation(self) -> None:
+        for metric, available in self._unsynced:
+            metric.distributed_available_fn = available
+        self._unsynced = []
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = files.AtomicCheckpointIO()
+        elif files.is_wrapper(self._checkpoint_io) and self._checkpoint_io.checkpoint_io is None:
+            self._checkpoint_io.checkpoint_io = files.AtomicCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """This replica's state; :meth:`save_checkpoint` makes the consensus of it."""
+        if self._consensus is None:
+            return super().lightning_module_state_dict()
+        with self._consensus.aside():
+            state = super().lightning_module_state_dict()
+            self._dumped = {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
+        return dict(self._dumped)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        if self._consensus is None or self._alone:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path, save_id = self.broadcast((str(filepath), uuid.uuid4().hex[:16]))
+        consensus = self._consensus_of(checkpoint)
+        if "optimizer_states" in checkpoint:  # not `weights_only`
+            consensus[files.KEY] = {"save_id": save_id, "world_size": self.world_size, "step": self.step}
+            self._save_replica(checkpoint, path, save_id, storage_options)
+        try:
+            self._meet("replica files are complete")
+            super().save_checkpoint(consensus, path, storage_options)
+        except BaseException:
+            if self.is_global_zero:
+                files.remove_save(self.checkpoint_io, path, save_id)
+            raise
+        if self.is_global_zero:
+            keep = {save_id, self._saved.get(path, save_id) if files.is_async(self.checkpoint_io) else save_id}
+            files.remove_other_saves(self.checkpoint_io, path, keep)
+            self._saved[path] = save_id
+
+    def _save_replica(self, checkpoint: dict[str, Any], path: str, save_id: str, storage_options: Any | None) -> None:
+        entry = {
+            "save_id": save_id,
+            "rank": self.global_rank,
+            "strategy": type(self).__name__,
+            "state": self.training_state(),
+            "rng": files.rng_state(),
+        }
+        file = files.replica_path(path, save_id, self.global_rank)
+        files.synchronous(self.checkpoint_io).save_checkpoint(checkpoint | {files.KEY: entry}, file, storage_options)
+
+    def _consensus_of(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Return ``checkpoint`` with the consensus model's state in place of this replica's, wherever it stands.
+
+        What a callback put into ``state_dict`` instead, such as an average of its own, is averaged over ranks.
+        """
+        if self._consensus is None:
+            return dict(checkpoint)
+        window = not self._consensus.holds
+        if window:
+            self._enter_consensus(self._consensus, "a checkpoint")
+        state = super().lightning_module_state_dict()
+        built = {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
+        if window:
+            self._consensus.leave()
+
+        def consensus_of(state: dict[str, Any]) -> dict[str, Any]:
+            foreign = {name: v for name, v in state.items() if v is not self._dumped.get(name)}
+            averaged = average_state(foreign, self.world_size)
+            return {name: averaged[name] if name in averaged else built[name] for name in state}
+
+        return {
+            key: consensus_of(value) if key in ("state_dict", lightning_compat.CURRENT_MODEL_STATE) else value
+            for key, value in checkpoint.items()
+        }
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        super().remove_checkpoint(filepath)
+        if self.is_global_zero:  # after the file that names them; of a symbolic link there are none
+            self.checkpoint_io.remove_checkpoint(files.replica_folder(filepath))
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        entry = checkpoint.get(files.KEY)
+        if entry is None or not lightning_compat.is_fitting(self._trainer):
+            return checkpoint
+        replica: dict[str, Any] = {}
+        problem = ""
+        try:
+            replica = self._load_replica(entry, checkpoint_path, weights_only)
+        except files.ReplicaFileError as error:
+            problem = str(error)
+        problems = [p for p in self.gather(problem) if p]
+        if problems:  # all ranks or none
+            rank_zero_warn(
+                f"Resuming all ranks from the consensus model and rank 0's optimizer state in {checkpoint_path}, not"
+                f" from their replicas: {'; '.join(dict.fromkeys(problems))}."
+            )
+            self._resume = {"step": entry["step"]}
+            return checkpoint
+        self._resume = replica[files.KEY]
+        if self._consensus is not None:  # in the middle of a fit, as the learning-rate finder does
+            self.load_training_state(self._resume["state"])
+        return replica
+
+    def _load_replica(self, entry: dict[str, Any], path: _PATH, weights_only: bool | None) -> dict[str, Any]:
+        if entry["world_size"] != self.world_size:
+            raise files.ReplicaFileError(
+                f"it was saved by {entry['world_size']} ranks, and there are {self.world_size} now"
+            )
+        path = files.followed(path)
+        replica = files.load_replica(self.checkpoint_io, path, entry["save_id"], self.global_rank, weights_only)
+        if (saved_by := replica[files.KEY]["strategy"]) != type(self).__name__:
+            raise files.ReplicaFileError(f"it was saved by {saved_by}, and this is {type(self).__name__}")
+        return replica
+
+
+def _not_available() -> bool:
+    return False
