@@ -21,13 +21,12 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from result_rows import RESULTS, append, find, read
-from torch import nn
 from torch.distributed import HashStore
+from workloads import perceptron
 
 from lightning_gossip.control import Control
 from lightning_gossip.parameter_server import Answered, DownpourClient, ShardProcess
@@ -73,12 +72,6 @@ class Run:
     calls: list[float] = field(default_factory=list)
 
 
-def mnist_parameters() -> dict[str, nn.Parameter]:
-    sizes = (784, 1024, 1024, 1024, 10)
-    layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
-    return dict(nn.Sequential(*layers).named_parameters())
-
-
 def cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -94,7 +87,7 @@ def measure(row: Row) -> Row:
         def work(rank: int) -> None:
             run, answers = runs[rank], list[Answered]()
             control = Control(lambda: store, rank, row.workers, LIMIT)
-            parameters = mnist_parameters()
+            parameters = dict(perceptron().named_parameters())
             client = DownpourClient(addresses, control, n_push=row.n_push, n_pull=row.n_pull, on_answer=answers.append)
             client.start(parameters)
             for _ in range(2 * row.n_push):  # fills the buffers

@@ -17,7 +17,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from result_rows import RESULTS, append, find, read
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from workloads import Model, perceptron
 
 from lightning_gossip import DownpourStrategy
 
@@ -59,22 +59,9 @@ class Row:
     pulls: int = 0
 
 
-class Network(pl.LightningModule):
-    """The thesis' MNIST network."""
-
-    def __init__(self, fused: bool = False) -> None:
-        super().__init__()
-        self.fused = fused
-        sizes = (784, 1024, 1024, 1024, 10)
-        layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
-        self.layers = nn.Sequential(*layers[:-1])
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = batch
-        return nn.functional.cross_entropy(self.layers(x), y)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.002, fused=self.fused)
+def mnist_model(fused: bool = False) -> Model:
+    """Return the thesis' MNIST network with plain SGD."""
+    return Model(perceptron(), partial(torch.optim.SGD, lr=0.002, fused=fused))
 
 
 class Stopwatch(Callback):
@@ -123,7 +110,7 @@ def measure(row: Row) -> Row:
             callbacks=[Stopwatch(Path(folder))],
         )
         sampler = torch.utils.data.RandomSampler(data, replacement=True, num_samples=size // row.ranks)
-        trainer.fit(Network(fused=row.optimizer == "sgd-fused"), DataLoader(data, BATCH, sampler=sampler))
+        trainer.fit(mnist_model(fused=row.optimizer == "sgd-fused"), DataLoader(data, BATCH, sampler=sampler))
         ranks = [torch.load(Path(folder) / f"rank_{rank}.pt") for rank in range(row.ranks)]
     steps, calls, waits = ([t for rank in ranks for t in rank[key]] for key in ("step", "call", "wait"))
     row.step_ms = 1000 * statistics.mean(steps)

@@ -25,18 +25,20 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from downpour_step import BATCH, Network
+from downpour_step import BATCH, mnist_model
 from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 from result_rows import RESULTS, append, find, read
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+from workloads import Model, perceptron
 
 from lightning_gossip import DownpourStrategy, ElasticGossipStrategy
 
@@ -69,11 +71,11 @@ SETTINGS = {
 }
 
 
-class Sleeper(Network):
+class Sleeper(Model):
     """Holds the MNIST network and sleeps in place of training it: every step sends as much, and needs no core."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(perceptron(), partial(torch.optim.SGD, lr=0.002))
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
@@ -164,7 +166,7 @@ def run(setting: Setting, slow: list[bool], seconds: float) -> NDArray[np.float6
             enable_model_summary=False,
             callbacks=[Blocks(slow, seconds, setting.pause, data, Path(folder))],
         )
-        trainer.fit(Network() if setting.compute == "mnist" else Sleeper(), DataLoader(data, batch_size=None))
+        trainer.fit(mnist_model() if setting.compute == "mnist" else Sleeper(), DataLoader(data, batch_size=None))
         starts = [np.load(Path(folder) / f"rank_{rank}.npy") for rank in range(setting.workers)]
     return np.array([[mean_step(rank, block * seconds, seconds) for block in range(len(slow))] for rank in starts])
 
