@@ -5,6 +5,9 @@
 A worker's learning rate is the single process' divided by n_push, as in the DistBelief project. With MNIST and CIFAR-10
 every worker walks through the whole training set in each epoch, in an order of its own; with Iris each keeps one even
 share of it, and the batch is divided too: either way an epoch has as many steps for a worker as for the single process.
+Where the learning rate falls, on a plateau, it is reconsidered after each pass of all workers together over the
+training set, as often as there are workers in an epoch: an epoch of three workers is three passes (``--checks 1``: once
+an epoch, as the project did).
 Samples of the training set are held out for what is decided in training (when the learning rate falls) or before it
 (``--lr``, ``--momentum``); the test set decides nothing.
 
@@ -57,8 +60,8 @@ class Experiment:
         batch: of the single process.
         lr, momentum: of the single process' SGD.
         n_push: steps from one push to the next, and from one pull to the next.
-        schedule: of the learning rate, given the optimizer.
-        curves: whether the model is measured after every epoch.
+        schedule: of the learning rate, given the optimizer; stepped at every validation.
+        curves: whether the model is measured during training.
     """
 
     load: Callable[[int, Path | None], Sets]
@@ -77,13 +80,14 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Setting:
-    """One run. ``lr`` is the single process', ``n_push`` 0 for it."""
+    """One run. ``lr`` is the single process', ``n_push`` 0 for it; ``checks`` are validations an epoch."""
 
     workers: int
     n_push: int
     lr: float
     momentum: float
     epochs: int
+    checks: int
     seed: int
 
 
@@ -156,6 +160,7 @@ def train(
         momentum=setting.momentum,
         schedule=experiment.schedule,
         epochs=setting.epochs,
+        checks=setting.checks,
         seed=setting.seed,
         curve=experiment.curves,
         timeout=timeout,
@@ -171,7 +176,7 @@ def print_summary(rows: Sequence[Row]) -> None:
         runs = find(rows, given)
         print(", ".join(f"{name} {value}" for name, value in given.items()), f"({len(runs)} seeds):")
         for accuracy in ("validation_accuracy", "test_accuracy"):
-            alone = {row["seed"]: row for row in find(rows, given | {"workers": 1, "n_push": 0})}
+            alone = {row["seed"]: row for row in find(rows, given | {"workers": 1, "n_push": 0, "checks": 1})}
             differences = [
                 100 * (float(row[accuracy]) - float(alone[row["seed"]][accuracy]))
                 for row in runs
@@ -205,6 +210,12 @@ def main(arguments: Sequence[str]) -> None:
     add("--lr", type=float, default=experiment.lr, help="of the single process; a worker's is this / n_push")
     add("--momentum", type=float, default=experiment.momentum, help="Nesterov's")
     add("--n-push", type=int, default=experiment.n_push, help="and n_pull")
+    add(
+        "--checks",
+        type=int,
+        default=None,
+        help="validations an epoch; None: as many as workers where the learning rate falls on a plateau, else 1",
+    )
     add("--data-dir", type=Path, default=None, help="as for the examples")
     add("--timeout", type=float, default=300, help="seconds for which a silent worker is waited for")
     add("--work-dir", type=Path, default=WORK_DIR, help="for checkpoints, from which an interrupted run goes on")
@@ -232,7 +243,8 @@ def main(arguments: Sequence[str]) -> None:
             parser.error(str(error))
         for workers in args.workers:
             n_push = args.n_push if workers > 1 else 0
-            given = asdict(Setting(workers, n_push, args.lr, args.momentum, args.epochs, seed))
+            checks = args.checks or (workers if experiment.schedule else 1)
+            given = asdict(Setting(workers, n_push, args.lr, args.momentum, args.epochs, checks, seed))
             if find(read(out), given):
                 continue
             print(f"{name}: {given}", flush=True)

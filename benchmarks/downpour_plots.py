@@ -28,7 +28,7 @@ def draw(name: str, rows: Sequence[Row], folder: Path) -> None:
 
     Args:
         name: of the experiment.
-        rows: of its curves, which differ in workers and seeds only; at least one.
+        rows: of its curves, which differ in workers, checks an epoch and seeds only; at least one.
         folder: for the picture.
     """
     with rc_context(STYLE):
@@ -36,7 +36,13 @@ def draw(name: str, rows: Sequence[Row], folder: Path) -> None:
         axes: list[Axes] = list(figure.subplots(1, 2, sharey=True))
         for plot, (column, unit, label) in zip(axes, AXES, strict=True):
             for workers, colour in WORKERS.items():
-                draw_runs(plot, find(rows, {"workers": workers}), workers, colour, column, unit)
+                runs = find(rows, {"workers": workers})
+                for checks in (every := sorted({row["checks"] for row in runs})):
+                    who = "single process" if workers == "1" else f"{workers} workers, the server's model"
+                    if len(every) > 1:
+                        who += f", {checks} validation{'s' * (checks != '1')} an epoch"
+                    line = "--" if len(every) > 1 and checks == "1" else "-"
+                    draw_runs(plot, find(runs, {"checks": checks}), who, colour, line, column, unit)
             for reference, accuracy, colour in REFERENCES.get(name, ()):
                 text = f"DistBelief project: {reference} (other machine and images)"
                 plot.axhline(accuracy, color=colour, linestyle=":", linewidth=1.0, label=text)
@@ -50,16 +56,12 @@ def draw(name: str, rows: Sequence[Row], folder: Path) -> None:
     print(path)
 
 
-def draw_runs(plot: Axes, rows: Sequence[Row], workers: str, colour: str, column: str, unit: float) -> None:
+def draw_runs(plot: Axes, rows: Sequence[Row], who: str, colour: str, line: str, column: str, unit: float) -> None:
     seeds = sorted({row["seed"] for row in rows})
-    if not seeds:
-        return
     runs = [find(rows, {"seed": seed}) for seed in seeds]
     length = min(len(run) for run in runs)
     x, y = (np.array([[float(p[c]) for p in run[:length]] for run in runs]) for c in (column, "test_accuracy"))
-    who = "single process" if workers == "1" else f"{workers} workers, the server's model"
     place = x.mean(axis=0) / unit
-    plot.plot(
-        place, y.mean(axis=0), color=colour, marker=".", label=f"{who} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
-    )
+    label = f"{who} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+    plot.plot(place, y.mean(axis=0), color=colour, linestyle=line, marker=".", label=label)
     plot.fill_between(place, y.min(axis=0), y.max(axis=0), color=colour, alpha=0.15, linewidth=0)

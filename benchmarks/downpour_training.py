@@ -40,13 +40,13 @@ class Training:
         n_push: steps from one push to the next, and from one pull to the next.
         lr: of a worker.
         momentum: Nesterov's.
-        schedule: of the learning rate, given the optimizer; stepped once an epoch, by the validation loss.
+        schedule: of the learning rate, given the optimizer; stepped at every validation, by its loss.
         epochs: of each worker.
+        checks: validations an epoch, evenly spread.
         seed: of the order of samples and dropout.
-        curve: whether the model is measured, and a checkpoint saved, after every epoch.
+        curve: whether the model is validated, and a checkpoint saved after every epoch.
         timeout: for which a silent worker is waited for.
-        folder: of the checkpoint from which an interrupted training goes on. (A resumed schedule misses the loss of
-            the epoch after which it was interrupted.)
+        folder: of the checkpoint from which an interrupted training goes on.
     """
 
     sets: Sets
@@ -59,6 +59,7 @@ class Training:
     momentum: float
     schedule: Callable[[torch.optim.Optimizer], Any] | None
     epochs: int
+    checks: int
     seed: int
     curve: bool
     timeout: timedelta
@@ -69,15 +70,17 @@ class Training:
         strategy: Any = "auto"
         if self.workers > 1:
             strategy = DownpourStrategy(self.n_push, self.n_push, timeout=self.timeout, start_method="fork")
-        model = Watched(
-            self.folder / "curve.csv", self.network, self.lr, self.momentum, self.seed, schedule=self.schedule
-        )
+        points = self.folder / "curve.csv"
+        data = Data(self.sets, self.shares, self.batch, self.seed)
+        every = max(1, data.steps(self.workers) // self.checks)
+        model = Watched(points, every, self.network, self.lr, self.momentum, self.seed, schedule=self.schedule)
         saves = ModelCheckpoint(self.folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
         trainer = pl.Trainer(
             accelerator="cpu",
             devices=self.workers,
             strategy=strategy,
             max_epochs=self.epochs,
+            val_check_interval=every,
             limit_val_batches=None if self.curve else 0,
             callbacks=[saves] if self.curve else [],
             plugins=[AtomicCheckpointIO()],
@@ -92,11 +95,10 @@ class Training:
         if last.exists() and torch.load(last, weights_only=True, mmap=True)["epoch"] + 1 >= self.epochs:
             shutil.rmtree(self.folder)  # the server ended with what the last epoch made: once more
         begin = time.perf_counter()
-        data = Data(self.sets, self.shares, self.batch, self.seed)
         trainer.fit(model, data, ckpt_path=last if last.exists() else None)
         result = {"seconds": time.perf_counter() - begin}
-        # an epoch after which no checkpoint was complete was trained, and measured, once more
-        curve = list({row["epoch"]: row for row in read(self.folder / "curve.csv")}.values())
+        # what was measured after the last complete checkpoint was trained, and measured, once more
+        curve = list({row["steps"]: row for row in read(points)}.values())
         # what `fit` left in this process is the server's model, with all that all workers made
         model.eval()
         for name, part in (("validation", self.sets.validation), ("test", self.sets.test)):
@@ -110,17 +112,24 @@ class Watched(Classifier):
     """A classifier whose validation measures it on both sets exactly, each rank on its slice, and keeps a curve.
 
     Args:
-        points: CSV file, to which rank 0 appends one row an epoch.
+        points: CSV file, to which rank 0 appends one row a validation.
+        every: steps from one validation to the next.
         classifier: see :class:`Classifier`.
     """
 
-    def __init__(self, points: Path, *classifier: Any, **more: Any) -> None:
+    def __init__(self, points: Path, every: int, *classifier: Any, **more: Any) -> None:
         super().__init__(*classifier, **more)
-        self.points = points
+        self.points, self.every = points, every
         self.pushes = self.staleness = 0
         self.seconds = self.cpu_seconds = 0.0  # until the checkpoint from which this training goes on
         self.begin = (0.0, 0.0)
         self.sums = torch.zeros(2, 3, dtype=torch.float64)
+
+    def configure_optimizers(self) -> Any:
+        configured = super().configure_optimizers()
+        if self.schedule is not None:
+            configured["lr_scheduler"] |= {"interval": "step", "frequency": self.every}
+        return configured
 
     def on_train_start(self) -> None:
         self.begin = (time.perf_counter(), time.process_time())
@@ -162,9 +171,10 @@ class Watched(Classifier):
         self.log("val_loss", validation_loss / validation)
         if not trainer.is_global_zero:
             return
+        steps = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         point = {
-            "epoch": trainer.current_epoch + 1,
-            "steps": trainer.fit_loop.epoch_loop.total_batch_idx + 1,
+            "epoch": round(steps / trainer.num_training_batches, 2),
+            "steps": steps,
             "pushes": round(pushes),
             "staleness": staleness / max(pushes, 1),
             "worker_lr": trainer.optimizers[0].param_groups[0]["lr"],
@@ -177,7 +187,7 @@ class Watched(Classifier):
         }
         append(self.points, [point], digits=6)
         print(
-            f"    epoch {point['epoch']}: test accuracy {point['test_accuracy']:.4f}, {point['seconds']:.0f} s",
+            f"    epoch {point['epoch']:g}: test accuracy {point['test_accuracy']:.4f}, {point['seconds']:.0f} s",
             flush=True,
         )
 
@@ -203,7 +213,14 @@ class Data(pl.LightningDataModule):
         return trainer.global_rank, trainer.world_size
 
     def train_dataloader(self) -> Any:
-        sampler = make_sampler(self.shares, self.sets.train.labels, *self._ranks(), self.seed)
+        return self._loader(*self._ranks())
+
+    def steps(self, world_size: int) -> int:
+        """Return the batches of an epoch of a worker."""
+        return len(self._loader(0, world_size))
+
+    def _loader(self, rank: int, world_size: int) -> TensorLoader:
+        sampler = make_sampler(self.shares, self.sets.train.labels, rank, world_size, self.seed)
         return TensorLoader(self.sets.train, self.batch, sampler)
 
     def val_dataloader(self) -> Any:
