@@ -28,21 +28,15 @@ def draw(name: str, rows: Sequence[Row], folder: Path) -> None:
 
     Args:
         name: of the experiment.
-        rows: of its curves, which differ in workers, checks an epoch and seeds only; at least one.
+        rows: of its curves, which differ in workers, n_push, checks and seeds only; at least one.
         folder: for the picture.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=(9.0, 3.6), layout="constrained")
         axes: list[Axes] = list(figure.subplots(1, 2, sharey=True))
         for plot, (column, unit, label) in zip(axes, AXES, strict=True):
-            for workers, colour in WORKERS.items():
-                runs = find(rows, {"workers": workers})
-                for checks in (every := sorted({row["checks"] for row in runs})):
-                    who = "single process" if workers == "1" else f"{workers} workers, the server's model"
-                    if len(every) > 1:
-                        who += f", {checks} validation{'s' * (checks != '1')} an epoch"
-                    line = "--" if len(every) > 1 and checks == "1" else "-"
-                    draw_runs(plot, find(runs, {"checks": checks}), who, colour, line, column, unit)
+            for who in sorted({name_of(row) for row in rows}, reverse=True):
+                draw_runs(plot, who, [row for row in rows if name_of(row) == who], column, unit)
             for reference, accuracy, colour in REFERENCES.get(name, ()):
                 text = f"DistBelief project: {reference} (other machine and images)"
                 plot.axhline(accuracy, color=colour, linestyle=":", linewidth=1.0, label=text)
@@ -56,12 +50,21 @@ def draw(name: str, rows: Sequence[Row], folder: Path) -> None:
     print(path)
 
 
-def draw_runs(plot: Axes, rows: Sequence[Row], who: str, colour: str, line: str, column: str, unit: float) -> None:
+def name_of(row: Row) -> str:
+    """Return in words what the runs of one line have in common."""
+    if row["workers"] == "1":
+        return "single process"
+    once = ", one validation an epoch" if row["checks"] == "1" else ""
+    return f"{row['workers']} workers, n_push {row['n_push']}{once}"
+
+
+def draw_runs(plot: Axes, who: str, rows: Sequence[Row], column: str, unit: float) -> None:
     seeds = sorted({row["seed"] for row in rows})
     runs = [find(rows, {"seed": seed}) for seed in seeds]
     length = min(len(run) for run in runs)
     x, y = (np.array([[float(p[c]) for p in run[:length]] for run in runs]) for c in (column, "test_accuracy"))
     place = x.mean(axis=0) / unit
+    colour, line = WORKERS[rows[0]["workers"]], "--" if rows[0]["n_push"] == "1" else "-"
     label = f"{who} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
     plot.plot(place, y.mean(axis=0), color=colour, linestyle=line, marker=".", label=label)
     plot.fill_between(place, y.min(axis=0), y.max(axis=0), color=colour, alpha=0.15, linewidth=0)
