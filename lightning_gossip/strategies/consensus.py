@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -89,9 +90,7 @@ class ConsensusStrategy(MeetingStrategy):
     @override
     def on_train_end(self) -> None:
         if self.evaluate == "consensus" and self._consensus is not None:
-            self._meet("consensus for the end of training")
-            self.consensus_distance = self._consensus.adopt()
-            self.consensus_built += 1
+            self._build(self._consensus.adopt, "the end of training")
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -119,9 +118,9 @@ class ConsensusStrategy(MeetingStrategy):
             return {"num_replicas": 1, "rank": 0}  # each rank evaluates its own replica on the whole data
         return super().distributed_sampler_kwargs
 
-    def _enter_consensus(self, consensus: Consensus, reason: str) -> None:
+    def _build(self, build: Callable[[], float], reason: str) -> None:
         self._meet(f"consensus for {reason}")
-        self.consensus_distance = consensus.enter()
+        self.consensus_distance = build()
         self.consensus_built += 1
 
     def adopt_consensus(self) -> None:
@@ -147,7 +146,7 @@ class ConsensusStrategy(MeetingStrategy):
     def on_validation_start(self) -> None:
         self._start_evaluation()
         if self.evaluate == "consensus" and self._consensus is not None:
-            self._enter_consensus(self._consensus, "validation")
+            self._build(self._consensus.enter, "validation")
 
     @override
     def on_validation_end(self) -> None:
@@ -197,7 +196,7 @@ class ConsensusStrategy(MeetingStrategy):
             return super().lightning_module_state_dict()
         with self._consensus.aside():
             state = super().lightning_module_state_dict()
-            self._dumped = {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
+            self._dumped = _copied(state)
         return dict(self._dumped)
 
     @override
@@ -242,9 +241,8 @@ class ConsensusStrategy(MeetingStrategy):
             return dict(checkpoint)
         window = not self._consensus.holds
         if window:
-            self._enter_consensus(self._consensus, "a checkpoint")
-        state = super().lightning_module_state_dict()
-        built = {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
+            self._build(self._consensus.enter, "a checkpoint")
+        built = _copied(super().lightning_module_state_dict())
         if window:
             self._consensus.leave()
 
@@ -299,6 +297,10 @@ class ConsensusStrategy(MeetingStrategy):
         if (saved_by := replica[files.KEY]["strategy"]) != type(self).__name__:
             raise files.ReplicaFileError(f"it was saved by {saved_by}, and this is {type(self).__name__}")
         return replica
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
 
 
 def _not_available() -> bool:
