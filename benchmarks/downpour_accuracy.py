@@ -226,6 +226,8 @@ def main(arguments: Sequence[str]) -> None:
         help="draw the curves that are there of this lr, momentum and epochs; train nothing",
     )
     args = parser.parse_args(arguments[1:])
+    if args.checks is not None and args.checks < 1:
+        parser.error(f"--checks must be at least 1, got {args.checks}")
     out, curves = args.out / f"downpour_{name}.csv", args.out / f"downpour_{name}_curves.csv"
     if args.plot:
         from downpour_plots import draw
