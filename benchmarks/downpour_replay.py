@@ -23,13 +23,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from downpour_accuracy import EXPERIMENTS
-from downpour_training import TensorLoader, make_sampler, measure
+from downpour_training import Data, evaluate
 from result_rows import RESULTS, append, find, read
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from tensor_data import EVALUATION_BATCH, Labelled, Sets  # isort: skip
+from tensor_data import Labelled, Sets, TensorLoader  # isort: skip
 
 PULLS = ("at-each-step", "at-push", "a-step-later")
 EXPERIMENT = EXPERIMENTS["cifar10"]
@@ -95,11 +95,8 @@ def replay(setting: Setting, sets: Sets) -> Iterator[dict[str, float]]:
     pl.seed_everything(setting.seed, verbose=False)
     network = EXPERIMENT.network()
     server = parameters_to_vector(network.parameters()).detach().clone()
-    samplers = [
-        make_sampler(EXPERIMENT.shares, sets.train.labels, rank, setting.workers, setting.seed)
-        for rank in range(setting.workers)
-    ]
-    loaders = [TensorLoader(sets.train, EXPERIMENT.batch, sampler) for sampler in samplers]
+    data = Data(sets, EXPERIMENT.shares, EXPERIMENT.batch, setting.seed)
+    loaders = [data.loader(rank, setting.workers) for rank in range(setting.workers)]
     workers = [Worker(server, walk(loader)) for loader in loaders]
     rate = torch.optim.SGD([server], lr=setting.lr / setting.n_push)  # only its learning rate is used
     assert EXPERIMENT.schedule is not None
@@ -111,11 +108,7 @@ def replay(setting: Setting, sets: Sets) -> Iterator[dict[str, float]]:
             for worker in workers:
                 worker.step(network, server, setting, lr, step)
         vector_to_parameters(server, network.parameters())
-        point = {"pass": number, "worker_lr": lr}
-        for name, part in (("validation", sets.validation), ("test", sets.test)):
-            sums = [measure(network, *batch) for batch in TensorLoader(part, EVALUATION_BATCH)]
-            loss, right, samples = torch.stack(sums).sum(0).tolist()
-            point |= {f"{name}_loss": loss / samples, f"{name}_accuracy": right / samples}
+        point = {"pass": number, "worker_lr": lr} | evaluate(network, sets)
         schedule.step(point["validation_loss"])
         yield point | {"seconds": time.perf_counter() - begin}
 

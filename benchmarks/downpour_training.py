@@ -72,7 +72,7 @@ class Training:
             strategy = DownpourStrategy(self.n_push, self.n_push, timeout=self.timeout, start_method="fork")
         points = self.folder / "curve.csv"
         data = Data(self.sets, self.shares, self.batch, self.seed)
-        every = max(1, data.steps(self.workers) // self.checks)
+        every = max(1, len(data.loader(0, self.workers)) // self.checks)
         model = Watched(points, every, self.network, self.lr, self.momentum, self.seed, schedule=self.schedule)
         saves = ModelCheckpoint(self.folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
         trainer = pl.Trainer(
@@ -101,11 +101,7 @@ class Training:
         curve = list({row["steps"]: row for row in read(points)}.values())
         # what `fit` left in this process is the server's model, with all that all workers made
         model.eval()
-        for name, part in (("validation", self.sets.validation), ("test", self.sets.test)):
-            sums = [measure(model.network, *batch) for batch in TensorLoader(part, EVALUATION_BATCH)]
-            loss, right, samples = torch.stack(sums).sum(0).tolist()
-            result |= {f"{name}_loss": loss / samples, f"{name}_accuracy": right / samples}
-        return result, curve
+        return result | evaluate(model.network, self.sets), curve
 
 
 class Watched(Classifier):
@@ -201,6 +197,16 @@ def measure(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     return torch.tensor([loss.item(), right.item(), len(labels)], dtype=torch.float64)
 
 
+def evaluate(network: nn.Module, sets: Sets) -> dict[str, float]:
+    """Return mean loss and accuracy on validation and test set, each as ``<set>_loss`` and ``<set>_accuracy``."""
+    result = {}
+    for name, part in (("validation", sets.validation), ("test", sets.test)):
+        sums = [measure(network, *batch) for batch in TensorLoader(part, EVALUATION_BATCH)]
+        loss, right, samples = torch.stack(sums).sum(0).tolist()
+        result |= {f"{name}_loss": loss / samples, f"{name}_accuracy": right / samples}
+    return result
+
+
 class Data(pl.LightningDataModule):
     """Each rank's share of the training set, and its slices of validation and test set."""
 
@@ -213,13 +219,10 @@ class Data(pl.LightningDataModule):
         return trainer.global_rank, trainer.world_size
 
     def train_dataloader(self) -> Any:
-        return self._loader(*self._ranks())
+        return self.loader(*self._ranks())
 
-    def steps(self, world_size: int) -> int:
-        """Return the batches of an epoch of a worker."""
-        return len(self._loader(0, world_size))
-
-    def _loader(self, rank: int, world_size: int) -> TensorLoader:
+    def loader(self, rank: int, world_size: int) -> TensorLoader:
+        """Return the training batches of a rank."""
         sampler = make_sampler(self.shares, self.sets.train.labels, rank, world_size, self.seed)
         return TensorLoader(self.sets.train, self.batch, sampler)
 
