@@ -510,3 +510,32 @@ def test_data_of_unequal_length_is_no_hang(tmp_path: Path) -> None:
     """Ranks that validate at different steps are told, until unequal batch counts are supported."""
     data = TensorDataset(*(t[:4] for t in regression().tensors))
     assert len(fit(tmp_path, Linear(), elastic(), train=DataLoader(data, 4), max_epochs=1)) == 2
+
+
+class Counts(Linear):
+    """Keeps a number of its own in a buffer, which it changes in validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("validations", torch.zeros(()))
+        self.register_buffer("nowhere", torch.full((2,), float("nan")))
+        self.register_buffer("own", torch.zeros(1))
+
+    def on_train_epoch_start(self) -> None:
+        self.own.fill_(self.global_rank)
+
+    def on_validation_epoch_end(self) -> None:
+        self.validations += 1
+
+    def on_train_epoch_end(self) -> None:
+        self.trainer.callbacks[-1].seen["own"] = self.own.item()
+
+
+def test_buffers_that_validation_changes_stay_changed(tmp_path: Path) -> None:
+    val = DataLoader(regression(), 8)
+    for world_size in (1, 3):
+        ranks = fit(
+            tmp_path, Counts(), elastic(), devices=world_size, max_epochs=3, val=val, num_sanity_val_steps=0
+        )  # fmt: skip
+        assert [rank["state"]["validations"].item() for rank in ranks] == [3.0] * world_size
+        assert [rank["own"] for rank in ranks] == list(range(world_size)), "and those that it leaves alone come back"
