@@ -108,6 +108,7 @@ class ReplicaStrategy(ConsensusStrategy):
         self.model = self.precision_plugin.convert_module(module)
         self.model_to_device()
         lightning_compat.handle_sigterm(trainer, self._receive_sigterm)
+        self._meet_in_metrics(module)
         fitting = lightning_compat.is_fitting(trainer)
         if fitting:
             self._meet("the check that all ranks have the same model")
