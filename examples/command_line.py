@@ -69,7 +69,7 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
     )
     add = parser.add_argument_group("results").add_argument
     add("--log-dir", default="logs", help="folder of the TensorBoard event files and checkpoints")
-    add("--run-id", default=None, help="name of the run's folder; version_<n> by default")
+    add("--run-id", default=None, help="name of the run's folder, a new one without --resume; None: version_<n>")
     add("--log-every", type=int, default=50, help="steps from one logged loss, and measured exchange, to the next")
     add("--resume", action="store_true", help="continue the run named by --run-id from its last epoch, if it has one")
     add("--summary", type=Path, metavar="FILE.json", help="write accuracies, seconds and bytes to this file")

@@ -10,13 +10,14 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch.distributed as dist
 from command_line import NO_REPLICAS
 from image_data import DataNotFoundError
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
@@ -102,10 +103,10 @@ def train_and_test(
     warnings.filterwarnings("ignore", message=".*sync_dist=True")  # each replica's metrics are its own
     prepare_before_launch(data)
     logger = RankTensorBoardLogger(args.log_dir, name=name, version=args.run_id)
+    last = checkpoint_to_resume(args, logger)
     costs = Costs(args.strategy)
     trainer = make_trainer(args, logger, costs)
-    last = Path(args.log_dir, name, args.run_id or "", "checkpoints", f"{CHECKPOINT}.ckpt")
-    trainer.fit(model, data, ckpt_path=last if args.resume and last.exists() else None)
+    trainer.fit(model, data, ckpt_path=last)
     [tested] = trainer.test(model, data, verbose=False)
     accuracies = gather(tested["test_accuracy"], trainer.world_size)
     bytes_sent = gather(costs.bytes_sent, trainer.world_size)
@@ -134,6 +135,24 @@ def train_and_test(
     print(f"Curves of every rank: tensorboard --logdir {shlex.quote(logger.log_dir)}")
     if args.summary is not None:
         write_summary(args.summary, summary)
+
+
+def checkpoint_to_resume(args: argparse.Namespace, logger: RankTensorBoardLogger) -> Path | None:
+    """Return the last checkpoint of the run to go on with, None to begin one.
+
+    Ends with a message and status 2 where a run would begin in the folder of another.
+    """
+    if args.run_id is None:
+        return None
+    folder = Path(logger.save_dir, logger.name, args.run_id)
+    last = folder / "checkpoints" / f"{CHECKPOINT}.ckpt"
+    if args.resume and last.exists():
+        return last
+    if args.resume:
+        rank_zero_only(print)(f"Nothing to resume: there is no {last}. Run {args.run_id} begins anew.", flush=True)
+    elif folder.is_dir() and any(folder.iterdir()):
+        end_with(f"there is a run {args.run_id} in {folder}: go on with it by --resume, or give another --run-id")
+    return None
 
 
 def make_trainer(args: argparse.Namespace, logger: RankTensorBoardLogger, costs: Costs) -> pl.Trainer:
@@ -171,8 +190,13 @@ def prepare_before_launch(data: pl.LightningDataModule) -> None:
             data.prepare_data()
             data.setup("fit")
         except (DataNotFoundError, ValueError) as error:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-            sys.exit(2)
+            end_with(error)
+
+
+def end_with(error: object) -> NoReturn:
+    """End with a message and status 2, as for options that do not fit together."""
+    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def gather(value: float, world_size: int) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -173,13 +174,16 @@ def test_a_summary_is_whole_or_not_there(tmp_path: Path) -> None:
 
 
 def mnist_options(folder: Path, run_id: str, epochs: int) -> list[str]:
-    options = ["--data-dir", str(folder), "--validation", "20", "--batch-size", "20", "--log-dir", str(folder / "logs")]
+    options = ["--data-dir", str(folder), "--validation", "20", "--batch-size", "20", "--log-dir", "$LOGS"]
     return [*options, "--run-id", run_id, "--epochs", str(epochs), "--summary", str(folder / f"{run_id}.json")]
 
 
-def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_equals_an_unbroken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for variable in ("LOCAL_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("LOGS", str(tmp_path / "logs"))
     idx_files(tmp_path)
 
     def run(run_id: str, epochs: int, *options: str) -> tuple[Any, Any]:
@@ -191,12 +195,21 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path, monkeypatch: pytes
 
     whole, weights = run("whole", 2)
     first, begun = run("parts", 1)
+    capsys.readouterr()
     resumed, ended = run("parts", 2, "--resume")
+    assert re.findall(r"epoch \d/\d", capsys.readouterr().out) == ["epoch 2/2"]
     assert (first["updates"], resumed["updates"], whole["updates"]) == (5, 10, 10)  # 120 - 20 images
     assert resumed["seconds"] > first["seconds"]
     assert resumed["test_accuracy"] == whole["test_accuracy"]
     assert all(torch.equal(ended[name], value) for name, value in weights.items())
     assert not all(torch.equal(begun[name], value) for name, value in weights.items())
+
+    with pytest.raises(SystemExit) as refused:
+        run("parts", 2)
+    assert refused.value.code == 2
+    assert f"there is a run parts in {tmp_path}/logs/mnist/parts: go on with it by --resume" in capsys.readouterr().err
+    run("new", 1, "--resume")
+    assert f"Nothing to resume: there is no {tmp_path}/logs/mnist/new/checkpoints/last.ckpt" in capsys.readouterr().out
 
 
 @pytest.mark.timeout(400)
@@ -204,7 +217,7 @@ def test_replicas_are_launched_and_summed_up(tmp_path: Path) -> None:
     """Real processes, as how a script launches its ranks, and what they tell rank 0, is what is tested."""
     idx_files(tmp_path)
     command = [sys.executable, str(EXAMPLES / "mnist.py"), *mnist_options(tmp_path, "run", 2), "--devices", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LOGS": str(tmp_path / "logs")}
     ended = subprocess.run(
         [*command, "--period", "2"], capture_output=True, text=True, timeout=350, env=environment, check=False
     )
