@@ -112,7 +112,10 @@ def train_and_test(
     bytes_sent = gather(costs.bytes_sent, trainer.world_size)
     if isinstance(trainer.strategy, ReplicaStrategy):
         trainer.strategy.adopt_consensus()
+        trainer.logger = None  # the replicas' values stand under the module's own tags
         [tested] = trainer.test(model, data, verbose=False)
+        logger.log_metrics({f"consensus/{tag}": value for tag, value in tested.items()}, step=trainer.global_step)
+        logger.finalize("success")
     if not trainer.is_global_zero:
         return
     summary = {

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from curves import scalars
 from fake_images import EXAMPLES, idx_files
 from torch import nn
 from torchvision.transforms.functional import crop, hflip, normalize, pad
@@ -228,4 +229,8 @@ def test_replicas_are_launched_and_summed_up(tmp_path: Path) -> None:
     parameters = 4 * sum(p.numel() for p in models.mlp().parameters())
     assert summary["bytes_sent_per_rank"] == pytest.approx(5 * parameters, rel=1e-3)  # every other step; padded
     assert len(summary["test_accuracy"]) == 2
+    for rank, accuracy in enumerate(summary["test_accuracy"]):
+        logged = tmp_path / "logs" / "mnist" / "run" / f"rank_{rank}"
+        assert scalars(logged, "test_accuracy") == [(10, pytest.approx(accuracy))]
+        assert scalars(logged, "consensus/test_accuracy") == [(10, pytest.approx(summary["consensus_test_accuracy"]))]
     assert summary["strategy_arguments"]["period"] == 2

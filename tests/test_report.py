@@ -56,6 +56,7 @@ GOSSIP: Points = {
     "gossip/bytes_sent": [(10, 4e6), (20, 8e6)],
     "gossip/wait_seconds": [(10, 0.001), (20, 0.003)],
     "test_acc": [(20, 0.7)],
+    "consensus/test_acc": [(20, 0.8)],
 }
 DOWNPOUR: Points = {
     "valid/accuracy": [(10, 40.0), (20, 60.0)],
@@ -228,7 +229,7 @@ def test_given_tags_are_used_and_unknown_ones_are_named(
     assert main([*arguments, "--accuracy-tag", "test_acc", "--loss-tag", "perplexity"]) == 0
     row = pd.read_csv(tmp_path / "out" / "summary.csv").iloc[0]
     assert row["val_accuracy_percent"] == pytest.approx(76.25)
-    assert "no run has the tag 'perplexity'; there are: consensus/val_acc," in capsys.readouterr().err
+    assert "no run has the tag 'perplexity'; there are: consensus/test_acc," in capsys.readouterr().err
     assert not (tmp_path / "out" / "loss_vs_time.png").exists()
 
 
