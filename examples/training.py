@@ -33,16 +33,17 @@ CHECKPOINT = "last"
 class Costs(Callback):
     """Seconds of training on this rank, validations and checkpoints included, and bytes that it sent.
 
-    Both are summed over the parts of a resumed run. Bytes are of payload: those that gossip or a worker of Downpour
-    counts; for all-reduce they are computed, as a ring sends 2 N (n − 1) / n in each step, N the bytes of all
-    gradients and n the number of ranks.
+    Both are summed over the parts of a run that is resumed on as many ranks. Bytes are of payload: those that gossip or
+    a worker of Downpour counts; for all-reduce they are computed, as a ring sends 2 N (n − 1) / n in each step, N the
+    bytes of all gradients and n the number of ranks. Of a run that is resumed at its end both are those of its
+    checkpoint: what follows it, such as a worker's last push, is not in them.
     """
 
     def __init__(self, strategy: str) -> None:
         self._strategy = strategy
         self._begin: float | None = None
         self._seconds = 0.0  # of the parts before
-        self._stats: Any = None
+        self._stats: Any = None  # they outlive the strategy's connections
         self.bytes_sent = 0
 
     @property
@@ -55,13 +56,21 @@ class Costs(Callback):
         self._begin = time.perf_counter()
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seconds, self._begin = self.seconds, None
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count before the epoch's checkpoint is saved."""
         exchange = getattr(trainer.strategy, "exchange", None)
         self._stats = exchange.stats if exchange is not None else getattr(trainer.strategy, "downpour_stats", None)
+        self._count_bytes(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seconds, self._begin = self.seconds, None
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._count_bytes(trainer, pl_module)
+
+    def _count_bytes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._stats is not None:
             self.bytes_sent = self._stats.bytes_sent
         elif self._strategy == "all-reduce":
@@ -71,11 +80,12 @@ class Costs(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds}
+        return {"seconds": self.seconds, "bytes_sent": self.bytes_sent}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds = state_dict["seconds"]
+        self.bytes_sent = state_dict.get("bytes_sent", 0)  # older checkpoints have none
 
 
 class EpochLines(Callback):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,6 +173,26 @@ def test_a_summary_is_whole_or_not_there(tmp_path: Path) -> None:
     training.write_summary(file, {"seconds": 1.5, "folder": Path("logs")})
     assert json.loads(file.read_text()) == {"seconds": 1.5, "folder": "logs"}
     assert [path.name for path in file.parent.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "part"), [("elastic-gossip", "exchange"), ("downpour", "downpour_stats"), ("all-reduce", "")]
+)
+def test_costs_of_a_run_that_is_resumed_at_its_end_are_those_of_its_checkpoint(strategy: str, part: str) -> None:
+    """It then trains no more: Lightning calls ``on_fit_end`` alone."""
+    module: Any = nn.Linear(3, 5)
+    stats = SimpleNamespace(bytes_sent=600)
+    of_strategy = {"exchange": SimpleNamespace(stats=stats)} if part == "exchange" else {part: stats}
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(**of_strategy if part else {}), world_size=4, global_step=5)
+    costs = training.Costs(strategy)
+    costs.on_train_start(trainer, module)
+    costs.on_train_epoch_end(trainer, module)
+    saved = costs.state_dict()
+    resumed = training.Costs(strategy)
+    resumed.load_state_dict(saved)
+    resumed.on_fit_end(trainer, module)
+    assert resumed.seconds == saved["seconds"] > 0
+    assert resumed.bytes_sent == 600  # by all-reduce 2 · 80 · ¾ in each of 5 steps
 
 
 def mnist_options(folder: Path, run_id: str, epochs: int) -> list[str]:
