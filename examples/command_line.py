@@ -133,6 +133,22 @@ def downpour_lr(lr: float, n_push: int) -> float:
     return lr / n_push
 
 
+def sgd_by_strategy(usual: tuple[float, float], downpour: tuple[float, float]) -> Callable[[argparse.Namespace], None]:
+    """Return what fills in ``--lr`` and ``--momentum`` where they are left out; it raises as :func:`downpour_lr`.
+
+    Args:
+        usual: both, under any other strategy.
+        downpour: both, of the single process; see :func:`downpour_lr`.
+    """
+
+    def fill_in(args: argparse.Namespace) -> None:
+        lr, momentum = (downpour_lr(downpour[0], args.n_push), downpour[1]) if args.strategy == "downpour" else usual
+        args.lr = lr if args.lr is None else args.lr
+        args.momentum = momentum if args.momentum is None else args.momentum
+
+    return fill_in
+
+
 def check(args: argparse.Namespace) -> None:
     """Raise ``ValueError`` for options that are out of range, or do not fit together."""
     for name in ("devices", "num-nodes", "epochs", "batch-size", "log-every"):

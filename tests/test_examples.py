@@ -23,6 +23,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import cifar10
 import command_line
+import iris
 import mnist
 import models
 import training
@@ -81,17 +82,26 @@ def test_cifar10_takes_its_defaults_from_model_and_strategy(monkeypatch: pytest.
     assert of("--strategy", "downpour", "--lr", "0.3").lr == 0.3
 
 
-def test_mnist_takes_its_defaults_from_the_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("fill_in", "usual", "downpour"),
+    [(mnist.default_to_strategy, (0.001, 0.99), (0.02, 0.0)), (iris.default_to_strategy, (0.01, 0.99), (0.006, 0.9))],
+)
+def test_mnist_and_iris_take_their_defaults_from_the_strategy(
+    monkeypatch: pytest.MonkeyPatch,
+    fill_in: Callable[..., None],
+    usual: tuple[float, float],
+    downpour: tuple[float, float],
+) -> None:
     def of(*options: str) -> Any:
-        args = parsed(monkeypatch, "--epochs", "1", *options, fill_in=mnist.default_to_strategy)
+        args = parsed(monkeypatch, "--epochs", "1", *options, fill_in=fill_in)
         return args.lr, args.momentum
 
-    assert of() == of("--strategy", "all-reduce") == (0.001, 0.99)
-    assert of("--strategy", "downpour") == (0.02, 0.0)
+    assert of() == of("--strategy", "all-reduce") == usual
+    assert of("--strategy", "downpour") == downpour
     assert of("--strategy", "downpour", "--lr", "0.3", "--momentum", "0.5") == (0.3, 0.5)
 
 
-@pytest.mark.parametrize("fill_in", [mnist.default_to_strategy, cifar10.default_to_model])
+@pytest.mark.parametrize("fill_in", [mnist.default_to_strategy, iris.default_to_strategy, cifar10.default_to_model])
 def test_defaults_that_can_not_be_computed_end_with_status_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fill_in: Callable[..., None]
 ) -> None:
