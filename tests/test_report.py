@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_gossip import report_plots
+from lightning_gossip import event_files, report_plots
 from lightning_gossip.__main__ import main
 from lightning_gossip.event_files import choose_tag, read_run
 from lightning_gossip.report import as_markdown, final_numbers
@@ -292,6 +293,22 @@ def test_a_run_that_cannot_be_read_is_named_and_skipped(
     assert main(["report", str(tmp_path / "logs"), "--out", str(out)]) == 0
     assert reason in capsys.readouterr().err
     assert pd.read_csv(out / "summary.csv")["run"].tolist() == ["version_1 (Downpour)"]
+
+
+def test_a_run_that_is_under_way_is_read(gossip_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reader(RawEventFileLoader):
+        """Of a file to which the run adds when the last record has been read."""
+
+        def __init__(self, file: str) -> None:
+            super().__init__(file)
+            self.file = Path(file)
+
+        def Load(self) -> Any:
+            yield from super().Load()
+            self.file.write_bytes(self.file.read_bytes() * 2)
+
+    monkeypatch.setattr(event_files, "RawEventFileLoader", Reader)
+    assert sorted(read_run(gossip_run).ranks) == [0, 1]
 
 
 def test_missing_folders_and_missing_ranks_are_named(
