@@ -56,8 +56,8 @@ GOSSIP: Points = {
     "gossip/partner_distance": [(10, 0.02), (20, 0.015)],
     "gossip/bytes_sent": [(10, 4e6), (20, 8e6)],
     "gossip/wait_seconds": [(10, 0.001), (20, 0.003)],
-    "test_acc": [(20, 0.7)],
-    "consensus/test_acc": [(20, 0.8)],
+    "test_acc": [(21, 0.7)],
+    "consensus/test_acc": [(21, 0.8)],
 }
 DOWNPOUR: Points = {
     "valid/accuracy": [(10, 40.0), (20, 60.0)],
@@ -199,7 +199,7 @@ def test_the_table_holds_final_numbers_in_its_units(gossip_run: Path, downpour_r
     gossip, downpour = pd.read_csv(out / "summary.csv").to_dict("records")
     assert gossip["run"] == "version_0 (Gossip)"
     assert (gossip["strategy"], gossip["evaluated"], gossip["ranks"]) == ("GossipStrategy", "replica", 2)
-    assert (gossip["updates"], gossip["seconds"]) == (20, 20)
+    assert (gossip["updates"], gossip["seconds"]) == (21, 21)
     accuracy = [gossip[f"val_accuracy_percent{suffix}"] for suffix in ("", "_min", "_max")]
     assert accuracy == [81.25, 75.0, 87.5]
     assert gossip["test_accuracy_percent"] == pytest.approx(76.25)
@@ -209,9 +209,17 @@ def test_the_table_holds_final_numbers_in_its_units(gossip_run: Path, downpour_r
     assert np.isnan(downpour["consensus_distance"])
     markdown = (out / "summary.md").read_text().splitlines()
     assert markdown[0].startswith("| run | strategy | evaluated | ranks | updates | time (s) | val. accuracy (%) |")
-    assert markdown[2].startswith("| version_0 (Gossip) | GossipStrategy | replica | 2 | 20 | 20.0 | 81.25 | 75.00 |")
+    assert markdown[2].startswith("| version_0 (Gossip) | GossipStrategy | replica | 2 | 21 | 21.0 | 81.25 | 75.00 |")
     assert [line.count("|") for line in markdown[:4]] == [markdown[0].count("|")] * 4
     assert " – |" in markdown[3], "what a run did not log"
+
+
+@pytest.mark.parametrize("after_fit", [{"test_acc": [(10, 0.5)]}, {}])
+def test_updates_are_counted_with_and_without_a_test(tmp_path: Path, after_fit: Points) -> None:
+    """Lightning logs the last of ten under 9, and what follows them under 10."""
+    within: Points = {"val_acc": [(4, 0.5), (9, 0.5)], "gossip/bytes_sent": [(9, 4e6)]}
+    run = read_run(write_run(tmp_path / "run", [{**within, **after_fit}]))
+    assert final_numbers("run", run)["updates"] == 10
 
 
 def test_a_plain_tensorboard_folder_is_a_run_of_one_rank(tmp_path: Path) -> None:
