@@ -12,11 +12,17 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from forked import Linear, Recorder, fit, regression
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    Callback,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger
 from shards import until
 from test_strategies import Gan
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gossip import DownpourStrategy, GossipMonitor
@@ -141,6 +147,21 @@ def test_a_registered_name_that_forks_fits_and_tests(tmp_path: Path) -> None:
     trainer.fit(module, DataLoader(regression(), 4))
     [tested] = trainer.test(module, DataLoader(regression(), 4), verbose=False)
     assert tested["test_loss"] < 2, "of 14 at the start"
+
+
+class Backbone(Constant):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(3, 3, dtype=torch.float64)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.layer.parameters(), lr=LR)
+
+
+def test_what_unfreezes_in_mid_training_is_refused_before_a_push_is_due(tmp_path: Path) -> None:
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.001)
+    with pytest.raises(Exception, match=r"'backbone\.weight' requires a gradient, but did not when"):
+        fit(tmp_path, initial(Backbone), downpour(n_push=1000), max_epochs=3, callbacks=[finetuning])
 
 
 # -- what is evaluated and what remains -------------------------------------------------------------------------------

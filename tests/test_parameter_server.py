@@ -355,15 +355,14 @@ def test_mixed_dtypes_layouts_and_frozen_parameters() -> None:
                     torch.testing.assert_close(parameters[name], nn.Parameter(expected + 2), **tolerance)
 
 
-def test_a_parameter_that_is_unfrozen_later_is_refused() -> None:
+def test_a_parameter_that_is_unfrozen_later_is_refused_at_once() -> None:
     with Shards(1) as server:
 
         def body(rank: Rank) -> None:
             parameters = {"a": nn.Parameter(torch.zeros(2)), "late": nn.Parameter(torch.zeros(2), requires_grad=False)}
-            client = server.client(rank, n_push=1)
+            client = server.client(rank, n_push=1000)
             client.start(parameters)
             client.end_step(parameters)
-            client.drain()
             parameters["late"].requires_grad_()
             with pytest.raises(RuntimeError, match="'late' requires a gradient, but did not when the training started"):
                 client.end_step(parameters)

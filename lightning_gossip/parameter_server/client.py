@@ -159,7 +159,8 @@ class DownpourClient:
         Raises:
             ShardLost: if a shard was lost, as far as is known.
             RunStopped: if some rank stopped.
-            RuntimeError: if a parameter requires a gradient that did not when the training started.
+            RuntimeError: if a parameter requires a gradient that is not on the server, for it required none when the
+                training started.
         """
         begin = time.perf_counter()
         traffic = self._running()
@@ -167,6 +168,7 @@ class DownpourClient:
         self.step += 1
         self._control.check()
         self._links_in_use().check()
+        self._refuse_new_parameters(traffic, parameters)
         traffic.collect(parameters, self.step)
         self._push_due |= self.step % self._n_push == 0
         self._pull_due |= self.step % self._n_pull == 0
@@ -309,7 +311,6 @@ class DownpourClient:
         push = self._push_due and traffic.can_push
         pull = self._pull_due and traffic.can_pull
         if push:
-            self._refuse_new_parameters(traffic, parameters)
             self._push_due, self._pushed_at = False, self.step
         if pull:
             self._pull_due = False

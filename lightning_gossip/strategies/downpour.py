@@ -38,6 +38,9 @@ class DownpourStrategy(ReplicaStrategy):
     learning-rate schedule. Shards obey whoever reaches their port, and a payload larger than its header announces
     aborts them inside gloo: for trusted networks only.
 
+    What requires a gradient when training begins is the server's to the end. A parameter that begins to later on is
+    refused at that step; gossip lets it travel from then on.
+
     Args:
         n_push: steps from one push to the next, at least 1.
         n_pull: steps from one request for the server's parameters to the next, at least 1.
@@ -58,6 +61,7 @@ class DownpourStrategy(ReplicaStrategy):
 
     Raises:
         ValueError: for an argument that is not allowed.
+        RuntimeError: in ``fit``, if a parameter is unfrozen in mid-training.
         ShardLost: (a ``RuntimeError``) in ``fit``, naming a shard that is gone; all ranks end with that cause.
 
     Example::
