@@ -243,6 +243,37 @@ def test_the_monitor_logs_what_downpour_does_and_a_long_warm_up_ends_at_a_valida
     assert_equal(ranks[1]["state"], after(3))
 
 
+# -- the learning-rate finder -----------------------------------------------------------------------------------------
+
+
+class Finder(LearningRateFinder):
+    """Changes nothing, at the fit's start or at the starts of some epochs, as a finder for finetuning does."""
+
+    def __init__(self, *epochs: int) -> None:
+        super().__init__(min_lr=1e-3, num_training_steps=7, update_attr=False)
+        self.epochs = epochs
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if not self.epochs:
+            self.lr_find(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch in self.epochs:
+            self.lr_find(trainer, pl_module)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "arguments"),
+    [((), {"warmup_steps": 5}), ((0, 2), {}), ((0, 2), {"warmup_steps": 100}), ((2,), {"evaluate": "replica"})],
+)
+def test_the_learning_rate_finder_leaves_no_trace(tmp_path: Path, epochs: tuple[int, ...], arguments: Any) -> None:
+    strategy = downpour(n_push=2, n_pull=3, **arguments)
+    finder = Finder(*epochs)
+    for rank in fit(tmp_path, initial(), strategy, max_epochs=4, callbacks=[finder], recorder=Validated(tmp_path)):
+        assert_equal(rank["state"], after(4))
+        assert rank["step"] == 24
+
+
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -258,7 +289,7 @@ class Starts(Recorder):
 
 
 def train(
-    folder: Path, epochs: int, path: Any = None, devices: int = 2, **arguments: Any
+    folder: Path, epochs: int, path: Any = None, devices: int = 2, callbacks: Any = (), **arguments: Any
 ) -> tuple[list[dict[str, Any]], Path]:
     folder.mkdir(exist_ok=True)
     saves = ModelCheckpoint(dirpath=folder / "saved", save_last=True)
@@ -268,7 +299,7 @@ def train(
         downpour(**arguments),
         devices=devices,
         max_epochs=epochs,
-        callbacks=[saves],
+        callbacks=[saves, *callbacks],
         recorder=Starts(folder),
         ckpt_path=path,
         enable_checkpointing=True,
@@ -296,8 +327,14 @@ def test_a_resumed_run_loses_nothing_and_on_another_world_size_begins_from_the_s
         assert (rank["start_step"], rank["step"]) == (12, 24)
         assert_equal(rank["state"], after(4))
 
-    ranks, _ = train(tmp_path / "other", 3, path, devices=3)
+    ranks, _ = train(tmp_path / "found", 2, path, callbacks=[Finder()])
     for rank in ranks:
+        assert (rank["start_step"], rank["step"]) == (12, 24), "Lightning forgets the epochs done when the finder runs"
+        assert_equal(rank["state"], after(4))
+
+    ranks, _ = train(tmp_path / "other", 3, path, devices=3, warmup_steps=100)
+    for rank in ranks:
+        assert rank["start_step"] == 12
         assert all(torch.equal(rank["start"][name], value) for name, value in saved.items())
         assert all(torch.equal(value, ranks[0]["state"][name]) for name, value in rank["state"].items())
 

@@ -96,20 +96,30 @@ class DownpourClient:
 
     @property
     def running(self) -> bool:
-        """Whether a training is under way: between :meth:`start` and :meth:`close`."""
+        """Whether a training is under way: between :meth:`start` and :meth:`abandon` or :meth:`close`."""
         return self._traffic is not None
+
+    @property
+    def connected(self) -> bool:
+        """Whether the shards know this worker: between the first :meth:`start` and :meth:`close`."""
+        return self._links is not None
 
     # -- a training's life ----------------------------------------------------------------------------------------
 
-    def start(self, parameters: Mapping[str, Tensor], server_state: Mapping[str, Any] | None = None) -> None:
-        """Begin a training; called once more, begin another on the same shards.
+    def continue_from(self, step: int) -> None:
+        """Set the clock with which the next :meth:`start` begins; there is no warm-up then, unless it is 0."""
+        self.step = step
 
-        Worker 0 gives the server its parameters (or ``server_state``); the others wait for that and for the end of the
-        warm-up, as long as worker 0 lives. Those that were given no state of their own (:meth:`load_state_dict`) then
-        take the server's parameters.
+    def start(self, parameters: Mapping[str, Tensor], server_state: Mapping[str, Any] | None = None) -> None:
+        """Begin a training; called while one is under way, begin another on the same shards, with the clock at 0.
+
+        Worker 0 gives the server its parameters (or ``server_state``, and nobody warms up); the others wait for that
+        and for the end of the warm-up, as long as worker 0 lives. Those that were given no state of their own
+        (:meth:`load_state_dict`) then take the server's parameters.
 
         Args:
-            parameters: by name, the same on all workers; those that require a gradient now are the server's.
+            parameters: by name, the same on all workers; the server's are those that require a gradient now, or did
+                when the state was made that this worker was given.
             server_state: of :meth:`server_state`: worker 0 lets the server go on from there.
 
         Raises:
@@ -117,18 +127,21 @@ class DownpourClient:
             RunStopped: if some rank stopped.
             ValueError: if a state does not belong to these parameters.
         """
-        travelling = {name: p for name, p in parameters.items() if p.requires_grad}
-        if not travelling:
-            raise ValueError("`parameters` must hold at least one that requires a gradient")
-        layout = FlatLayout(travelling)
         loaded, self._loaded = self._loaded, None
+        trainable = [name for name, p in parameters.items() if p.requires_grad]
+        names = set(trainable if loaded is None else loaded.get("names", trainable))
+        travelling = {name: p for name, p in parameters.items() if name in names}
+        layout = FlatLayout(travelling)
         if loaded is not None and loaded["layout"] != layout.fingerprint:
             raise ValueError("the worker's state belongs to other parameters: names, shapes or dtypes differ")
+        if not travelling:
+            raise ValueError("`parameters` must hold at least one that requires a gradient")
         if loaded is not None and server_state is None and self._control.rank == 0:
             raise ValueError("worker 0 can not go on from a state of its own without `server_state`")
         links, cut = self._meet_shards(layout)
         self._trainings += 1
         self._restore_counts(loaded)
+        self._warming_up = self._control.rank == 0 and server_state is None and self.step == 0 < self._warmup_steps
         device = next(iter(travelling.values())).device
         traffic = Traffic(links, cut, device, self._trainings, self.stats, self._on_answer)
         own = traffic.displacement.begin(travelling)
@@ -140,7 +153,6 @@ class DownpourClient:
                 job = snapshot.load(cut, server_state, self._trainings, everybody)
             traffic.learn(traffic.wait(links.ask(job)))
         else:
-            self._warming_up = False
             links.await_training(self._trainings)
         if loaded is not None:
             traffic.displacement.begin_from(loaded["reference"])
@@ -226,6 +238,13 @@ class DownpourClient:
         traffic.wait(self._links_in_use().ask(job))
         displacement.copies.write(storage, into)
 
+    def abandon(self) -> None:
+        """Give up the training under way, if one is: what was not pushed is lost. The clock stands.
+
+        Let all :meth:`drain`, and meet, before another begins.
+        """
+        self._traffic = None
+
     def close(self) -> None:
         """Say goodbye to the shards, which end once everybody did, and give up the links."""
         if self._links is not None:
@@ -253,6 +272,7 @@ class DownpourClient:
             "seen": list(traffic.seen),
             "stats": asdict(self.stats),
             "layout": displacement.cut.layout.fingerprint,
+            "names": list(displacement.cut.layout.shapes),
             "reference": [part.clone() for part in displacement.cut.whole(displacement.reference())],
         }
 
@@ -299,13 +319,15 @@ class DownpourClient:
         return self._links, cut
 
     def _restore_counts(self, loaded: Mapping[str, Any] | None) -> None:
-        self._traffic = None
-        self.step = 0 if loaded is None else loaded["step"]
+        if loaded is not None:
+            self.step = loaded["step"]
+        elif self.running:
+            self.step = 0
+        self.abandon()
         self.stats = DownpourStats() if loaded is None else DownpourStats(**loaded["stats"])
         self._push_due = loaded is not None and loaded["push_due"]
         self._pull_due = loaded is not None and loaded["pull_due"]
-        self._pushed_at = 0 if loaded is None else loaded["pushed_at"]
-        self._warming_up = self.step < self._warmup_steps
+        self._pushed_at = self.step if loaded is None else loaded["pushed_at"]
 
     def _ask_for_what_is_due(self, traffic: Traffic, parameters: Mapping[str, Tensor]) -> None:
         push = self._push_due and traffic.can_push
