@@ -208,6 +208,8 @@ class DownpourClient:
     def finish(self, parameters: Mapping[str, Tensor]) -> None:
         """End a training: apply the pull that is under way, push what is left, wait until all of it is on the server.
 
+        What was done to the parameters after the last step's end is pushed too.
+
         Raises:
             ShardLost, RunStopped: as :meth:`end_step`.
         """
@@ -346,8 +348,9 @@ class DownpourClient:
     def _push_rest(self, parameters: Mapping[str, Tensor]) -> None:
         traffic = self._running()
         traffic.drain(self.step)
+        changed = self._pushed_at < self.step or traffic.displacement.changed(parameters)
         traffic.collect(parameters, self.step)
-        if self._pushed_at < self.step:
+        if changed:
             self._push_due, self._pushed_at = False, self.step
             traffic.push(parameters, self.step)
             traffic.drain(self.step)
