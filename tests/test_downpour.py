@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from shards import until
 from test_strategies import Gan
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from torch.utils.data import DataLoader
 from lightning_gossip import DownpourStrategy, GossipMonitor
 from lightning_gossip import checkpoint as files
 from lightning_gossip.parameter_server import ShardProcess
+from lightning_gossip.strategies import downpour as downpour_strategy
 
 LR = 0.01
 State = dict[str, Tensor]
@@ -397,6 +399,21 @@ def test_arguments_are_checked_at_construction(arguments: Any, message: str) -> 
     with pytest.raises(ValueError) as raised:  # noqa: PT011 - the message is compared below
         DownpourStrategy(**arguments)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(("node", "address"), [(0, "10.0.0.1"), (1, "10.0.0.2")])
+def test_shards_listen_on_the_interface_between_the_nodes(
+    node: int, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where node 0 takes its own name for 127.0.1.1, as Debian's /etc/hosts says."""
+    leads_to = [{"node0": "127.0.1.1", "10.0.0.2": "10.0.0.1"}, {"node0": "10.0.0.2"}][node]
+    monkeypatch.setattr(downpour_strategy, "_own_address", leads_to.__getitem__)
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    monkeypatch.setenv("NODE_RANK", str(node))
+    strategy = downpour(cluster_environment=LightningEnvironment())
+    strategy.num_nodes = 2
+    monkeypatch.setattr(strategy, "gather", lambda own: ["", "", "10.0.0.2", "10.0.0.2"])
+    assert strategy._host() == address
 
 
 def test_arguments_in_a_runs_metadata() -> None:

@@ -172,23 +172,23 @@ class DownpourStrategy(ReplicaStrategy):
     def _start_shards(self) -> list[str]:
         """Start this node's shards, and return the addresses of all, in their order; a collective."""
         own = range(self.node_rank, self.shards, self.num_nodes) if self.local_rank == 0 else range(0)
-        host = self._host() if own else ""
+        host = self._host()
         self._processes = [ShardProcess(host, timeout=self._timeout or TIMEOUT) for _ in own]
         started = {shard: process.address for shard, process in zip(own, self._processes, strict=True)}
         addresses = {shard: address for some in self.gather(started) for shard, address in some.items()}
         return [addresses[shard] for shard in range(self.shards)]
 
     def _host(self) -> str:
-        """Return a name or address under which all ranks reach this node."""
+        """Return the address under which all ranks reach this node; a collective.
+
+        Node 0 goes by where the others are: there the name of the main address may stand for 127.0.1.1.
+        """
         if self.num_nodes == 1 or self.cluster_environment is None:
             return "127.0.0.1"
         main = self.cluster_environment.main_address
-        if self.node_rank == 0:
-            return main
-        family, kind, protocol, _, address = socket.getaddrinfo(main, 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)  # sends nothing: it only finds the interface that leads there
-            return str(probe.getsockname()[0])
+        towards_main = "" if self.node_rank == 0 else _own_address(main)
+        others = filter(None, self.gather(towards_main))
+        return towards_main or _own_address(next(others, main))
 
     @override
     def on_train_start(self) -> None:
@@ -313,3 +313,11 @@ class DownpourStrategy(ReplicaStrategy):
     @override
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"_client": None, "_processes": [], "_final": None}
+
+
+def _own_address(peer: str) -> str:
+    """Return this host's address on the interface that leads to ``peer``, a name or address."""
+    family, kind, protocol, _, address = socket.getaddrinfo(peer, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)  # sends nothing
+        return str(probe.getsockname()[0])
