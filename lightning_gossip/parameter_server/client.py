@@ -45,9 +45,11 @@ class DownpourClient:
             of every wait.
         n_push: steps from one push to the next.
         n_pull: steps from one request for the server's parameters to the next.
-        max_staleness: a worker known to be more server updates behind than this waits for a pull at the step's end;
-            the knowledge is at most a step old. None never waits.
-        warmup_steps: for which worker 0 trains alone before the others begin from the server's parameters.
+        max_staleness: a worker known to be more server updates behind than this waits for a pull at the step's end.
+            What it knows came with the last answer; where nothing is under way at a step's end, it asks. None never
+            waits.
+        warmup_steps: for which worker 0 trains alone, from the clock's start on, before the others begin from the
+            server's parameters.
         server_optimizer: an element-wise ``torch.optim`` class, or a :class:`functools.partial` of one with JSON-able
             keywords, that gets minus the displacement as the gradient; None adds the displacement.
         connect: returns a connection to the store at an address.

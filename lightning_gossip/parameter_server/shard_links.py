@@ -95,7 +95,7 @@ class ShardLinks:
         self._closing = threading.Event()
         self._links: list[Link] = []
         self._last: Sequence[Future[Any]] = ()
-        self._failure: tuple[int, BaseException] | None = None  # the first: what fails after it was closed by it
+        self._failure: tuple[int, BaseException] | None = None  # the first; later ones find its link closed
         self._alive: threading.Thread | None = None
         device = gloo_device()
         own, timeout = f"worker{control.rank}", control.timeout
