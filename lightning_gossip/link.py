@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ ProcessGroupGloo: Any = distributed_c10d.ProcessGroupGloo  # torch ships no type
 _MAGIC = 0x6C67_0001  # "lg", version 1 of the header
 _TAG = 0
 _POISON_TAG = 1
+_GLOO_DECORATION = re.compile(r"^\[\S+\.cc:\d+\] |This is typically caused by.*$")
 
 
 class Kind(IntEnum):
@@ -288,3 +290,8 @@ def gloo_device() -> Any:
     if interfaces:
         return ProcessGroupGloo.create_device(interface=interfaces.split(",")[0])
     return ProcessGroupGloo.create_default_device()
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an error of a link says: what happened, and where, without gloo's source path and advice."""
+    return _GLOO_DECORATION.sub("", str(error)).strip()

@@ -7,7 +7,6 @@ travels on the link. Between others every payload does, behind a header.
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -20,11 +19,9 @@ import torch
 from torch import Tensor
 
 from lightning_gossip.control import LOOK, Control, RunStopped
-from lightning_gossip.link import Header, Kind, Link, LinkError, Links
+from lightning_gossip.link import Header, Kind, Link, LinkError, Links, reason_of
 from lightning_gossip.shared_memory import ADDRESS_BYTES, AVAILABLE, Address, Inbox, Outbox, moment, step_of
 from lightning_gossip.transport import PartnerLost, Posted, Rooms, Transport
-
-_GLOO_DECORATION = re.compile(r"^\[\S+\.cc:\d+\] |This is typically caused by.*$")  # leaves what happened, and where
 
 _GLANCE = 0.001
 """Longest pause in seconds between looks at a near partner's outbox."""
@@ -304,7 +301,7 @@ class _PostedOnLinks(Posted):
         stop = self._control.await_stop(1.0)
         if stop is not None and stop.lost != partner:
             self._control.check()
-        raise self._lost(partner, _GLOO_DECORATION.sub("", str(error)).strip()) from error
+        raise self._lost(partner, reason_of(error)) from error
 
     def _silence(self) -> TimeoutError:
         return TimeoutError(f"it stayed silent for {self._control.timeout.total_seconds():g} s")
