@@ -181,6 +181,8 @@ class Validated(Recorder):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         self.seen["kept"] = copy_of(pl_module)
         self.seen["distance"] = trainer.strategy.consensus_distance
+        trainer.save_checkpoint(self.folder / "after_fit.ckpt")
+        assert all(torch.equal(value, self.seen["kept"][name]) for name, value in pl_module.state_dict().items())
         trainer.strategy.adopt_consensus()
         super().on_fit_end(trainer, pl_module)
 
@@ -213,6 +215,7 @@ def test_validation_runs_on_the_servers_parameters_or_the_replica(tmp_path: Path
         assert_equal(rank["state"], after(2))
         assert_equal(rank["kept"], after(2) if evaluate == "consensus" else rank["trained"][-1])
     assert not torch.equal(ranks[0]["trained"][-1]["layer.weight"], ranks[1]["trained"][-1]["layer.weight"])
+    assert_equal(torch.load(tmp_path / "after_fit.ckpt", weights_only=True)["state_dict"], after(2))
     if evaluate == "consensus":
         zero = {name: torch.zeros_like(value) for name, value in after(2).items()}
         squares = sum(norm(rank["trained"][-1], after(2)) ** 2 for rank in ranks)
@@ -339,6 +342,18 @@ def test_a_resumed_run_loses_nothing_and_on_another_world_size_begins_from_the_s
         assert rank["start_step"] == 12
         assert all(torch.equal(rank["start"][name], value) for name, value in saved.items())
         assert all(torch.equal(value, ranks[0]["state"][name]) for name, value in rank["state"].items())
+
+
+@pytest.mark.parametrize("evaluate", ["consensus", "replica"])
+def test_a_training_resumed_at_its_end_gives_the_servers_parameters(tmp_path: Path, evaluate: str) -> None:
+    _, path = train(tmp_path / "first", 2, n_push=5, n_pull=3)
+    strategy = downpour(n_push=5, n_pull=3, evaluate=evaluate)
+    ranks = fit(tmp_path, initial(), strategy, max_epochs=2, recorder=Validated(tmp_path), ckpt_path=path)
+    server = torch.load(path, weights_only=True)["state_dict"]
+    for number, rank in enumerate(ranks):
+        kept = server if evaluate == "consensus" else replica_of(path, number)["state_dict"]
+        assert all(torch.equal(rank["kept"][name], value) for name, value in kept.items())
+        assert all(torch.equal(rank["state"][name], value) for name, value in server.items())
 
 
 def test_the_servers_optimizer_goes_on(tmp_path: Path) -> None:

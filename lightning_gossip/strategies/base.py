@@ -170,7 +170,7 @@ class ReplicaStrategy(ConsensusStrategy):
     @override
     def teardown(self) -> None:
         if not self._failed:
-            self._adopt_resumed()
+            self.end_resumed()
             self._meet("the end")
         self.end_training()
         if self._trainer is not None:

@@ -53,7 +53,7 @@ class ConsensusStrategy(MeetingStrategy):
     # -- what a subclass does -----------------------------------------------------------------------------------
 
     def make_consensus(self, module: pl.LightningModule) -> Consensus:
-        """Return what builds the consensus model in a ``fit``: the mean of the replicas, unless a subclass differs."""
+        """Return what builds the consensus model, in ``fit`` and after it: the mean of the replicas, by default."""
         return Consensus(module, self.world_size)
 
     @abstractmethod
@@ -96,7 +96,7 @@ class ConsensusStrategy(MeetingStrategy):
         if self.evaluate == "consensus" and self._consensus is not None:
             self._build(self._consensus.adopt, "the end of training")
 
-    def _adopt_resumed(self) -> None:
+    def end_resumed(self) -> None:
         """Take over the consensus model that was saved, where a training was at its end when it was resumed.
 
         Lightning calls no hook of training then, and the modules hold the replicas of the replica files.
@@ -156,7 +156,7 @@ class ConsensusStrategy(MeetingStrategy):
             )
         self._meet("adopt_consensus")
         with self._on_root_device():
-            Consensus(self._module, self.world_size).adopt()
+            self.make_consensus(self._module).adopt()
 
     @contextmanager
     def _on_root_device(self) -> Iterator[None]:

@@ -19,9 +19,8 @@ from typing_extensions import override
 from lightning_gossip import lightning_compat
 from lightning_gossip.arguments import check_integer
 from lightning_gossip.control import Control
-from lightning_gossip.models import take_rank_zeros
 from lightning_gossip.parameter_server import DownpourClient, DownpourStats, ShardProcess, check_addresses
-from lightning_gossip.parameter_server.consensus import ServerConsensus
+from lightning_gossip.parameter_server.consensus import KeptParameters, Server, ServerConsensus
 from lightning_gossip.parameter_server.optimizers import ServerOptimizer
 from lightning_gossip.strategies.base import TIMEOUT, Evaluate, ReplicaStrategy, StartMethod
 
@@ -211,7 +210,12 @@ class DownpourStrategy(ReplicaStrategy):
 
     @override
     def make_consensus(self, module: pl.LightningModule) -> ServerConsensus:
-        return ServerConsensus(module, self.global_rank, self.world_size, self._under_way, self._meet)
+        return ServerConsensus(module, self.global_rank, self.world_size, self._server, self._meet)
+
+    def _server(self) -> Server | None:
+        """Return what knows the server's parameters: the client in a training, after it what was kept of them."""
+        kept = None if self._final is None else KeptParameters(self._final)
+        return self._under_way() or kept
 
     def _under_way(self) -> DownpourClient | None:
         return self._client if self._client is not None and self._client.running else None
@@ -273,11 +277,22 @@ class DownpourStrategy(ReplicaStrategy):
         self._final = None
         if any(self.gather(replaced)):
             self._running.abandon()
-        elif self.evaluate == "replica":
+        else:
+            self._keep_servers()
+
+    @override
+    def end_resumed(self) -> None:
+        super().end_resumed()
+        if self._resumed is not None:
+            self._keep_servers()
+
+    def _keep_servers(self) -> None:
+        """Keep the server's parameters on rank 0 where the replicas remain: the shards end with ``fit``."""
+        if self.evaluate == "replica":
             self._final = {}
             if self.global_rank == 0:
-                self._final = finished
-                self._running.pull_now(finished)
+                self._final = {name: p.detach().clone() for name, p in self._parameters().items()}
+                self._running.pull_now(self._final)
 
     @override
     def adopt_consensus(self) -> None:
@@ -289,16 +304,7 @@ class DownpourStrategy(ReplicaStrategy):
             RuntimeError: where the other ranks are out of reach, see :meth:`ReplicaStrategy.adopt_consensus`.
         """
         super().adopt_consensus()
-        if self._final is None:
-            return
-        module = self._module
-        device = module.device
-        module.to(self.root_device)
-        for name, value in self._final.items():
-            module.get_parameter(name).data.copy_(value)
-        self._meet("adopt_consensus")
-        take_rank_zeros(module, self.world_size)
-        module.to(device)
+        self._final = None
 
     @override
     def end_training(self) -> None:
