@@ -58,7 +58,7 @@ class _InFlight:
         parameters: by name, that travel.
         layout: in which their snapshots lie.
         own: this rank's snapshot, 1-D, uint8.
-        posted: the transfers; None where the exchange comes from a checkpoint.
+        posted: the transfers; None where what arrived is this rank's own: copied, or from a checkpoint.
         received: what arrived, in ascending rank, shaped as ``own``; None while it is on the wire.
     """
 
@@ -157,17 +157,19 @@ class Exchange:
         self._transport.reset(generation)
 
     def arrive(self) -> None:
-        """Wait until what is in flight has arrived, without applying it: nothing is on the wire afterwards.
+        """Wait until what is in flight has arrived, and keep a copy of it until it is due.
+
+        Nothing is on the wire afterwards, and no partner waits for this rank to have read its snapshot: this rank may
+        wait for others now.
 
         Raises:
             PartnerLost, RunStopped: as :meth:`end`.
         """
-        if (exchange := self._in_flight) is None or exchange.posted is None or exchange.received is not None:
-            return
-        start = time.perf_counter()
-        arrived = exchange.posted.wait()
-        exchange.received = [arrived[partner].to(exchange.own.device) for partner in sorted(arrived)]
-        self.stats.wait_seconds += time.perf_counter() - start
+        self._receive()
+        if (exchange := self._in_flight) is not None and exchange.posted is not None:
+            exchange.received = [payload.clone() for payload in exchange.received or ()]
+            exchange.posted.release()
+            exchange.posted = None
 
     def settle(self) -> None:
         """Apply what is in flight at once: at the end of training.
@@ -190,7 +192,7 @@ class Exchange:
                 "step": exchange.step,
                 "names": list(exchange.parameters),
                 "own": exchange.own.clone(),
-                "received": [payload.clone() for payload in exchange.received],
+                "received": exchange.received,
             }
         return state
 
@@ -201,7 +203,8 @@ class Exchange:
             ValueError: if what was in flight does not fit this replica's parameters.
             PartnerLost, RunStopped: as :meth:`end`.
         """
-        self._give_up()
+        self.arrive()
+        self._in_flight = None
         self._transport.rewind()
         self.step = int(state["step"])
         self.stats = ExchangeStats(**state["stats"])
@@ -228,13 +231,6 @@ class Exchange:
         self._in_flight = None
         self._snapshots.clear()
         self._transport.close()
-
-    def _give_up(self) -> None:
-        """Drop what is in flight, so that partners know that this rank needs their snapshots no more."""
-        self.arrive()
-        exchange, self._in_flight = self._in_flight, None
-        if exchange is not None and exchange.posted is not None:
-            exchange.posted.release()
 
     def _transfers(self) -> Transfers:
         """Return this rank's transfers in the present step.
@@ -297,9 +293,18 @@ class Exchange:
             self._scratch[dtype] = torch.empty(CHUNK, dtype=dtype)
         return self._scratch[dtype]
 
+    def _receive(self) -> None:
+        """Wait until what is in flight has arrived."""
+        if (exchange := self._in_flight) is None or exchange.posted is None:
+            return
+        start = time.perf_counter()
+        arrived = exchange.posted.wait()
+        exchange.received = [arrived[partner].to(exchange.own.device) for partner in sorted(arrived)]
+        self.stats.wait_seconds += time.perf_counter() - start
+
     @torch.no_grad()
     def _apply(self) -> None:
-        self.arrive()
+        self._receive()
         exchange, self._in_flight = self._in_flight, None
         if exchange is None:
             return

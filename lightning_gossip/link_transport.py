@@ -114,7 +114,7 @@ class LinkTransport(Transport):
         self._rewound += 1
 
     def reset(self, generation: int) -> None:
-        """See :meth:`Transport.reset`; who still reads a slot goes on reading."""
+        """See :meth:`Transport.reset`."""
         self._left.clear()
         self._lanes.clear()
         self._links.reset(generation)

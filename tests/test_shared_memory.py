@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Rank, run_ranks
+from ranks import Rank, Script, run_ranks
 from torch import nn
 
 from lightning_gossip.link import Header, Kind, Link
@@ -136,23 +136,9 @@ def test_a_run_leaves_no_memory_behind() -> None:
     assert descriptors() == before
 
 
-class Script:
-    """Choices by heart: step to pairs."""
-
-    def __init__(self, *pairs: tuple[int, int]) -> None:
-        self.pairs = pairs
-
-    def choices(self, step: int, world_size: int) -> list[int]:
-        choices = [-1] * world_size
-        if step <= len(self.pairs):
-            a, b = self.pairs[step - 1]
-            choices[a], choices[b] = b, a
-        return choices
-
-
 def test_slow_readers_find_the_snapshot_as_it_was_and_the_owner_waits_for_them() -> None:
     """Ranks 1 and 2 read rank 0's first two snapshots late: there is no room for a third before one has read."""
-    script = Schedule(Script((0, 1), (0, 2), (0, 3)))
+    script = Schedule(Script({1: (0, 1), 2: (0, 2), 3: (0, 3)}))
     go_on, begun, was_set = threading.Event(), threading.Event(), []
 
     def body(rank: Rank) -> Any:
@@ -183,7 +169,7 @@ def test_slow_readers_find_the_snapshot_as_it_was_and_the_owner_waits_for_them()
 
 
 def test_who_never_reads_is_named() -> None:
-    script = Schedule(Script((0, 1), (0, 2), (0, 3)))
+    script = Schedule(Script({1: (0, 1), 2: (0, 2), 3: (0, 3)}))
     over = threading.Event()
 
     def body(rank: Rank) -> None:
