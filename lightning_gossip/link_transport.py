@@ -73,7 +73,9 @@ class LinkTransport(Transport):
         limit = self._control.timeout.total_seconds()
         slot = self._control.poll(outbox.free_slot, time.monotonic() + limit, _GLANCE)
         if slot is None:
-            reader, when = next(iter(outbox.readers(0).items()))
+            if not (readers := outbox.readers(0)):
+                return 0  # they have finished just now
+            reader, when = next(iter(readers.items()))
             why = f"it did not read this rank's snapshot of that step for {limit:g} s"
             raise _lost(self._control.rank, reader, step_of(when), why)
         return slot
