@@ -36,7 +36,7 @@ class ExchangeStats:
         bytes_sent: bytes of payload sent.
         wait_seconds: that training waited for payloads in the last step.
         mix_seconds: that snapshots and mixing took in the last step.
-        partner: smallest rank exchanged with in the last step, -1 for none.
+        partner: smallest rank exchanged with in the exchange applied in the last step, -1 for none.
         partner_distance: ‖s_i − s_k‖ / ‖s_i‖ of the exchange applied in the last step, mean over its partners; None
             where there was none, or :attr:`Exchange.measure` was off.
     """
@@ -60,6 +60,7 @@ class _InFlight:
         own: this rank's snapshot, 1-D, uint8.
         posted: the transfers; None where what arrived is this rank's own: copied, or from a checkpoint.
         received: what arrived, in ascending rank, shaped as ``own``; None while it is on the wire.
+        partner: smallest rank exchanged with, -1 for none; known once it arrived.
     """
 
     step: int
@@ -68,6 +69,7 @@ class _InFlight:
     own: Tensor
     posted: Posted | None
     received: list[Tensor] | None = None
+    partner: int = -1
 
 
 class Exchange:
@@ -190,6 +192,7 @@ class Exchange:
         if (exchange := self._in_flight) is not None and exchange.received:
             state["in_flight"] = {
                 "step": exchange.step,
+                "partner": exchange.partner,
                 "names": list(exchange.parameters),
                 "own": exchange.own.clone(),
                 "received": exchange.received,
@@ -224,7 +227,8 @@ class Exchange:
                 )
         device = next(iter(travelling.values())).device
         own, *received = (payload.to(device) for payload in (saved["own"], *saved["received"]))
-        self._in_flight = _InFlight(int(saved["step"]), travelling, layout, own, posted=None, received=received)
+        partner = int(saved.get("partner", -1))
+        self._in_flight = _InFlight(int(saved["step"]), travelling, layout, own, None, received, partner)
 
     def close(self) -> None:
         """Give up what is in flight and release the transport."""
@@ -260,8 +264,6 @@ class Exchange:
         header = Header(Kind.SNAPSHOT, self.step, layout.nbytes, layout.fingerprint)
         posted = self._transport.post(header, transfers.send_to, transfers.receive_from)
         self._in_flight = _InFlight(self.step, travelling, layout, own, posted)
-        self.stats.bytes_sent += len(transfers.send_to) * layout.nbytes
-        self.stats.partner = min(transfers.send_to + transfers.receive_from)
         self.stats.wait_seconds += ready - start
         self.stats.mix_seconds += time.perf_counter() - ready
 
@@ -298,8 +300,10 @@ class Exchange:
         if (exchange := self._in_flight) is None or exchange.posted is None:
             return
         start = time.perf_counter()
-        arrived = exchange.posted.wait()
-        exchange.received = [arrived[partner].to(exchange.own.device) for partner in sorted(arrived)]
+        done = exchange.posted.wait()
+        exchange.received = [done.received[partner].to(exchange.own.device) for partner in sorted(done.received)]
+        exchange.partner = min({*done.received, *done.sent_to}, default=-1)
+        self.stats.bytes_sent += len(done.sent_to) * exchange.layout.nbytes
         self.stats.wait_seconds += time.perf_counter() - start
 
     @torch.no_grad()
@@ -309,6 +313,7 @@ class Exchange:
         if exchange is None:
             return
         start = time.perf_counter()
+        self.stats.partner = exchange.partner
         layout, received = exchange.layout, exchange.received
         if received and self.measure:
             self.stats.partner_distance = _mean_distance(

@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning_gossip.control import LOOK, Control, RunStopped
 from lightning_gossip.link import Header, Kind, Link, LinkError, Links
 from lightning_gossip.shared_memory import ADDRESS_BYTES, AVAILABLE, Address, Inbox, Outbox, moment, step_of
-from lightning_gossip.transport import PartnerLost, Posted, Rooms, Transport
+from lightning_gossip.transport import PartnerLost, Posted, Rooms, Transferred, Transport
 
 _GLOO_DECORATION = re.compile(r"^\[\S+\.cc:\d+\] |This is typically caused by.*$")  # leaves what happened, and where
 
@@ -226,7 +226,7 @@ class _PostedOnLinks(Posted):
             if transfer.job is not None:
                 transfer.job.add_done_callback(lambda _: self._changed.set())
 
-    def wait(self) -> Mapping[int, Tensor]:
+    def wait(self) -> Transferred:
         received: dict[int, Tensor] = {}
         deadline = time.monotonic() + self._control.timeout.total_seconds()
         try:
@@ -241,7 +241,7 @@ class _PostedOnLinks(Posted):
             if (lost := stopped.stop.lost) in self._transfers:
                 raise self._lost(lost, stopped.stop.cause) from stopped
             raise
-        return received
+        return Transferred(received, [partner for partner, transfer in self._transfers.items() if transfer.sends])
 
     def release(self) -> None:
         for inbox in self._inboxes:
