@@ -194,6 +194,7 @@ class Exchange:
                 "step": exchange.step,
                 "partner": exchange.partner,
                 "names": list(exchange.parameters),
+                "layout": exchange.layout.fingerprint,
                 "own": exchange.own.clone(),
                 "received": exchange.received,
             }
@@ -219,12 +220,12 @@ class Exchange:
             raise ValueError(f"an exchange was in flight for parameters that this model does not have: {missing}")
         travelling = {name: parameters[name] for name in saved["names"]}
         layout = self._layout_of(travelling)
-        for payload in (saved["own"], *saved["received"]):
-            if payload.numel() != layout.nbytes:
-                raise ValueError(
-                    f"an exchange was in flight with {payload.numel()} bytes, but this model's parameters take"
-                    f" {layout.nbytes}; `wire_dtype` has to be as it was"
-                )
+        # files from before the layout was saved tell the size alone
+        if saved.get("layout", layout.fingerprint) != layout.fingerprint or saved["own"].numel() != layout.nbytes:
+            raise ValueError(
+                f"an exchange of {saved['own'].numel()} bytes was in flight, which are not laid out as this model's"
+                f" {layout.nbytes} are: `wire_dtype`, `precision` and the parameters' shapes have to be as they were"
+            )
         device = next(iter(travelling.values())).device
         own, *received = (payload.to(device) for payload in (saved["own"], *saved["received"]))
         partner = int(saved.get("partner", -1))
