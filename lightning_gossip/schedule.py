@@ -228,7 +228,10 @@ def peer_probabilities(seed: int, world_size: int, penalty: float) -> NDArray[np
     """
     positions = np.random.Generator(np.random.Philox(key=seed)).random((world_size, 2))
     distances = np.linalg.norm(positions[:, None] - positions[None], axis=2)
-    weights = (distances + 1e-5) ** -penalty
+    reach = distances + 1e-5
+    np.fill_diagonal(reach, np.inf)
+    # relative to the nearest rank's: a large penalty can not overflow
+    weights = (reach.min(axis=1, keepdims=True) / reach) ** penalty
     np.fill_diagonal(weights, 0.0)
     return weights / weights.sum(axis=1, keepdims=True)
 

@@ -69,6 +69,41 @@ def test_weights_follow_the_penalty() -> None:
     np.testing.assert_allclose(strong.sum(axis=1), 1)
 
 
+def written_out(seed: int, n: int, penalty: float) -> np.ndarray:
+    """The weights 1 / (d + 1e-5)^penalty, as they stand."""
+    positions = np.random.Generator(np.random.Philox(key=seed)).random((n, 2))
+    weights = (np.linalg.norm(positions[:, None] - positions[None], axis=2) + 1e-5) ** -penalty
+    np.fill_diagonal(weights, 0)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.5, 1.0, 2.5, 8.0])
+def test_weights_of_ordinary_penalties_choose_as_written_out(penalty: float) -> None:
+    n, seed, count = 9, 4, 2000
+    expected = written_out(seed, n, penalty)
+    np.testing.assert_allclose(peer_probabilities(seed, n, penalty), expected, rtol=1e-13)
+    choices = rounds(Schedule(WeightedPeers(penalty), seed=seed), n, count)
+    for step in range(1, count + 1):
+        picks = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, step, 0])).random((2, n))[1]
+        rows = zip(np.cumsum(expected, axis=1), picks, strict=True)
+        chosen = [np.searchsorted(row, pick * row[-1], "right") for row, pick in rows]
+        assert choices[step - 1].tolist() == chosen
+
+
+@pytest.mark.parametrize("penalty", [70.0, 1e4, 1e308])
+@pytest.mark.filterwarnings("error")
+def test_a_large_penalty_chooses_the_nearest(penalty: float) -> None:
+    n, seed = 12, 3
+    probabilities = peer_probabilities(seed, n, penalty)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1)
+    assert (np.diag(probabilities) == 0).all()
+    choices = rounds(Schedule(WeightedPeers(penalty), seed=seed), n, 50)
+    assert (choices != np.arange(n)).all()
+    if penalty > 100:
+        assert (choices == probabilities.argmax(axis=1)).all()
+        assert (probabilities.argmax(axis=1) == written_out(seed, n, 1.0).argmax(axis=1)).all()
+
+
 @pytest.mark.parametrize("peers", SELECTORS)
 def test_everybody_computes_the_same_and_a_resume_continues(peers: str) -> None:
     unbroken = rounds(Schedule(peers, 0.7, seed=9), 4, 40)
