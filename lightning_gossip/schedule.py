@@ -157,9 +157,9 @@ class Schedule:
         self.period = check_integer("period", period, low=1)
         self.probability = check_number("probability", probability, low=0, high=1, open_low=True)
         self.seed = check_integer("seed", seed, low=0, high=2**63 - 1)
-        if isinstance(peers, str) or not isinstance(peers, (Peers, Chooser)):
-            check_choice("peers", peers, SELECTORS, otherwise="an object with `choices(step, world_size)`")
-            peers = SELECTORS[peers]()
+        if isinstance(peers, (str, type)) or not isinstance(peers, (Peers, Chooser)):
+            name = check_choice("peers", peers, SELECTORS, otherwise="an object with `choices(step, world_size)`")
+            peers = SELECTORS[name]()
         if not isinstance(peers, Peers) and probability != 1:
             raise ValueError(
                 f"`probability` must be 1.0 where `peers` is an object of yours (it tosses its own coins),"

@@ -162,6 +162,8 @@ def test_peers_of_ones_own_are_checked(choices: Any) -> None:
     [
         ({"peers": "nearest"}, "`peers` must be one of 'matching', .* got 'nearest'"),
         ({"peers": 3}, "`peers` must be one of"),
+        ({"peers": Given}, r"`peers` must be one of .* or an object with `choices\(.*\)`; got <class '.*Given'>"),
+        ({"peers": WeightedPeers}, "`peers` must be one of .* got <class '.*WeightedPeers'>"),
         ({"probability": 0.0}, r"`probability` must be a number in \(0, 1\], got 0.0"),
         ({"probability": 1.5}, "`probability`"),
         ({"probability": float("nan")}, "`probability`"),
