@@ -205,4 +205,32 @@ def test_stability_limit_equals_its_definition() -> None:
     assert stability_limit(Schedule("uniform"), 32) == pytest.approx(0.58, abs=0.01)
     assert stability_limit(Schedule("matching"), 4) == 1.0
     for peers, world_size in itertools.product(("uniform", "weighted", "ring"), (2, 3, 64)):
-        assert stability_limit(Schedule(peers), world_size) > 0.5, "one half is always stable"
+        assert stability_limit(Schedule(peers), world_size) > 0.5, "one half is stable on all that have a name"
+
+
+class Table:
+    """Everybody chooses rank 0, in so many rounds."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds, self.asked = rounds, 0
+
+    def choices(self, step: int, world_size: int) -> list[int]:
+        self.asked += 1
+        return ([[1, *[0] * (world_size - 1)]] * self.rounds)[step - 1]
+
+
+@pytest.mark.parametrize(("rounds", "asked"), [(3, 4), (10_000, 64)])
+def test_stability_limit_of_peers_of_ones_own_asks_few_rounds(rounds: int, asked: int) -> None:
+    """The star among n: d = n − 1 once and 1 else, so 2 · 2 (n − 1) / ((n − 1) n + 2 (n − 1)) = 4 / (n + 2)."""
+    for n in (3, 8):
+        table = Table(rounds)
+        assert stability_limit(Schedule(table), n) == pytest.approx(4 / (n + 2))
+        assert table.asked == asked
+
+
+def test_an_error_of_peers_of_ones_own_is_not_hidden() -> None:
+    assert stability_limit(Schedule(Table(0)), 4) == 1.0, "nothing is known"
+    with pytest.raises(IndexError):
+        Schedule(Table(0)).choices(1, 4)
+    with pytest.raises(ValueError, match=r"`peers.choices` of Given"):
+        stability_limit(Schedule(Given([7, 7, 7, 7])), 4)
