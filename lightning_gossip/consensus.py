@@ -174,8 +174,10 @@ def squares_to(flat: Tensor, consensus: Tensor) -> Tensor:
 
 
 def _squares(chunk: Tensor, consensus: Tensor) -> Tensor:
-    difference = torch.where(chunk == consensus, 0, chunk - consensus)
-    return torch.stack([torch.linalg.vector_norm(x.double()).cpu() ** 2 for x in (difference, consensus)])
+    wide = torch.promote_types(chunk.dtype, torch.float32)
+    own, mean = (torch.view_as_real(x.to(wide)) if wide.is_complex else x.to(wide) for x in (chunk, consensus))
+    difference = torch.where(own == mean, 0, own - mean)
+    return torch.stack([torch.linalg.vector_norm(x.double()).cpu() ** 2 for x in (difference, mean)])
 
 
 def _collective_device(like: Tensor) -> torch.device:

@@ -469,6 +469,33 @@ def test_an_unstable_alpha_is_warned_of(tmp_path: Path, alpha: float, warns: boo
     assert not warns or "alpha=0.9 exceeds 0.68, the stability limit" in warned.read_text()
 
 
+class Star:
+    """Everybody chooses rank 0, in ten rounds."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def choices(self, step: int, world_size: int) -> list[int]:
+        self.asked += 1
+        return [[1, *[0] * (world_size - 1)] for _ in range(10)][step - 1]
+
+
+@pytest.mark.parametrize(("alpha", "asked", "warns"), [(0.5, 11, True), (0.35, 11, False), (0.25, 0, False)])
+def test_peers_of_ones_own_are_asked_ahead_only_where_it_matters(
+    alpha: float, asked: int, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(elastic_gossip, "rank_zero_warn", warned.append)
+    monkeypatch.setattr(ElasticGossipStrategy, "world_size", 8)
+    star = Star()
+    ElasticGossipStrategy(alpha=alpha, peers=star)._warn_if_unstable()
+    assert star.asked == asked
+    assert len(warned) == warns
+    if warns:
+        assert warned[0].startswith("alpha=0.5 exceeds 0.40, the stability limit of this schedule among 8 ranks")
+        assert warned[0].endswith("Take an alpha below it.")
+
+
 class Different(Linear):
     """Rank 1 has another shape, dtype or name."""
 
