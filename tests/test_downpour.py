@@ -337,7 +337,7 @@ def test_a_resumed_run_loses_nothing_and_on_another_world_size_begins_from_the_s
         assert (rank["start_step"], rank["step"]) == (12, 24), "Lightning forgets the epochs done when the finder runs"
         assert_equal(rank["state"], after(4))
 
-    ranks, _ = train(tmp_path / "other", 3, path, devices=3, warmup_steps=100)
+    ranks, _ = train(tmp_path / "other", 3, path, devices=3, n_push=100, warmup_steps=100)
     for rank in ranks:
         assert rank["start_step"] == 12
         assert all(torch.equal(rank["start"][name], value) for name, value in saved.items())
