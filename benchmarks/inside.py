@@ -44,7 +44,7 @@ class PartsMeter(Meter):
         for owner, method in (
             (FlatBuffer, "pack"),
             (Exchange, "_post"),
-            (Exchange, "arrive"),
+            (Exchange, "_receive"),
             (Exchange, "_apply"),
             (_AutomaticOptimization, "run"),
         ):
@@ -108,8 +108,8 @@ class PartsMeter(Meter):
         parts = {
             "snapshot_ms": seen["pack"],
             "post_ms": seen["_post"] - seen["pack"] - seen["room"],
-            "wait_ms": seen["arrive"] + seen["room"],
-            "mix_ms": seen["_apply"] - seen["arrive"],
+            "wait_ms": seen["_receive"] + seen["room"],
+            "mix_ms": seen["_apply"] - seen["_receive"],
             "python_ms": sum(added for added, _ in self._counted) - seen["_post"] - seen["_apply"],
         }
         values = {name: 1e3 * seconds / steps for name, seconds in parts.items()}

@@ -69,7 +69,7 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
     )
     add = parser.add_argument_group("results").add_argument
     add("--log-dir", default="logs", help="folder of the TensorBoard event files and checkpoints")
-    add("--run-id", default=None, help="name of the run's folder; version_<n> by default")
+    add("--run-id", default=None, help="name of the run's folder, a new one without --resume; None: version_<n>")
     add("--log-every", type=int, default=50, help="steps from one logged loss, and measured exchange, to the next")
     add("--resume", action="store_true", help="continue the run named by --run-id from its last epoch, if it has one")
     add("--summary", type=Path, metavar="FILE.json", help="write accuracies, seconds and bytes to this file")
@@ -131,6 +131,22 @@ def downpour_lr(lr: float, n_push: int) -> float:
     if n_push < 1:
         raise ValueError(f"--n-push must be at least 1, got {n_push}")
     return lr / n_push
+
+
+def sgd_by_strategy(usual: tuple[float, float], downpour: tuple[float, float]) -> Callable[[argparse.Namespace], None]:
+    """Return what fills in ``--lr`` and ``--momentum`` where they are left out; it raises as :func:`downpour_lr`.
+
+    Args:
+        usual: both, under any other strategy.
+        downpour: both, of the single process; see :func:`downpour_lr`.
+    """
+
+    def fill_in(args: argparse.Namespace) -> None:
+        lr, momentum = (downpour_lr(downpour[0], args.n_push), downpour[1]) if args.strategy == "downpour" else usual
+        args.lr = lr if args.lr is None else args.lr
+        args.momentum = momentum if args.momentum is None else args.momentum
+
+    return fill_in
 
 
 def check(args: argparse.Namespace) -> None:

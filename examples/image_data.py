@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -137,12 +137,12 @@ def _decoded(source: Source, folder: Path) -> tuple[Labelled, Labelled]:
     if not all((folder / part).is_dir() for part in ("train", "test")):
         raise DataNotFoundError(_not_found(source, folder))
     files = {part: list(_images(folder / part)) for part in ("train", "test")}
-    state = f"{[(part, len(found), max((t for *_, t in found), default=0)) for part, found in files.items()]}"
+    state = _state(files)
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     cache = CACHE / f"{source.name}-{key}.pt"
     if cache.exists() and (saved := torch.load(cache, mmap=True, weights_only=True))["state"] == state:
         return Labelled(*saved["train"]), Labelled(*saved["test"])
-    classes = {part: sorted({name for name, *_ in found}) for part, found in files.items()}
+    classes = {part: sorted({file.label for file in found}) for part, found in files.items()}
     if not classes["train"] or classes["train"] != classes["test"]:
         raise DataNotFoundError(
             f"{folder}/train and {folder}/test must hold images of the same classes; found {classes['train']} and"
@@ -153,19 +153,36 @@ def _decoded(source: Source, folder: Path) -> tuple[Labelled, Labelled]:
     return decoded["train"], decoded["test"]
 
 
-def _images(folder: Path) -> Iterator[tuple[str, str, int]]:
-    """Yield class, path and time of change (ns) of each file."""
+class ImageFile(NamedTuple):
+    """A file of an image folder: its class, name, path, size in bytes and time of change in ns."""
+
+    label: str
+    name: str
+    path: str
+    size: int
+    changed: int
+
+
+def _images(folder: Path) -> Iterator[ImageFile]:
+    """Yield the files of all classes, in order."""
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         if entry.is_dir():
             for file in sorted(os.scandir(entry.path), key=lambda e: e.name):
                 if file.is_file() and not file.name.startswith("."):
-                    yield entry.name, file.path, file.stat().st_mtime_ns
+                    stat = file.stat()
+                    yield ImageFile(entry.name, file.name, file.path, stat.st_size, stat.st_mtime_ns)
 
 
-def _decode(files: list[tuple[str, str, int]], classes: list[str], mode: str) -> Labelled:
+def _state(files: dict[str, list[ImageFile]]) -> str:
+    """Return a digest that changes with any file's part, class, name, size or time of change."""
+    listed = [(part, [(f.label, f.name, f.size, f.changed) for f in found]) for part, found in files.items()]
+    return hashlib.sha256(repr(listed).encode()).hexdigest()
+
+
+def _decode(files: list[ImageFile], classes: list[str], mode: str) -> Labelled:
     print(f"Decoding {len(files):,} images, once; the pixels are kept in {CACHE}", flush=True)
     pixels: Tensor | None = None
-    for i, (_, path, _) in enumerate(files):
+    for i, path in enumerate(file.path for file in files):
         try:
             with Image.open(path) as opened:
                 image = torch.from_numpy(np.array(opened.convert(mode)))  # (height, width), or with channels at the end
@@ -183,7 +200,7 @@ def _decode(files: list[tuple[str, str, int]], classes: list[str], mode: str) ->
     if pixels is None:
         raise DataNotFoundError("there are no images")
     number = {name: i for i, name in enumerate(classes)}
-    return Labelled(pixels, torch.tensor([number[name] for name, *_ in files]))
+    return Labelled(pixels, torch.tensor([number[file.label] for file in files]))
 
 
 def _save_atomically(content: dict[str, Any], path: Path) -> None:

@@ -8,23 +8,14 @@ and 0.1 divided by --n-push, as in the DistBelief project.
 
 from __future__ import annotations
 
-import argparse
-
 import lightning.pytorch as pl
 from classifier import Classifier
-from command_line import add_image_options, downpour_lr, make_parser, parse
+from command_line import add_image_options, make_parser, parse, sgd_by_strategy
 from image_data import ImageData
 from models import mlp
 from training import train_and_test
 
-
-def default_to_strategy(args: argparse.Namespace) -> None:
-    """Fill in the options left out, by strategy; raise ``ValueError`` for a bad --n-push."""
-    downpour = args.strategy == "downpour"
-    if args.lr is None:
-        args.lr = downpour_lr(0.1, args.n_push) if downpour else 0.001
-    if args.momentum is None:
-        args.momentum = 0.0 if downpour else 0.99
+default_to_strategy = sgd_by_strategy(usual=(0.001, 0.99), downpour=(0.1, 0.0))
 
 
 def main() -> None:

@@ -10,13 +10,14 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch.distributed as dist
 from command_line import NO_REPLICAS
 from image_data import DataNotFoundError
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
@@ -32,16 +33,17 @@ CHECKPOINT = "last"
 class Costs(Callback):
     """Seconds of training on this rank, validations and checkpoints included, and bytes that it sent.
 
-    Both are summed over the parts of a resumed run. Bytes are of payload: those that gossip or a worker of Downpour
-    counts; for all-reduce they are computed, as a ring sends 2 N (n − 1) / n in each step, N the bytes of all
-    gradients and n the number of ranks.
+    Both are summed over the parts of a run that is resumed on as many ranks. Bytes are of payload: those that gossip or
+    a worker of Downpour counts; for all-reduce they are computed, as a ring sends 2 N (n − 1) / n in each step, N the
+    bytes of all gradients and n the number of ranks. Of a run that is resumed at its end both are those of its
+    checkpoint: what follows it, such as a worker's last push, is not in them.
     """
 
     def __init__(self, strategy: str) -> None:
         self._strategy = strategy
         self._begin: float | None = None
         self._seconds = 0.0  # of the parts before
-        self._stats: Any = None
+        self._stats: Any = None  # they outlive the strategy's connections
         self.bytes_sent = 0
 
     @property
@@ -54,13 +56,21 @@ class Costs(Callback):
         self._begin = time.perf_counter()
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seconds, self._begin = self.seconds, None
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count before the epoch's checkpoint is saved."""
         exchange = getattr(trainer.strategy, "exchange", None)
         self._stats = exchange.stats if exchange is not None else getattr(trainer.strategy, "downpour_stats", None)
+        self._count_bytes(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seconds, self._begin = self.seconds, None
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._count_bytes(trainer, pl_module)
+
+    def _count_bytes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._stats is not None:
             self.bytes_sent = self._stats.bytes_sent
         elif self._strategy == "all-reduce":
@@ -70,11 +80,12 @@ class Costs(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds}
+        return {"seconds": self.seconds, "bytes_sent": self.bytes_sent}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds = state_dict["seconds"]
+        self.bytes_sent = state_dict.get("bytes_sent", 0)  # older checkpoints have none
 
 
 class EpochLines(Callback):
@@ -102,16 +113,19 @@ def train_and_test(
     warnings.filterwarnings("ignore", message=".*sync_dist=True")  # each replica's metrics are its own
     prepare_before_launch(data)
     logger = RankTensorBoardLogger(args.log_dir, name=name, version=args.run_id)
+    last = checkpoint_to_resume(args, logger)
     costs = Costs(args.strategy)
     trainer = make_trainer(args, logger, costs)
-    last = Path(args.log_dir, name, args.run_id or "", "checkpoints", f"{CHECKPOINT}.ckpt")
-    trainer.fit(model, data, ckpt_path=last if args.resume and last.exists() else None)
+    trainer.fit(model, data, ckpt_path=last)
     [tested] = trainer.test(model, data, verbose=False)
     accuracies = gather(tested["test_accuracy"], trainer.world_size)
     bytes_sent = gather(costs.bytes_sent, trainer.world_size)
     if isinstance(trainer.strategy, ReplicaStrategy):
         trainer.strategy.adopt_consensus()
+        trainer.logger = None  # the replicas' values stand under the module's own tags
         [tested] = trainer.test(model, data, verbose=False)
+        logger.log_metrics({f"consensus/{tag}": value for tag, value in tested.items()}, step=trainer.global_step)
+        logger.finalize("success")
     if not trainer.is_global_zero:
         return
     summary = {
@@ -134,6 +148,24 @@ def train_and_test(
     print(f"Curves of every rank: tensorboard --logdir {shlex.quote(logger.log_dir)}")
     if args.summary is not None:
         write_summary(args.summary, summary)
+
+
+def checkpoint_to_resume(args: argparse.Namespace, logger: RankTensorBoardLogger) -> Path | None:
+    """Return the last checkpoint of the run to go on with, None to begin one.
+
+    Ends with a message and status 2 where a run would begin in the folder of another.
+    """
+    if args.run_id is None:
+        return None
+    folder = Path(logger.save_dir, logger.name, args.run_id)
+    last = folder / "checkpoints" / f"{CHECKPOINT}.ckpt"
+    if args.resume and last.exists():
+        return last
+    if args.resume:
+        rank_zero_only(print)(f"Nothing to resume: there is no {last}. Run {args.run_id} begins anew.", flush=True)
+    elif folder.is_dir() and any(folder.iterdir()):
+        end_with(f"there is a run {args.run_id} in {folder}: go on with it by --resume, or give another --run-id")
+    return None
 
 
 def make_trainer(args: argparse.Namespace, logger: RankTensorBoardLogger, costs: Costs) -> pl.Trainer:
@@ -171,8 +203,13 @@ def prepare_before_launch(data: pl.LightningDataModule) -> None:
             data.prepare_data()
             data.setup("fit")
         except (DataNotFoundError, ValueError) as error:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-            sys.exit(2)
+            end_with(error)
+
+
+def end_with(error: object) -> NoReturn:
+    """End with a message and status 2, as for options that do not fit together."""
+    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def gather(value: float, world_size: int) -> list[float]:

@@ -41,7 +41,7 @@ class GossipMonitor(Callback):
     ``gossip/bytes_sent``          bytes of payload sent since the start
     ``gossip/wait_seconds``        seconds a step that training waited, mean since they were logged last
     ``gossip/mix_seconds``         seconds a step that snapshots and mixing took, likewise
-    ``gossip/partner``             rank exchanged with in the logged step, the smallest of several, -1 for none
+    ``gossip/partner``             rank in the exchange applied in the logged step, the smallest of several, -1 for none
     =============================  =====================================================================================
 
     Under a parameter server: ``downpour/pushes``, ``downpour/pulls``, ``downpour/bytes_sent``,

@@ -15,12 +15,13 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
@@ -45,10 +46,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
-        if storage_options is not None or not isinstance(get_filesystem(path), LocalFileSystem):
+        target = _local_path(path)
+        if storage_options is not None or target is None:
             super().save_checkpoint(checkpoint, path, storage_options)  # remote ones write whole objects
             return
-        target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.tmp")  # always the same name: the next save overwrites it
         try:
@@ -62,14 +63,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise
 
 
+def _local_path(path: _PATH) -> Path | None:
+    """Return a local ``path`` with ``~`` and ``file://`` resolved, as Lightning does; None for a remote one."""
+    filesystem, name = url_to_fs(str(path))
+    return Path(name) if isinstance(filesystem, LocalFileSystem) else None
+
+
 def is_wrapper(checkpoint_io: CheckpointIO) -> TypeGuard[_WrappingCheckpointIO]:
     """Whether ``checkpoint_io`` adds something to another one."""
     return isinstance(checkpoint_io, _WrappingCheckpointIO)
-
-
-def is_async(checkpoint_io: CheckpointIO) -> bool:
-    """Whether ``save_checkpoint`` may return before the file is there."""
-    return isinstance(checkpoint_io, AsyncCheckpointIO)
 
 
 def synchronous(checkpoint_io: CheckpointIO) -> CheckpointIO:
@@ -91,7 +93,8 @@ def replica_path(path: _PATH, save_id: str, rank: int) -> str:
 
 def followed(path: _PATH) -> str:
     """Return ``path`` with symbolic links followed, where it is a local one: replica files lie beside the target."""
-    return os.path.realpath(path) if isinstance(get_filesystem(path), LocalFileSystem) else str(path)
+    local = _local_path(path)
+    return str(path) if local is None else os.path.realpath(local)
 
 
 def load_replica(
@@ -127,14 +130,30 @@ def load_replica(
     return dict(loaded)
 
 
-def remove_other_saves(checkpoint_io: CheckpointIO, path: _PATH, keep: set[str]) -> None:
-    """Remove the replica files of saves to ``path`` that are not to be kept, those of interrupted saves among them."""
+def exists(path: _PATH) -> bool:
+    """Whether there is a file or folder of that name."""
+    return bool(get_filesystem(path).exists(str(path)))
+
+
+def other_saves(path: _PATH, save_id: str) -> list[str]:
+    """Return the ids of all other saves to ``path`` whose replica files are there, interrupted ones among them."""
     folder = replica_folder(path)
-    filesystem = get_filesystem(folder)
-    if filesystem.exists(folder):
-        for entry in filesystem.ls(folder, detail=False):
-            if os.path.basename(str(entry).rstrip("/")) not in keep:
-                checkpoint_io.remove_checkpoint(f"{folder}/{os.path.basename(str(entry).rstrip('/'))}")
+    if not exists(folder):
+        return []
+    names = (os.path.basename(str(entry).rstrip("/")) for entry in get_filesystem(folder).ls(folder, detail=False))
+    return [name for name in names if name != save_id]
+
+
+def remove_saves(checkpoint_io: CheckpointIO, path: _PATH, save_ids: Iterable[str]) -> None:
+    """Remove the replica files of these saves to ``path``, as far as they are still there."""
+    for save_id in save_ids:
+        remove(checkpoint_io, f"{replica_folder(path)}/{save_id}")
+
+
+def remove(checkpoint_io: CheckpointIO, path: _PATH) -> None:
+    """Remove a file or folder that another process may be removing too."""
+    with contextlib.suppress(FileNotFoundError):
+        checkpoint_io.remove_checkpoint(path)
 
 
 def remove_save(checkpoint_io: CheckpointIO, path: _PATH, save_id: str) -> None:
@@ -143,10 +162,10 @@ def remove_save(checkpoint_io: CheckpointIO, path: _PATH, save_id: str) -> None:
     with contextlib.suppress(Exception):  # there is no readable checkpoint, so it names nothing
         if checkpoint_io.load_checkpoint(path, weights_only=True)[KEY]["save_id"] == save_id:
             return
-    checkpoint_io.remove_checkpoint(f"{folder}/{save_id}")
-    if isinstance(get_filesystem(folder), LocalFileSystem):
+    remove(checkpoint_io, f"{folder}/{save_id}")
+    if (local := _local_path(folder)) is not None:
         with contextlib.suppress(OSError):  # there, and empty
-            os.rmdir(folder)
+            local.rmdir()
 
 
 def rng_state() -> dict[str, Any]:

@@ -28,6 +28,7 @@ class Consensus:
         self._module = module
         self._world_size = world_size
         self._replica: _Copy | None = None
+        self._entered: dict[str, Tensor] = {}  # the consensus model's buffers when the window began
 
     @property
     def holds(self) -> bool:
@@ -41,7 +42,9 @@ class Consensus:
     def enter(self) -> float:
         """Make the module the consensus model until :meth:`leave`; return the consensus distance."""
         self._replica = _Copy(self._module)
-        return self._average(_Copy(self._module))
+        distance = self._average(_Copy(self._module))
+        self._entered = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
+        return distance
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -50,17 +53,30 @@ class Consensus:
             yield
             return
         consensus = _Copy(self._module)
-        self._replica.restore()
+        self._put_back(self._replica)
         try:
             yield
         finally:
             consensus.restore()
 
     def leave(self) -> None:
-        """Give the module its replica back; not a collective, and harmless outside the window."""
+        """Give the module its replica back, but for buffers that were changed within the window.
+
+        Not a collective, and harmless outside the window.
+        """
         if self._replica is not None:
-            self._replica.restore()
-            self._replica = None
+            self._put_back(self._replica)
+            self._replica, self._entered = None, {}
+
+    def _put_back(self, replica: _Copy) -> None:
+        changed = {
+            name: buffer.clone()
+            for name, buffer in self._module.named_buffers()
+            if name in self._entered and not _same(buffer, self._entered[name])
+        }
+        replica.restore()
+        for name, value in changed.items():
+            self._module.get_buffer(name).data.copy_(value)
 
     def _average(self, copy: _Copy) -> float:
         distance, norm = self._build(copy.parameters).tolist()
@@ -145,6 +161,11 @@ def _average_(flat: Tensor, world_size: int) -> Tensor:
     return squares
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one dtype are alike bit for bit, NaN included."""
+    return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)))
+
+
 @torch.no_grad()
 def squares_to(flat: Tensor, consensus: Tensor) -> Tensor:
     """Return ‖x_i − x̃‖² and ‖x̃‖², shape (2,), float64, of ``flat`` and ``consensus`` (both 1-D)."""
@@ -153,8 +174,10 @@ def squares_to(flat: Tensor, consensus: Tensor) -> Tensor:
 
 
 def _squares(chunk: Tensor, consensus: Tensor) -> Tensor:
-    difference = torch.where(chunk == consensus, 0, chunk - consensus)
-    return torch.stack([torch.linalg.vector_norm(x.double()).cpu() ** 2 for x in (difference, consensus)])
+    wide = torch.promote_types(chunk.dtype, torch.float32)
+    own, mean = (torch.view_as_real(x.to(wide)) if wide.is_complex else x.to(wide) for x in (chunk, consensus))
+    difference = torch.where(own == mean, 0, own - mean)
+    return torch.stack([torch.linalg.vector_norm(x.double()).cpu() ** 2 for x in (difference, mean)])
 
 
 def _collective_device(like: Tensor) -> torch.device:

@@ -183,10 +183,11 @@ def _read_rank(folder: Path) -> tuple[pd.DataFrame, list[float]]:
     """Return all scalars that one rank logged, and when it opened its files, in seconds since the epoch."""
     frames, opened = [], []
     for file in sorted(folder.glob(_EVENT_FILES)):
+        size = file.stat().st_size  # before the records: a run that is under way adds to them
         # the event reader stops at a damaged record without a word
         records = list(RawEventFileLoader(str(file)).Load())
         whole = sum(len(record) + _FRAME_BYTES for record in records)
-        if whole != file.stat().st_size:
+        if whole < size:
             raise UnreadableRunError(f"{file.relative_to(folder.parent)} is damaged or cut off at byte {whole}")
         opened += [Event.FromString(record).wall_time for record in records[:1]]
         scalars = SummaryReader(str(file), event_types={"scalars"}, extra_columns={"wall_time"}).scalars

@@ -36,7 +36,7 @@ class ExchangeStats:
         bytes_sent: bytes of payload sent.
         wait_seconds: that training waited for payloads in the last step.
         mix_seconds: that snapshots and mixing took in the last step.
-        partner: smallest rank exchanged with in the last step, -1 for none.
+        partner: smallest rank exchanged with in the exchange applied in the last step, -1 for none.
         partner_distance: ‖s_i − s_k‖ / ‖s_i‖ of the exchange applied in the last step, mean over its partners; None
             where there was none, or :attr:`Exchange.measure` was off.
     """
@@ -58,8 +58,9 @@ class _InFlight:
         parameters: by name, that travel.
         layout: in which their snapshots lie.
         own: this rank's snapshot, 1-D, uint8.
-        posted: the transfers; None where the exchange comes from a checkpoint.
+        posted: the transfers; None where what arrived is this rank's own: copied, or from a checkpoint.
         received: what arrived, in ascending rank, shaped as ``own``; None while it is on the wire.
+        partner: smallest rank exchanged with, -1 for none; known once it arrived.
     """
 
     step: int
@@ -68,6 +69,7 @@ class _InFlight:
     own: Tensor
     posted: Posted | None
     received: list[Tensor] | None = None
+    partner: int = -1
 
 
 class Exchange:
@@ -157,17 +159,19 @@ class Exchange:
         self._transport.reset(generation)
 
     def arrive(self) -> None:
-        """Wait until what is in flight has arrived, without applying it: nothing is on the wire afterwards.
+        """Wait until what is in flight has arrived, and keep a copy of it until it is due.
+
+        Nothing is on the wire afterwards, and no partner waits for this rank to have read its snapshot: this rank may
+        wait for others now.
 
         Raises:
             PartnerLost, RunStopped: as :meth:`end`.
         """
-        if (exchange := self._in_flight) is None or exchange.posted is None or exchange.received is not None:
-            return
-        start = time.perf_counter()
-        arrived = exchange.posted.wait()
-        exchange.received = [arrived[partner].to(exchange.own.device) for partner in sorted(arrived)]
-        self.stats.wait_seconds += time.perf_counter() - start
+        self._receive()
+        if (exchange := self._in_flight) is not None and exchange.posted is not None:
+            exchange.received = [payload.clone() for payload in exchange.received or ()]
+            exchange.posted.release()
+            exchange.posted = None
 
     def settle(self) -> None:
         """Apply what is in flight at once: at the end of training.
@@ -188,9 +192,11 @@ class Exchange:
         if (exchange := self._in_flight) is not None and exchange.received:
             state["in_flight"] = {
                 "step": exchange.step,
+                "partner": exchange.partner,
                 "names": list(exchange.parameters),
+                "layout": exchange.layout.fingerprint,
                 "own": exchange.own.clone(),
-                "received": [payload.clone() for payload in exchange.received],
+                "received": exchange.received,
             }
         return state
 
@@ -201,7 +207,8 @@ class Exchange:
             ValueError: if what was in flight does not fit this replica's parameters.
             PartnerLost, RunStopped: as :meth:`end`.
         """
-        self._give_up()
+        self.arrive()
+        self._in_flight = None
         self._transport.rewind()
         self.step = int(state["step"])
         self.stats = ExchangeStats(**state["stats"])
@@ -213,28 +220,22 @@ class Exchange:
             raise ValueError(f"an exchange was in flight for parameters that this model does not have: {missing}")
         travelling = {name: parameters[name] for name in saved["names"]}
         layout = self._layout_of(travelling)
-        for payload in (saved["own"], *saved["received"]):
-            if payload.numel() != layout.nbytes:
-                raise ValueError(
-                    f"an exchange was in flight with {payload.numel()} bytes, but this model's parameters take"
-                    f" {layout.nbytes}; `wire_dtype` has to be as it was"
-                )
+        # files from before the layout was saved tell the size alone
+        if saved.get("layout", layout.fingerprint) != layout.fingerprint or saved["own"].numel() != layout.nbytes:
+            raise ValueError(
+                f"an exchange of {saved['own'].numel()} bytes was in flight, which are not laid out as this model's"
+                f" {layout.nbytes} are: `wire_dtype`, `precision` and the parameters' shapes have to be as they were"
+            )
         device = next(iter(travelling.values())).device
         own, *received = (payload.to(device) for payload in (saved["own"], *saved["received"]))
-        self._in_flight = _InFlight(int(saved["step"]), travelling, layout, own, posted=None, received=received)
+        partner = int(saved.get("partner", -1))
+        self._in_flight = _InFlight(int(saved["step"]), travelling, layout, own, None, received, partner)
 
     def close(self) -> None:
         """Give up what is in flight and release the transport."""
         self._in_flight = None
         self._snapshots.clear()
         self._transport.close()
-
-    def _give_up(self) -> None:
-        """Drop what is in flight, so that partners know that this rank needs their snapshots no more."""
-        self.arrive()
-        exchange, self._in_flight = self._in_flight, None
-        if exchange is not None and exchange.posted is not None:
-            exchange.posted.release()
 
     def _transfers(self) -> Transfers:
         """Return this rank's transfers in the present step.
@@ -264,8 +265,6 @@ class Exchange:
         header = Header(Kind.SNAPSHOT, self.step, layout.nbytes, layout.fingerprint)
         posted = self._transport.post(header, transfers.send_to, transfers.receive_from)
         self._in_flight = _InFlight(self.step, travelling, layout, own, posted)
-        self.stats.bytes_sent += len(transfers.send_to) * layout.nbytes
-        self.stats.partner = min(transfers.send_to + transfers.receive_from)
         self.stats.wait_seconds += ready - start
         self.stats.mix_seconds += time.perf_counter() - ready
 
@@ -297,13 +296,25 @@ class Exchange:
             self._scratch[dtype] = torch.empty(CHUNK, dtype=dtype)
         return self._scratch[dtype]
 
+    def _receive(self) -> None:
+        """Wait until what is in flight has arrived."""
+        if (exchange := self._in_flight) is None or exchange.posted is None:
+            return
+        start = time.perf_counter()
+        done = exchange.posted.wait()
+        exchange.received = [done.received[partner].to(exchange.own.device) for partner in sorted(done.received)]
+        exchange.partner = min({*done.received, *done.sent_to}, default=-1)
+        self.stats.bytes_sent += len(done.sent_to) * exchange.layout.nbytes
+        self.stats.wait_seconds += time.perf_counter() - start
+
     @torch.no_grad()
     def _apply(self) -> None:
-        self.arrive()
+        self._receive()
         exchange, self._in_flight = self._in_flight, None
         if exchange is None:
             return
         start = time.perf_counter()
+        self.stats.partner = exchange.partner
         layout, received = exchange.layout, exchange.received
         if received and self.measure:
             self.stats.partner_distance = _mean_distance(

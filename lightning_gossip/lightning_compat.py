@@ -13,9 +13,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.signal_connector import _get_sigkill_signal
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -85,6 +87,7 @@ def allow_skipped_steps(trainer: pl.Trainer) -> None:
 def before_iterating(trainer: pl.Trainer, function: Callable[[], None]) -> None:
     """Call ``function`` once, after ``train_dataloader()`` and before the loader is iterated."""
     loop = trainer.fit_loop
+    loop._combined_loader = None  # `estimated_stepping_batches`, in `configure_optimizers`, has made and iterated it
     load_states = loop._load_combined_loader_states
 
     def load_states_then_call() -> None:
@@ -163,6 +166,22 @@ def validate_mean_of_averages(
                 consensus.enter()
 
         vars(callback)["_swap_models"] = swap
+
+
+def after_saving(checkpoint_io: CheckpointIO, function: Callable[[], None]) -> None:
+    """Call ``function`` once what ``save_checkpoint`` was given last is written: an asynchronous one may do so later.
+
+    Where that writing fails, which Lightning reports at the next save, it is not called.
+    """
+    if not isinstance(checkpoint_io, AsyncCheckpointIO) or checkpoint_io._executor is None:
+        function()
+        return
+
+    def run() -> None:
+        if checkpoint_io._error is None:
+            function()
+
+    checkpoint_io._executor.submit(run)
 
 
 def restore(trainer: pl.Trainer) -> None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import astuple, dataclass
@@ -30,6 +32,7 @@ ProcessGroupGloo: Any = distributed_c10d.ProcessGroupGloo  # torch ships no type
 _MAGIC = 0x6C67_0001  # "lg", version 1 of the header
 _TAG = 0
 _POISON_TAG = 1
+_GLOO_DECORATION = re.compile(r"^\[\S+\.cc:\d+\] |This is typically caused by.*$")
 
 
 class Kind(IntEnum):
@@ -85,6 +88,57 @@ class Header:
         return cls(*fields)
 
 
+class _Rendezvous(Store):
+    """The run's store as one end of a link sees it: who waits looks again and again, and blocks nobody.
+
+    gloo waits in its store for the other end's address. If it blocked there, the links of a process could not share a
+    connection: none would give its own address meanwhile, in a circle of ranks for ever.
+
+    Args:
+        store: the run's, on a connection that nobody blocks.
+        own, peer: names of the ends.
+        timeout: of every wait.
+        closed: set where the link is given up.
+    """
+
+    def __init__(self, store: Store, own: str, peer: str, timeout: timedelta, closed: threading.Event) -> None:
+        super().__init__()
+        self._store = store
+        self._own, self._peer = own, peer
+        self._timeout = timeout
+        self._closed = closed
+
+    def meet(self) -> None:
+        """Wait until both ends are there, before gloo does: a process that ends while gloo calls us is aborted.
+
+        Raises:
+            LinkError: if the other end does not come within the timeout, or the link is closed.
+        """
+        self.set(self._own, "here")
+        self.wait([self._peer])
+
+    def set(self, key: str, value: str) -> None:
+        """Set ``key``, at once."""
+        self._store.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        """Return the value of ``key``, once it is there."""
+        self.wait([key])
+        return self._store.get(key)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Wait until ``keys`` are there; raise as :meth:`meet`."""
+        limit = (timeout or self._timeout).total_seconds()
+        deadline = time.monotonic() + limit
+        pause = 0.0005
+        while not self._store.check(keys):
+            if self._closed.wait(pause):
+                raise _closed(self._own, self._peer)
+            if time.monotonic() > deadline:
+                raise LinkError(f"{self._peer} did not come to its link within {limit:g} s")
+            pause = min(2 * pause, 0.02)
+
+
 class Link:
     """One end of a link.
 
@@ -98,14 +152,17 @@ class Link:
 
     def __init__(self, store: Store, device: Any, own: str, peer: str, timeout: timedelta) -> None:
         self.own, self.peer = own, peer
-        self._ends = sorted((own, peer))
-        self._index = self._ends.index(own)
-        self._store = PrefixStore(f"link/{self._ends[0]}/{self._ends[1]}", store)
+        ends = sorted((own, peer))
+        self._index = ends.index(own)
         self._device = device
         self._timeout = timeout
         self._group: Any = None
         self._sending: list[tuple[Any, Tensor]] = []
         self._closed = threading.Event()
+        # kept as long as the group, which does not keep it alive
+        self._rendezvous = _Rendezvous(
+            PrefixStore(f"link/{ends[0]}/{ends[1]}", store), own, peer, timeout, self._closed
+        )
         self._busy = threading.Event()  # the thread is at a job, which may wait in gloo
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"link-{own}-{peer}", daemon=True)
@@ -198,7 +255,7 @@ class Link:
             job, future = item
             self._busy.set()
             if self._closed.is_set():
-                future.set_exception(LinkError(f"the link between {self.own} and {self.peer} is closed"))
+                future.set_exception(_closed(self.own, self.peer))
                 continue
             try:
                 future.set_result(job())
@@ -214,27 +271,13 @@ class Link:
     def _connected(self) -> Any:
         """Return the group, made when first needed: both ends have to be there."""
         if self._group is None:
-            self._await_peer()
+            self._rendezvous.meet()
             options = ProcessGroupGloo._Options()
             options._devices = [self._device]
             options._timeout = self._timeout
             options._threads = 1  # sends and receives need none of gloo's own
-            # a connection of its own: gloo blocks in it for the other end's address, and links of other threads that
-            # shared it could not give theirs, in a circle of ranks for ever
-            store = PrefixStore("gloo", self._store.clone())
-            self._group = ProcessGroupGloo(store, self._index, 2, options)
+            self._group = ProcessGroupGloo(self._rendezvous, self._index, 2, options)
         return self._group
-
-    def _await_peer(self) -> None:
-        self._store.set(self.own, "here")
-        deadline = time.monotonic() + self._timeout.total_seconds()
-        pause = 0.0005
-        while not self._store.check([self.peer]):
-            if self._closed.wait(pause):
-                raise LinkError(f"the link between {self.own} and {self.peer} is closed")
-            if time.monotonic() > deadline:
-                raise LinkError(f"{self.peer} did not come to its link within {self._timeout.total_seconds():g} s")
-            pause = min(2 * pause, 0.05)
 
     def _poison(self) -> None:
         """Make every wait of the group fail: a receive that times out closes a gloo group's connections."""
@@ -244,8 +287,12 @@ class Link:
                 group.recv([nothing], 1 - self._index, _POISON_TAG).wait(timedelta(milliseconds=1))
 
 
+def _closed(own: str, peer: str) -> LinkError:
+    return LinkError(f"the link between {own} and {peer} is closed")
+
+
 class Links:
-    """The links of one process, made when first asked for.
+    """The links of one process, made when first asked for, on one connection to the run's store.
 
     Args:
         store: the run's store, on a connection that nobody blocks.
@@ -259,20 +306,29 @@ class Links:
         self._timeout = timeout
         self._device: Any = None
         self._links: dict[str, Link] = {}
+        self._parted: Counter[str] = Counter()  # how many links to a peer were given up since the last reset
 
     def reset(self, generation: int) -> None:
         """Close every link; those made from now on meet links of the same generation at the other end."""
         for link in self._links.values():
             link.close()
         self._links.clear()
+        self._parted.clear()
         self._store = PrefixStore(f"generation/{generation}", self._run_store)
 
     def to(self, peer: str) -> Link:
         """Return the link to ``peer``."""
         if peer not in self._links:
             self._device = self._device or gloo_device()
-            self._links[peer] = Link(self._store, self._device, self._own, peer, self._timeout)
+            store = PrefixStore(str(self._parted[peer]), self._store)
+            self._links[peer] = Link(store, self._device, self._own, peer, self._timeout)
         return self._links[peer]
+
+    def part(self, peer: str) -> None:
+        """Close the link to ``peer``, if there is one: both ends do, or meet no more before :meth:`reset`."""
+        if link := self._links.pop(peer, None):
+            self._parted[peer] += 1
+            link.close()
 
     def close(self) -> None:
         """Close every link."""
@@ -288,3 +344,8 @@ def gloo_device() -> Any:
     if interfaces:
         return ProcessGroupGloo.create_device(interface=interfaces.split(",")[0])
     return ProcessGroupGloo.create_default_device()
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an error of a link says: what happened, and where, without gloo's source path and advice."""
+    return _GLOO_DECORATION.sub("", str(error)).strip()

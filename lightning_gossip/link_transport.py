@@ -1,13 +1,12 @@
 """Exchanges over links (gloo) and, between ranks that see the same memory, where snapshots are written.
 
 When two ranks exchange for the first time, each tells the other on their link where its outbox is
-(:mod:`~lightning_gossip.shared_memory`). Where both can read the other's they are near, and from then on nothing
-travels on the link. Between others every payload does, behind a header.
+(:mod:`~lightning_gossip.shared_memory`). Where both can read the other's they are near, and give the link up. Between
+others every payload travels on it, behind a header.
 """
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -20,11 +19,9 @@ import torch
 from torch import Tensor
 
 from lightning_gossip.control import LOOK, Control, RunStopped
-from lightning_gossip.link import Header, Kind, Link, LinkError, Links
+from lightning_gossip.link import Header, Kind, Link, LinkError, Links, reason_of
 from lightning_gossip.shared_memory import ADDRESS_BYTES, AVAILABLE, Address, Inbox, Outbox, moment, step_of
-from lightning_gossip.transport import PartnerLost, Posted, Rooms, Transport
-
-_GLOO_DECORATION = re.compile(r"^\[\S+\.cc:\d+\] |This is typically caused by.*$")  # leaves what happened, and where
+from lightning_gossip.transport import PartnerLost, Posted, Rooms, Transferred, Transport
 
 _GLANCE = 0.001
 """Longest pause in seconds between looks at a near partner's outbox."""
@@ -73,7 +70,9 @@ class LinkTransport(Transport):
         limit = self._control.timeout.total_seconds()
         slot = self._control.poll(outbox.free_slot, time.monotonic() + limit, _GLANCE)
         if slot is None:
-            reader, when = next(iter(outbox.readers(0).items()))
+            if not (readers := outbox.readers(0)):
+                return 0  # they have finished just now
+            reader, when = next(iter(readers.items()))
             why = f"it did not read this rank's snapshot of that step for {limit:g} s"
             raise _lost(self._control.rank, reader, step_of(when), why)
         return slot
@@ -93,28 +92,31 @@ class LinkTransport(Transport):
             if not lane.is_near(header.nbytes):
                 outgoing = payload if transfer.sends else None
                 room = partial(self._rooms.__getitem__, number) if transfer.receives else None
-                transfer.job = lane.link.submit(partial(lane.trade, header, outgoing, room))
+                link = self._links.to(end_of_rank(partner))
+                transfer.job = link.submit(partial(lane.trade, link, header, outgoing, room))
             transfers[partner] = transfer
         lend = partial(self._outbox.lend, self._slot) if self._outbox is not None else None
-        return _PostedOnLinks(transfers, header, lend, self._control, self._skip)
+        return _PostedOnLinks(transfers, header, lend, self._control, self._part, self._skip)
 
     def _lane(self, partner: int) -> _Lane:
         if partner not in self._lanes:
-            link = self._links.to(end_of_rank(partner))
-            self._lanes[partner] = _Lane(link, self._outbox, self._control.world_size)
+            self._lanes[partner] = _Lane(self._outbox, self._control.world_size)
         return self._lanes[partner]
+
+    def _part(self, partner: int) -> None:
+        self._links.part(end_of_rank(partner))
 
     def _skip(self, partner: int) -> None:
         self._left.add(partner)
         self._control.note_skip()
-        self._links.to(end_of_rank(partner)).close()
+        self._part(partner)
 
     def rewind(self) -> None:
         """See :meth:`Transport.rewind`."""
         self._rewound += 1
 
     def reset(self, generation: int) -> None:
-        """See :meth:`Transport.reset`; who still reads a slot goes on reading."""
+        """See :meth:`Transport.reset`."""
         self._left.clear()
         self._lanes.clear()
         self._links.reset(generation)
@@ -131,13 +133,11 @@ class _Lane:
     """What lies between this rank and a partner.
 
     Args:
-        link: to the partner.
         outbox: of this rank; None where it shares no memory.
         readers: number of ranks.
     """
 
-    def __init__(self, link: Link, outbox: Outbox | None, readers: int) -> None:
-        self.link = link
+    def __init__(self, outbox: Outbox | None, readers: int) -> None:
         self.inbox: Inbox | None = None
         """The partner's outbox, where the two are near; known once a first :meth:`trade` is done."""
         self._outbox = outbox
@@ -150,10 +150,13 @@ class _Lane:
             return False
         return nbytes <= min(self.inbox.address.slot_bytes, self._outbox.address.slot_bytes)
 
-    def trade(self, header: Header, outgoing: Tensor | None, room: Callable[[], Tensor] | None) -> Tensor | None:
-        """Send and receive on the link, unless it turns out that the partner is near; runs in the link's thread.
+    def trade(
+        self, link: Link, header: Header, outgoing: Tensor | None, room: Callable[[], Tensor] | None
+    ) -> Tensor | None:
+        """Send and receive on ``link``, unless it turns out that the partner is near; runs in the link's thread.
 
         Args:
+            link: to the partner.
             header: of both payloads.
             outgoing: what to send, if anything.
             room: returns where to put what arrives; None where nothing is to be received.
@@ -166,37 +169,37 @@ class _Lane:
             RuntimeError: if it is gone, or silent past the timeout.
         """
         if not self._has_met:
-            self._meet(header.step)
+            self._meet(link, header.step)
         if self.is_near(header.nbytes):
             return None
         if outgoing is not None:
-            self.link.send(header)
+            link.send(header)
         incoming = None
         if room is not None:
-            check_header(self.link.receive_header(), header, self.link.peer)
+            check_header(link.receive_header(), header, link.peer)
             incoming = room()
-        self.link.swap(outgoing, incoming)
+        link.swap(outgoing, incoming)
         return incoming
 
-    def _meet(self, step: int) -> None:
+    def _meet(self, link: Link, step: int) -> None:
         """Tell the partner where the outbox is, and hear where its is; near is who reads and is read."""
         address = Address() if self._outbox is None else self._outbox.address
-        self.link.send(Header(Kind.OUTBOX, step, ADDRESS_BYTES), address.to_tensor())
-        check_header(self.link.receive_header(), Header(Kind.OUTBOX, step, ADDRESS_BYTES), self.link.peer)
+        link.send(Header(Kind.OUTBOX, step, ADDRESS_BYTES), address.to_tensor())
+        check_header(link.receive_header(), Header(Kind.OUTBOX, step, ADDRESS_BYTES), link.peer)
         offered = torch.empty(ADDRESS_BYTES, dtype=torch.uint8)
-        self.link.receive(offered)
+        link.receive(offered)
         inbox = Inbox.open(Address.from_tensor(offered), self._readers) if self._outbox is not None else None
-        self.link.send(Header(Kind.NEAR, step, 0, number=int(inbox is not None)))
-        answer = self.link.receive_header()
-        check_header(answer, Header(Kind.NEAR, step, 0, number=answer.number), self.link.peer)
-        self.link.flush()
+        link.send(Header(Kind.NEAR, step, 0, number=int(inbox is not None)))
+        answer = link.receive_header()
+        check_header(answer, Header(Kind.NEAR, step, 0, number=answer.number), link.peer)
+        link.flush()
         self.inbox = inbox if answer.number == 1 else None
         self._has_met = True
 
 
 @dataclass
 class _Transfer:
-    """With one partner; ``job`` runs on the link, where the partner is not known to be near."""
+    """With one partner; ``job`` runs on a link, where the partner is not known to be near."""
 
     lane: _Lane
     sends: bool
@@ -211,12 +214,14 @@ class _PostedOnLinks(Posted):
         header: Header,
         lend: Callable[[int, int], None] | None,
         control: Control,
+        part: Callable[[int], None],
         skip: Callable[[int], None],
     ) -> None:
         self._transfers = dict(transfers)
         self._header = header
         self._lend = lend
         self._control = control
+        self._part = part
         self._skip = skip
         self._inboxes: list[Inbox] = []
         self._changed = threading.Event()  # a job is done, or failed
@@ -224,7 +229,7 @@ class _PostedOnLinks(Posted):
             if transfer.job is not None:
                 transfer.job.add_done_callback(lambda _: self._changed.set())
 
-    def wait(self) -> Mapping[int, Tensor]:
+    def wait(self) -> Transferred:
         received: dict[int, Tensor] = {}
         deadline = time.monotonic() + self._control.timeout.total_seconds()
         try:
@@ -239,7 +244,7 @@ class _PostedOnLinks(Posted):
             if (lost := stopped.stop.lost) in self._transfers:
                 raise self._lost(lost, stopped.stop.cause) from stopped
             raise
-        return received
+        return Transferred(received, [partner for partner, transfer in self._transfers.items() if transfer.sends])
 
     def release(self) -> None:
         for inbox in self._inboxes:
@@ -256,13 +261,15 @@ class _PostedOnLinks(Posted):
                 self._explain(partner, ConnectionError("its process is gone"))
             if time.monotonic() >= deadline:
                 self._explain(partner, self._silence())
+        if transfer.job is None:
+            self._part(partner)  # it came to know this rank in a step before, and has read what was sent then
         if transfer.sends and self._lend is not None:
             self._lend(partner, now)
         if not transfer.receives:
             return None
         header, memory = inbox.find(now) or (None, torch.empty(0))
         try:
-            check_header(header, self._header, transfer.lane.link.peer)
+            check_header(header, self._header, end_of_rank(partner))
         except LinkError as error:
             self._explain(partner, error)
         self._inboxes.append(inbox)
@@ -304,7 +311,7 @@ class _PostedOnLinks(Posted):
         stop = self._control.await_stop(1.0)
         if stop is not None and stop.lost != partner:
             self._control.check()
-        raise self._lost(partner, _GLOO_DECORATION.sub("", str(error)).strip()) from error
+        raise self._lost(partner, reason_of(error)) from error
 
     def _silence(self) -> TimeoutError:
         return TimeoutError(f"it stayed silent for {self._control.timeout.total_seconds():g} s")

@@ -62,4 +62,9 @@ def take_rank_zeros(module: nn.Module, world_size: int) -> None:
     if world_size == 1:
         return
     for tensor in chain(module.parameters(), module.buffers()):
-        dist.broadcast(tensor.data, src=0)
+        # as bytes, which every backend moves; in the order of the elements, which ranks may lay out differently
+        data = tensor.data
+        whole = data.contiguous()
+        dist.broadcast(whole.view(-1).view(torch.uint8), src=0)
+        if whole is not data:
+            data.copy_(whole)

@@ -112,7 +112,7 @@ def final_numbers(label: str, run: Run, accuracy_tag: str | None = None, loss_ta
         "strategy": run.strategy or None,
         "evaluated": run.evaluated or None,
         "ranks": len(run.ranks),
-        "updates": logged["step"].max(),
+        "updates": _updates(logged),
         "seconds": logged["seconds"].max(),
         "val_accuracy_percent": _mean(validation),
         "val_accuracy_percent_min": validation.min(initial=np.inf) if len(validation) else np.nan,
@@ -127,6 +127,16 @@ def final_numbers(label: str, run: Run, accuracy_tag: str | None = None, loss_ta
     }
 
 
+def _updates(logged: pd.DataFrame) -> int:
+    """Return the number of updates, as far as it was logged.
+
+    Within ``fit`` Lightning logs under the number of the last one, counted from 0, and after it under how many there
+    were. Only the tags of ``GossipMonitor`` are known to be logged within.
+    """
+    within = logged.loc[logged["tag"].str.match("gossip/|downpour/"), "step"] + 1
+    return int(max(logged["step"].max(), within.max() if len(within) else 0))
+
+
 def as_markdown(table: pd.DataFrame) -> str:
     """Return the table of :func:`final_numbers` in Markdown, with an explanation of its columns."""
     columns = [column for column in _COLUMNS if column[0] in table]
@@ -139,8 +149,9 @@ def as_markdown(table: pd.DataFrame) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Accuracy, loss, consensus distance and bytes: each rank's last value, and the mean over the ranks (min and "
-        "max: over the ranks). Waiting and staleness: the mean over all logged steps and ranks.",
+        "Updates: up to the last one logged. Accuracy, loss, consensus distance and bytes: each rank's last value,"
+        " and the mean over the ranks (min and max: over the ranks). Waiting and staleness: the mean over all logged "
+        "steps and ranks.",
     ]
     return "\n".join(lines) + "\n"
 

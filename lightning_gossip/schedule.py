@@ -7,6 +7,7 @@ resumed run continues the schedule.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
@@ -27,7 +28,8 @@ class Chooser(Protocol):
     def choices(self, step: int, world_size: int) -> Choices:
         """Return the rank chosen by each rank at ``step`` (counted from 1), -1 for none; shape ``(world_size,)``.
 
-        It must be a pure function of its arguments: every rank calls it and must get the same answer.
+        It must be a pure function of its arguments: every rank calls it and must get the same answer. It may be asked
+        ahead (:func:`stability_limit`); a table that ends raises ``LookupError`` there, as lists do.
         """
         ...
 
@@ -157,9 +159,9 @@ class Schedule:
         self.period = check_integer("period", period, low=1)
         self.probability = check_number("probability", probability, low=0, high=1, open_low=True)
         self.seed = check_integer("seed", seed, low=0, high=2**63 - 1)
-        if isinstance(peers, str) or not isinstance(peers, (Peers, Chooser)):
-            check_choice("peers", peers, SELECTORS, otherwise="an object with `choices(step, world_size)`")
-            peers = SELECTORS[peers]()
+        if isinstance(peers, (str, type)) or not isinstance(peers, (Peers, Chooser)):
+            name = check_choice("peers", peers, SELECTORS, otherwise="an object with `choices(step, world_size)`")
+            peers = SELECTORS[name]()
         if not isinstance(peers, Peers) and probability != 1:
             raise ValueError(
                 f"`probability` must be 1.0 where `peers` is an object of yours (it tosses its own coins),"
@@ -207,17 +209,31 @@ def stability_limit(schedule: Schedule, world_size: int, draws: int = 2**18) -> 
     """Return the largest stable α of elastic gossip on this schedule: 2a / b (design §3).
 
     With a = tr E[L] / (n - 1) and b = tr E[L²] / (n - 1), L a round's graph Laplacian, the expected squared
-    consensus distance shrinks for every α below it. The expectations are means over the schedule's first rounds,
-    about ``draws`` choices of single ranks.
+    consensus distance shrinks for every α below it. It is at least 2 / n: a rank has n - 1 partners at most.
+
+    The expectations are means over the schedule's first rounds, about ``draws`` choices of single ranks; an object of
+    yours is asked for its first 64 rounds, or as many as it has.
     """
     if world_size == 1:
         return 1.0
     trace, trace_of_square = 0, 0
-    for round_number in range(1, max(2, min(4096, draws // world_size)) + 1):
-        degrees = _degrees(schedule.choices(round_number * schedule.period, world_size))
+    for choices in _first_rounds(schedule, world_size, max(2, min(4096, draws // world_size))):
+        degrees = _degrees(choices)
         trace += int(degrees.sum())
         trace_of_square += int((degrees * (degrees + 1)).sum())
     return 2 * trace / trace_of_square if trace else 1.0
+
+
+def _first_rounds(schedule: Schedule, world_size: int, count: int) -> Iterator[Choices]:
+    is_yours = not isinstance(schedule.peers, Peers)
+    for number in range(1, min(count, 64) + 1 if is_yours else count + 1):
+        try:
+            choices = schedule.choices(number * schedule.period, world_size)
+        except LookupError:
+            if is_yours:
+                return  # a table ends; training raises this where it comes so far
+            raise
+        yield choices
 
 
 @lru_cache(maxsize=8)
@@ -228,7 +244,10 @@ def peer_probabilities(seed: int, world_size: int, penalty: float) -> NDArray[np
     """
     positions = np.random.Generator(np.random.Philox(key=seed)).random((world_size, 2))
     distances = np.linalg.norm(positions[:, None] - positions[None], axis=2)
-    weights = (distances + 1e-5) ** -penalty
+    reach = distances + 1e-5
+    np.fill_diagonal(reach, np.inf)
+    # relative to the nearest rank's: a large penalty can not overflow
+    weights = (reach.min(axis=1, keepdims=True) / reach) ** penalty
     np.fill_diagonal(weights, 0.0)
     return weights / weights.sum(axis=1, keepdims=True)
 

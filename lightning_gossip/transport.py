@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -20,14 +21,25 @@ class PartnerLost(RuntimeError):
         self.partner = partner
 
 
+@dataclass(frozen=True, slots=True)
+class Transferred:
+    """What passed between this rank and its partners in one step; one that never began the step is missing.
+
+    Attributes:
+        received: what a partner sent, to be read only (1-D, uint8).
+        sent_to: partners that got this rank's payload.
+    """
+
+    received: Mapping[int, Tensor]
+    sent_to: Collection[int]
+
+
 class Posted(ABC):
     """Transfers under way."""
 
     @abstractmethod
-    def wait(self) -> Mapping[int, Tensor]:
-        """Wait until everything arrived and left; return what each partner sent, to be read only (1-D, uint8).
-
-        A partner that never began the step is missing.
+    def wait(self) -> Transferred:
+        """Wait until everything arrived and left.
 
         Raises:
             PartnerLost: if a partner died or stayed silent past the timeout.
@@ -36,7 +48,7 @@ class Posted(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Give up what :meth:`wait` returned: it may change from now on."""
+        """Give up what :meth:`wait` said was received: it may change from now on."""
 
 
 class Transport(ABC):
@@ -142,7 +154,7 @@ class NcclTransport(Transport):
                 operations.append(dist.P2POp(dist.isend, self._rooms[0], partner, self._group))
             if partner in received:
                 operations.append(dist.P2POp(dist.irecv, received[partner], partner, self._group))
-        return _PostedOnStream(dist.batch_isend_irecv(operations), received)
+        return _PostedOnStream(dist.batch_isend_irecv(operations), Transferred(received, send_to))
 
     def rewind(self) -> None:
         """Nothing: NCCL has no headers."""
@@ -156,14 +168,14 @@ class NcclTransport(Transport):
 
 
 class _PostedOnStream(Posted):
-    def __init__(self, works: list[dist.Work], received: Mapping[int, Tensor]) -> None:
+    def __init__(self, works: list[dist.Work], transferred: Transferred) -> None:
         self._works = works
-        self._received = received
+        self._transferred = transferred
 
-    def wait(self) -> Mapping[int, Tensor]:
+    def wait(self) -> Transferred:
         for work in self._works:
             work.wait()
-        return self._received
+        return self._transferred
 
     def release(self) -> None:
         """Nothing: the stream orders what comes next."""

@@ -44,6 +44,20 @@ class Rank:
         return Exchange(self.rank, self.world_size, schedule, rule, transport, lambda: parameters, **kwargs)
 
 
+class Script:
+    """Choices by heart: the pair that exchanges at a step."""
+
+    def __init__(self, pairs: Mapping[int, tuple[int, int]]) -> None:
+        self.pairs = pairs
+
+    def choices(self, step: int, world_size: int) -> list[int]:
+        choices = [-1] * world_size
+        if step in self.pairs:
+            a, b = self.pairs[step]
+            choices[a], choices[b] = b, a
+        return choices
+
+
 def run_ranks(
     world_size: int,
     body: Callable[[Rank], T],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,15 @@ class Noisy(Linear):
 
 
 def train(
-    folder: Path, name: str, epochs: int, ckpt_path: Any = None, devices: int = 4, ema: bool = False, **kwargs: Any
+    folder: Path,
+    name: str,
+    epochs: int,
+    ckpt_path: Any = None,
+    devices: int = 4,
+    ema: bool = False,
+    module: Any = None,
+    evaluate: str = "replica",
+    **kwargs: Any,
 ) -> list[dict[str, Any]]:
     folder.mkdir(exist_ok=True)
     pl.seed_everything(5, verbose=False)
@@ -67,8 +77,8 @@ def train(
     callbacks = [checkpoint, EMAWeightAveraging(decay=0.8)] if ema else [checkpoint]
     return fit(
         folder,
-        Noisy(),
-        make(name, evaluate="replica", **kwargs),
+        module or Noisy(),
+        make(name, evaluate=evaluate, **kwargs),
         devices=devices,
         train=DataLoader(regression(), 4, shuffle=True),
         val=DataLoader(regression(), 24),
@@ -92,6 +102,36 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path, name: 
         for key, value in unbroken[rank]["state"].items():
             assert torch.equal(resumed[rank]["state"][key], value), (rank, key)
     assert not torch.equal(unbroken[0]["state"]["layer.weight"], unbroken[1]["state"]["layer.weight"])
+
+
+class Counting(Noisy):
+    """Asks for the number of steps, as warm-up schedules do: Lightning makes the training loader then, and iterates."""
+
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches
+        return super().configure_optimizers()
+
+
+def test_a_resumed_run_equals_an_unbroken_one_where_the_loader_was_made_early(tmp_path: Path) -> None:
+    unbroken = train(tmp_path / "unbroken", "elastic", 3, module=Counting())
+    train(tmp_path / "broken", "elastic", 2, module=Counting())
+    last = tmp_path / "broken" / "saved" / "last.ckpt"
+    resumed = train(tmp_path / "broken", "elastic", 3, last, module=Counting())
+    for rank in range(4):
+        assert torch.equal(resumed[rank]["state"]["layer.weight"], unbroken[rank]["state"]["layer.weight"])
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_resuming_a_training_that_was_at_its_end_gives_the_consensus_that_was_saved(tmp_path: Path, ema: bool) -> None:
+    train(tmp_path, "elastic", 2, evaluate="consensus", ema=ema)
+    last = tmp_path / "saved" / "last.ckpt"
+    resumed = train(tmp_path, "elastic", 2, last, evaluate="consensus", ema=ema)
+    for name, value in torch.load(last, weights_only=True)["state_dict"].items():
+        assert all(torch.equal(rank["state"][name], value) for rank in resumed), name
+    for rank, kept in enumerate(train(tmp_path, "elastic", 2, last, ema=ema)):
+        replica = replica_of(last, rank)
+        replica = replica["current_model_state" if ema else "state_dict"]
+        assert torch.equal(kept["state"]["layer.weight"], replica["layer.weight"])
 
 
 def test_a_rank_with_other_generators_would_be_noticed(tmp_path: Path, monkeypatch: Any) -> None:
@@ -326,3 +366,95 @@ def test_save_weights_only_writes_no_replicas(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "saved", filename="weights", save_weights_only=True)
     fit(tmp_path, Noisy(), make("elastic"), max_epochs=1, callbacks=[checkpoint], enable_checkpointing=True)
     assert saves(tmp_path / "saved") == {"weights.ckpt"}
+
+
+class SlowIO(TorchCheckpointIO):
+    """Takes longer to write a ``.ckpt`` than the steps from one to the next."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        if str(path).endswith(".ckpt"):
+            time.sleep(0.2)
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+class LooksAtDisk(Recorder):
+    """Loads what is on the disk after every step."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        path = self.folder / "saved" / "last.ckpt"
+        if path.exists():
+            time.sleep(0.02)
+            self.seen.setdefault("steps", []).append(replica_of(path, trainer.global_rank)["global_step"])
+
+
+def test_with_a_backlog_of_writes_the_files_of_the_checkpoint_on_disk_stay(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path / "saved", "last", every_n_train_steps=1, enable_version_counter=False)
+    ranks = fit(
+        tmp_path, Noisy(), make("elastic"), max_epochs=1, callbacks=[saving], recorder=LooksAtDisk(tmp_path),
+        enable_checkpointing=True, plugins=[AsyncCheckpointIO(SlowIO())], limit_train_batches=20,
+        train=DataLoader(regression(120), 3),
+    )  # fmt: skip
+    assert 0 < ranks[0]["steps"][-1] < 20, "writes lag behind"
+    assert len(saves(tmp_path / "saved" / "last.ckpt.replicas")) == 1, "at the end only those that are named remain"
+
+
+class SavesAfterFit(Recorder):
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_fit_end(trainer, pl_module)
+        trainer.save_checkpoint(self.folder / "after.ckpt")
+        assert torch.equal(pl_module.layer.weight, self.seen["state"]["layer.weight"]), "replicas come back"
+
+
+@pytest.mark.parametrize("evaluate", ["consensus", "replica"])
+def test_a_checkpoint_saved_after_fit_holds_the_consensus_and_the_clock(
+    tmp_path: Path, evaluate: str, monkeypatch: Any
+) -> None:
+    strategy = make("elastic", evaluate=evaluate)
+    replicas = fit(tmp_path, Noisy(), strategy, max_epochs=1, recorder=SavesAfterFit(tmp_path))
+    path = tmp_path / "after.ckpt"
+    state = torch.load(path, weights_only=True)["state_dict"]
+    mean = torch.stack([rank["state"]["layer.weight"] for rank in replicas]).mean(0)
+    torch.testing.assert_close(state["layer.weight"], mean, rtol=1e-12, atol=1e-12)
+    warned = tmp_path / "warned"
+    monkeypatch.setattr("lightning_gossip.strategies.consensus.rank_zero_warn", warned.write_text)
+    resumed = fit(tmp_path, Start(), make("elastic"), ckpt_path=path, max_epochs=2)
+    assert "it was saved after `fit`" in warned.read_text()
+    for rank in resumed:
+        assert rank["step"] == 12
+        assert torch.equal(rank["start"]["layer.weight"], state["layer.weight"])
+
+
+@pytest.mark.parametrize("prefix", ["~", "file://{home}"])
+def test_paths_mean_what_they_mean_to_lightning(tmp_path: Path, monkeypatch: Any, prefix: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    path = prefix.format(home=tmp_path) + "/saved/it.ckpt"
+    io = files.AtomicCheckpointIO()
+    io.save_checkpoint({"epoch": 3}, path)
+    assert io.load_checkpoint(path) == {"epoch": 3}
+    assert saves(tmp_path) == {"saved"}
+    assert saves(tmp_path / "saved") == {"it.ckpt"}
+    assert files.followed(path) == str(tmp_path / "saved" / "it.ckpt")
+
+
+class SavesOnOwnDisk(Recorder):
+    """Each rank is the first of a node with a folder of its own, in which the path is another file."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        type(trainer.strategy).local_rank = 0
+        self.disk = self.folder / f"disk_{trainer.global_rank}"
+        self.disk.mkdir(exist_ok=True)
+        os.chdir(self.disk)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.save_checkpoint("saved/last.ckpt")
+        self.seen.setdefault("there", []).append(len(saves(self.disk / "saved" / "last.ckpt.replicas")))
+        trainer.save_checkpoint(f"saved/{trainer.current_epoch}.ckpt")
+        if trainer.current_epoch:
+            trainer.strategy.remove_checkpoint(f"saved/{trainer.current_epoch - 1}.ckpt")
+
+
+def test_nodes_with_disks_of_their_own_keep_no_files_of_old_saves(tmp_path: Path) -> None:
+    ranks = fit(tmp_path, Linear(), make("elastic"), max_epochs=4, recorder=SavesOnOwnDisk(tmp_path))
+    assert [rank["there"] for rank in ranks] == [[1, 1, 1, 1], [1, 2, 2, 2]]
+    assert saves(tmp_path / "disk_1" / "saved") == {"last.ckpt.replicas", "3.ckpt.replicas"}

@@ -12,16 +12,24 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from forked import Linear, Recorder, fit, regression
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    Callback,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from shards import until
 from test_strategies import Gan
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gossip import DownpourStrategy, GossipMonitor
 from lightning_gossip import checkpoint as files
 from lightning_gossip.parameter_server import ShardProcess
+from lightning_gossip.strategies import downpour as downpour_strategy
 
 LR = 0.01
 State = dict[str, Tensor]
@@ -143,6 +151,21 @@ def test_a_registered_name_that_forks_fits_and_tests(tmp_path: Path) -> None:
     assert tested["test_loss"] < 2, "of 14 at the start"
 
 
+class Backbone(Constant):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(3, 3, dtype=torch.float64)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.layer.parameters(), lr=LR)
+
+
+def test_what_unfreezes_in_mid_training_is_refused_before_a_push_is_due(tmp_path: Path) -> None:
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.001)
+    with pytest.raises(Exception, match=r"'backbone\.weight' requires a gradient, but did not when"):
+        fit(tmp_path, initial(Backbone), downpour(n_push=1000), max_epochs=3, callbacks=[finetuning])
+
+
 # -- what is evaluated and what remains -------------------------------------------------------------------------------
 
 
@@ -158,6 +181,8 @@ class Validated(Recorder):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         self.seen["kept"] = copy_of(pl_module)
         self.seen["distance"] = trainer.strategy.consensus_distance
+        trainer.save_checkpoint(self.folder / "after_fit.ckpt")
+        assert all(torch.equal(value, self.seen["kept"][name]) for name, value in pl_module.state_dict().items())
         trainer.strategy.adopt_consensus()
         super().on_fit_end(trainer, pl_module)
 
@@ -190,6 +215,7 @@ def test_validation_runs_on_the_servers_parameters_or_the_replica(tmp_path: Path
         assert_equal(rank["state"], after(2))
         assert_equal(rank["kept"], after(2) if evaluate == "consensus" else rank["trained"][-1])
     assert not torch.equal(ranks[0]["trained"][-1]["layer.weight"], ranks[1]["trained"][-1]["layer.weight"])
+    assert_equal(torch.load(tmp_path / "after_fit.ckpt", weights_only=True)["state_dict"], after(2))
     if evaluate == "consensus":
         zero = {name: torch.zeros_like(value) for name, value in after(2).items()}
         squares = sum(norm(rank["trained"][-1], after(2)) ** 2 for rank in ranks)
@@ -222,6 +248,37 @@ def test_the_monitor_logs_what_downpour_does_and_a_long_warm_up_ends_at_a_valida
     assert_equal(ranks[1]["state"], after(3))
 
 
+# -- the learning-rate finder -----------------------------------------------------------------------------------------
+
+
+class Finder(LearningRateFinder):
+    """Changes nothing, at the fit's start or at the starts of some epochs, as a finder for finetuning does."""
+
+    def __init__(self, *epochs: int) -> None:
+        super().__init__(min_lr=1e-3, num_training_steps=7, update_attr=False)
+        self.epochs = epochs
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if not self.epochs:
+            self.lr_find(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch in self.epochs:
+            self.lr_find(trainer, pl_module)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "arguments"),
+    [((), {"warmup_steps": 5}), ((0, 2), {}), ((0, 2), {"warmup_steps": 100}), ((2,), {"evaluate": "replica"})],
+)
+def test_the_learning_rate_finder_leaves_no_trace(tmp_path: Path, epochs: tuple[int, ...], arguments: Any) -> None:
+    strategy = downpour(n_push=2, n_pull=3, **arguments)
+    finder = Finder(*epochs)
+    for rank in fit(tmp_path, initial(), strategy, max_epochs=4, callbacks=[finder], recorder=Validated(tmp_path)):
+        assert_equal(rank["state"], after(4))
+        assert rank["step"] == 24
+
+
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +294,7 @@ class Starts(Recorder):
 
 
 def train(
-    folder: Path, epochs: int, path: Any = None, devices: int = 2, **arguments: Any
+    folder: Path, epochs: int, path: Any = None, devices: int = 2, callbacks: Any = (), **arguments: Any
 ) -> tuple[list[dict[str, Any]], Path]:
     folder.mkdir(exist_ok=True)
     saves = ModelCheckpoint(dirpath=folder / "saved", save_last=True)
@@ -247,7 +304,7 @@ def train(
         downpour(**arguments),
         devices=devices,
         max_epochs=epochs,
-        callbacks=[saves],
+        callbacks=[saves, *callbacks],
         recorder=Starts(folder),
         ckpt_path=path,
         enable_checkpointing=True,
@@ -275,10 +332,28 @@ def test_a_resumed_run_loses_nothing_and_on_another_world_size_begins_from_the_s
         assert (rank["start_step"], rank["step"]) == (12, 24)
         assert_equal(rank["state"], after(4))
 
-    ranks, _ = train(tmp_path / "other", 3, path, devices=3)
+    ranks, _ = train(tmp_path / "found", 2, path, callbacks=[Finder()])
     for rank in ranks:
+        assert (rank["start_step"], rank["step"]) == (12, 24), "Lightning forgets the epochs done when the finder runs"
+        assert_equal(rank["state"], after(4))
+
+    ranks, _ = train(tmp_path / "other", 3, path, devices=3, n_push=100, warmup_steps=100)
+    for rank in ranks:
+        assert rank["start_step"] == 12
         assert all(torch.equal(rank["start"][name], value) for name, value in saved.items())
         assert all(torch.equal(value, ranks[0]["state"][name]) for name, value in rank["state"].items())
+
+
+@pytest.mark.parametrize("evaluate", ["consensus", "replica"])
+def test_a_training_resumed_at_its_end_gives_the_servers_parameters(tmp_path: Path, evaluate: str) -> None:
+    _, path = train(tmp_path / "first", 2, n_push=5, n_pull=3)
+    strategy = downpour(n_push=5, n_pull=3, evaluate=evaluate)
+    ranks = fit(tmp_path, initial(), strategy, max_epochs=2, recorder=Validated(tmp_path), ckpt_path=path)
+    server = torch.load(path, weights_only=True)["state_dict"]
+    for number, rank in enumerate(ranks):
+        kept = server if evaluate == "consensus" else replica_of(path, number)["state_dict"]
+        assert all(torch.equal(rank["kept"][name], value) for name, value in kept.items())
+        assert all(torch.equal(rank["state"][name], value) for name, value in server.items())
 
 
 def test_the_servers_optimizer_goes_on(tmp_path: Path) -> None:
@@ -339,6 +414,21 @@ def test_arguments_are_checked_at_construction(arguments: Any, message: str) -> 
     with pytest.raises(ValueError) as raised:  # noqa: PT011 - the message is compared below
         DownpourStrategy(**arguments)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(("node", "address"), [(0, "10.0.0.1"), (1, "10.0.0.2")])
+def test_shards_listen_on_the_interface_between_the_nodes(
+    node: int, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where node 0 takes its own name for 127.0.1.1, as Debian's /etc/hosts says."""
+    leads_to = [{"node0": "127.0.1.1", "10.0.0.2": "10.0.0.1"}, {"node0": "10.0.0.2"}][node]
+    monkeypatch.setattr(downpour_strategy, "_own_address", leads_to.__getitem__)
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    monkeypatch.setenv("NODE_RANK", str(node))
+    strategy = downpour(cluster_environment=LightningEnvironment())
+    strategy.num_nodes = 2
+    monkeypatch.setattr(strategy, "gather", lambda own: ["", "", "10.0.0.2", "10.0.0.2"])
+    assert strategy._host() == address
 
 
 def test_arguments_in_a_runs_metadata() -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from curves import scalars
 from fake_images import EXAMPLES, idx_files
 from torch import nn
 from torchvision.transforms.functional import crop, hflip, normalize, pad
@@ -20,6 +23,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import cifar10
 import command_line
+import iris
 import mnist
 import models
 import training
@@ -78,17 +82,26 @@ def test_cifar10_takes_its_defaults_from_model_and_strategy(monkeypatch: pytest.
     assert of("--strategy", "downpour", "--lr", "0.3").lr == 0.3
 
 
-def test_mnist_takes_its_defaults_from_the_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("fill_in", "usual", "downpour"),
+    [(mnist.default_to_strategy, (0.001, 0.99), (0.02, 0.0)), (iris.default_to_strategy, (0.01, 0.99), (0.006, 0.9))],
+)
+def test_mnist_and_iris_take_their_defaults_from_the_strategy(
+    monkeypatch: pytest.MonkeyPatch,
+    fill_in: Callable[..., None],
+    usual: tuple[float, float],
+    downpour: tuple[float, float],
+) -> None:
     def of(*options: str) -> Any:
-        args = parsed(monkeypatch, "--epochs", "1", *options, fill_in=mnist.default_to_strategy)
+        args = parsed(monkeypatch, "--epochs", "1", *options, fill_in=fill_in)
         return args.lr, args.momentum
 
-    assert of() == of("--strategy", "all-reduce") == (0.001, 0.99)
-    assert of("--strategy", "downpour") == (0.02, 0.0)
+    assert of() == of("--strategy", "all-reduce") == usual
+    assert of("--strategy", "downpour") == downpour
     assert of("--strategy", "downpour", "--lr", "0.3", "--momentum", "0.5") == (0.3, 0.5)
 
 
-@pytest.mark.parametrize("fill_in", [mnist.default_to_strategy, cifar10.default_to_model])
+@pytest.mark.parametrize("fill_in", [mnist.default_to_strategy, iris.default_to_strategy, cifar10.default_to_model])
 def test_defaults_that_can_not_be_computed_end_with_status_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fill_in: Callable[..., None]
 ) -> None:
@@ -172,14 +185,37 @@ def test_a_summary_is_whole_or_not_there(tmp_path: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == ["summary.json"]
 
 
+@pytest.mark.parametrize(
+    ("strategy", "part"), [("elastic-gossip", "exchange"), ("downpour", "downpour_stats"), ("all-reduce", "")]
+)
+def test_costs_of_a_run_that_is_resumed_at_its_end_are_those_of_its_checkpoint(strategy: str, part: str) -> None:
+    """It then trains no more: Lightning calls ``on_fit_end`` alone."""
+    module: Any = nn.Linear(3, 5)
+    stats = SimpleNamespace(bytes_sent=600)
+    of_strategy = {"exchange": SimpleNamespace(stats=stats)} if part == "exchange" else {part: stats}
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(**of_strategy if part else {}), world_size=4, global_step=5)
+    costs = training.Costs(strategy)
+    costs.on_train_start(trainer, module)
+    costs.on_train_epoch_end(trainer, module)
+    saved = costs.state_dict()
+    resumed = training.Costs(strategy)
+    resumed.load_state_dict(saved)
+    resumed.on_fit_end(trainer, module)
+    assert resumed.seconds == saved["seconds"] > 0
+    assert resumed.bytes_sent == 600  # by all-reduce 2 · 80 · ¾ in each of 5 steps
+
+
 def mnist_options(folder: Path, run_id: str, epochs: int) -> list[str]:
-    options = ["--data-dir", str(folder), "--validation", "20", "--batch-size", "20", "--log-dir", str(folder / "logs")]
+    options = ["--data-dir", str(folder), "--validation", "20", "--batch-size", "20", "--log-dir", "$LOGS"]
     return [*options, "--run-id", run_id, "--epochs", str(epochs), "--summary", str(folder / f"{run_id}.json")]
 
 
-def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_equals_an_unbroken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for variable in ("LOCAL_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("LOGS", str(tmp_path / "logs"))
     idx_files(tmp_path)
 
     def run(run_id: str, epochs: int, *options: str) -> tuple[Any, Any]:
@@ -191,12 +227,21 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path, monkeypatch: pytes
 
     whole, weights = run("whole", 2)
     first, begun = run("parts", 1)
+    capsys.readouterr()
     resumed, ended = run("parts", 2, "--resume")
+    assert re.findall(r"epoch \d/\d", capsys.readouterr().out) == ["epoch 2/2"]
     assert (first["updates"], resumed["updates"], whole["updates"]) == (5, 10, 10)  # 120 - 20 images
     assert resumed["seconds"] > first["seconds"]
     assert resumed["test_accuracy"] == whole["test_accuracy"]
     assert all(torch.equal(ended[name], value) for name, value in weights.items())
     assert not all(torch.equal(begun[name], value) for name, value in weights.items())
+
+    with pytest.raises(SystemExit) as refused:
+        run("parts", 2)
+    assert refused.value.code == 2
+    assert f"there is a run parts in {tmp_path}/logs/mnist/parts: go on with it by --resume" in capsys.readouterr().err
+    run("new", 1, "--resume")
+    assert f"Nothing to resume: there is no {tmp_path}/logs/mnist/new/checkpoints/last.ckpt" in capsys.readouterr().out
 
 
 @pytest.mark.timeout(400)
@@ -204,7 +249,7 @@ def test_replicas_are_launched_and_summed_up(tmp_path: Path) -> None:
     """Real processes, as how a script launches its ranks, and what they tell rank 0, is what is tested."""
     idx_files(tmp_path)
     command = [sys.executable, str(EXAMPLES / "mnist.py"), *mnist_options(tmp_path, "run", 2), "--devices", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LOGS": str(tmp_path / "logs")}
     ended = subprocess.run(
         [*command, "--period", "2"], capture_output=True, text=True, timeout=350, env=environment, check=False
     )
@@ -215,4 +260,8 @@ def test_replicas_are_launched_and_summed_up(tmp_path: Path) -> None:
     parameters = 4 * sum(p.numel() for p in models.mlp().parameters())
     assert summary["bytes_sent_per_rank"] == pytest.approx(5 * parameters, rel=1e-3)  # every other step; padded
     assert len(summary["test_accuracy"]) == 2
+    for rank, accuracy in enumerate(summary["test_accuracy"]):
+        logged = tmp_path / "logs" / "mnist" / "run" / f"rank_{rank}"
+        assert scalars(logged, "test_accuracy") == [(10, pytest.approx(accuracy))]
+        assert scalars(logged, "consensus/test_accuracy") == [(10, pytest.approx(summary["consensus_test_accuracy"]))]
     assert summary["strategy_arguments"]["period"] == 2

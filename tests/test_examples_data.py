@@ -142,7 +142,9 @@ def test_image_folders_are_decoded_once_and_again_when_they_change(
         assert len(test.labels) == 10
     assert capsys.readouterr().out.count("Decoding 30 images") == 1
     assert [file.suffix for file in cache.iterdir()] == [".pt"]
-    (tmp_path / "train" / "c0" / "0000.png").unlink()
+    (tmp_path / "train" / "c0" / "0000.png").rename(tmp_path / "train" / "c1" / "0000.png")
+    assert image_data.read(SOURCES["cifar10"], tmp_path)[0].labels.bincount()[:3].tolist() == [2, 4, 3]
+    (tmp_path / "train" / "c1" / "0000.png").unlink()
     assert len(image_data.read(SOURCES["cifar10"], tmp_path)[0].labels) == 29
 
 

@@ -12,6 +12,7 @@ import torch
 from ranks import Rank, run_ranks
 from torch import nn
 
+from lightning_gossip.exchange import Exchange
 from lightning_gossip.mixing import ElasticMixing, MixingRule, PullMixing, PushMixing
 from lightning_gossip.schedule import Schedule
 
@@ -267,6 +268,33 @@ def test_delay_is_bounded_by_the_period() -> None:
         return str(error.value)
 
     run_ranks(1, body)
+
+
+def test_what_was_in_flight_is_not_taken_for_another_dtype() -> None:
+    """bfloat16 and float16 take the same bytes, as do parameters of one and wires of the other."""
+
+    def body(rank: Rank) -> None:
+        def exchange(wire_dtype: torch.dtype | None, dtype: torch.dtype = torch.float32) -> Exchange:
+            parameters = {"theta": nn.Parameter(torch.full((32,), float(rank.rank), dtype=dtype))}
+            return rank.exchange(Schedule(period=2), ElasticMixing(0.5), parameters, delay=1, wire_dtype=wire_dtype)
+
+        before = exchange(torch.bfloat16)
+        for _ in range(2):
+            before.begin()
+            before.end()
+        state = before.state_dict()
+        for other in (exchange(torch.float16), exchange(None, torch.bfloat16), exchange(None)):
+            with pytest.raises(ValueError, match=r"an exchange of 64 bytes was .*`wire_dtype`, `precision`"):
+                other.load_state_dict(state)
+        same = exchange(torch.bfloat16)
+        same.load_state_dict(state)
+        assert same.in_flight
+        del state["in_flight"]["layout"]  # as it was saved at first: the size decides
+        exchange(torch.float16).load_state_dict(state)
+        with pytest.raises(ValueError, match="`wire_dtype`, `precision`"):
+            exchange(None).load_state_dict(state)
+
+    run_ranks(2, body)
 
 
 def test_a_single_rank_exchanges_nothing() -> None:

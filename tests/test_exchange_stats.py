@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import Rank, run_ranks
+from ranks import Rank, Script, run_ranks
 from torch import Tensor
 
 from lightning_gossip.link import Link
@@ -68,6 +68,52 @@ def test_bytes_sent_are_payloads_times_their_size(
         assert stats.bytes_sent == on_the_wire[f"rank{rank}"]
         assert stats.exchanges == sum(len(origins(rule, choices, rank)) for choices in rounds)
     assert sum(on_the_wire.values()) > 0
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_what_did_not_happen_is_not_counted(shared_memory: bool) -> None:
+    """Rank 1 is done after a step; rank 0 has two more rounds with it, and skips it in the wait and then at once."""
+    schedule = Schedule(Script({1: (0, 1), 2: (0, 1), 3: (0, 2), 4: (0, 1)}))
+
+    def body(rank: Rank) -> list[tuple[int, int, int]]:
+        exchange = rank.exchange(schedule, ElasticMixing(0.5), {"w": torch.zeros(16).requires_grad_()}, shared_memory)
+        rank.clock = lambda: exchange.step
+        seen = []
+        for _ in range(1 if rank.rank == 1 else 4):
+            exchange.begin()
+            exchange.end()
+            stats = exchange.stats
+            seen.append((stats.exchanges, stats.bytes_sent, stats.partner))
+        exchange.arrive()
+        rank.control.meet("the end of the epoch")
+        return seen
+
+    first, second, third = run_ranks(3, body)
+    assert first == [(1, 64, 1), (1, 64, -1), (2, 128, 2), (2, 128, -1)]
+    assert second == [(1, 64, 0)]
+    assert third == [(0, 0, -1), (0, 0, -1), (1, 64, 0), (1, 64, -1)]
+
+
+def test_partner_and_distance_are_of_the_exchange_that_a_step_applies() -> None:
+    def body(rank: Rank) -> list[tuple[int, bool, int]]:
+        parameters = {"w": torch.randn(16).requires_grad_()}
+        exchange = rank.exchange(Schedule(period=3), ElasticMixing(0.5), parameters, delay=1)
+        exchange.measure = True
+        seen = []
+        for step in range(1, 6):
+            exchange.begin()
+            exchange.end()
+            stats = exchange.stats
+            seen.append((stats.partner, stats.partner_distance is not None, stats.bytes_sent))
+            if step == 3:  # as before a checkpoint, from which another goes on
+                state = exchange.state_dict()
+                assert state["stats"]["bytes_sent"] == 64, "it has arrived"
+                exchange.load_state_dict(state)
+        return seen
+
+    first, second = run_ranks(2, body)
+    assert first == [(-1, False, 0), (-1, False, 0), (-1, False, 0), (1, True, 64), (-1, False, 64)]
+    assert second == [(0 if partner == 1 else -1, measured, sent) for partner, measured, sent in first]
 
 
 @pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])

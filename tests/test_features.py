@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torchmetrics
 import yaml
 from forked import Linear, Recorder, fit, regression
 from lightning.pytorch.callbacks import (
@@ -29,6 +31,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_gossip import ElasticGossipStrategy
+from lightning_gossip.strategies import meeting
 
 
 def elastic(**kwargs: Any) -> ElasticGossipStrategy:
@@ -164,6 +167,39 @@ def test_early_stopping_of_ranks_that_disagree_is_one_decision(tmp_path: Path) -
     stopping = EarlyStopping("metric", patience=2)
     ranks = fit(tmp_path, Disagree(), elastic(), max_epochs=9, val=loader(), callbacks=[stopping])
     assert [rank["step"] for rank in ranks] == [18, 18], "after epoch 3 of 9"
+
+
+class Unhurried(Linear):
+    """Rank 1 comes late to the end of an epoch, where the states of a torchmetrics object are gathered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooled = MeanMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.pooled.update(float(self.global_rank))
+        self.log("pooled", self.pooled, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_epoch_end(self) -> None:
+        if self.global_rank == 1:
+            time.sleep(4)
+
+
+def test_a_rank_that_is_slow_is_waited_for_where_torchmetrics_pool(tmp_path: Path, monkeypatch: Any) -> None:
+    """Beyond the timeout of gloo's own collectives: the ranks meet first."""
+    gather = torchmetrics.metric.gather_all_tensors
+
+    def quickly(*args: Any, **kwargs: Any) -> Any:
+        begin = time.monotonic()
+        gathered = gather(*args, **kwargs)
+        assert time.monotonic() - begin < 2, "the rank that came first waited in gloo"
+        return gathered
+
+    for module in (torchmetrics.metric, meeting):
+        monkeypatch.setattr(module, "gather_all_tensors", quickly)
+    ranks = fit(tmp_path, Unhurried(), elastic(), max_epochs=1)
+    assert [rank["metrics"]["pooled"] for rank in ranks] == [0.5, 0.5]
 
 
 class StopOnOneRank(Linear):

@@ -130,6 +130,36 @@ def test_nothing_is_lost_or_doubled_when_answers_are_late(late: int) -> None:
     assert set(applied_late[:-1]) == {late}, applied_late
 
 
+@pytest.mark.parametrize("clamps", [False, True])
+@pytest.mark.parametrize(("n_push", "n_pull"), [(1, 1), (5, 5), (2, 3)])
+def test_what_is_done_after_the_last_steps_push_is_pushed_too(n_push: int, n_pull: int, clamps: bool) -> None:
+    """As a clamp in a hook at an epoch's end; and without one, rounding makes no push."""
+    steps = 10
+    with Shards(2) as server:
+
+        def body(rank: Rank) -> None:
+            parameter = nn.Parameter(torch.tensor(initial()))
+            client = server.client(rank, n_push=n_push, n_pull=n_pull)
+            client.start({"theta": parameter})
+            for t in range(1, steps + 1):
+                take_step(parameter, 0, t)
+                client.end_step({"theta": parameter})
+                if t < steps:
+                    client.drain()
+            if clamps:
+                with torch.no_grad():
+                    parameter.clamp_(-0.1, 0.1)
+            for _ in range(2):
+                client.finish({"theta": parameter})
+                assert client.stats.pushes == steps // n_push + clamps
+            expected = np.clip(plain_sgd(steps)[-1], -0.1, 0.1) if clamps else plain_sgd(steps)[-1]
+            np.testing.assert_allclose(on_server(client), expected, rtol=0, atol=1e-12)
+            np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=0, atol=1e-12)
+            client.close()
+
+        run_ranks(1, body)
+
+
 # -- several workers ------------------------------------------------------------------------------------------------
 
 
@@ -355,15 +385,14 @@ def test_mixed_dtypes_layouts_and_frozen_parameters() -> None:
                     torch.testing.assert_close(parameters[name], nn.Parameter(expected + 2), **tolerance)
 
 
-def test_a_parameter_that_is_unfrozen_later_is_refused() -> None:
+def test_a_parameter_that_is_unfrozen_later_is_refused_at_once() -> None:
     with Shards(1) as server:
 
         def body(rank: Rank) -> None:
             parameters = {"a": nn.Parameter(torch.zeros(2)), "late": nn.Parameter(torch.zeros(2), requires_grad=False)}
-            client = server.client(rank, n_push=1)
+            client = server.client(rank, n_push=1000)
             client.start(parameters)
             client.end_step(parameters)
-            client.drain()
             parameters["late"].requires_grad_()
             with pytest.raises(RuntimeError, match="'late' requires a gradient, but did not when the training started"):
                 client.end_step(parameters)

@@ -59,6 +59,29 @@ def test_a_shard_that_stays_silent_is_lost() -> None:
         run_ranks(1, body)
 
 
+def test_signs_of_life_do_not_hide_why_a_shard_was_lost() -> None:
+    """The first one after the shard's death learns why; those after it only that the link is closed."""
+    with Shards(2) as server:
+
+        def body(rank: Rank) -> None:
+            rank.control.timeout = SHORT  # a sign of life every 0.2 seconds
+            parameters = {"a": nn.Parameter(torch.zeros(4))}
+            client = server.client(rank, n_push=1, n_pull=1)
+            client.start(parameters)
+            server.servers[1].close()
+            links: Any = client._links
+            until(lambda: any(future.done() and future.exception() for future in links._last))
+            first = links._last
+            until(lambda: links._last is not first)
+            for lost in (client.end_step, client.pull_now):
+                with pytest.raises(ShardLost, match=r"shard 1 \(shard:2\) at step \d: (?!\[/|the link)") as raised:
+                    lost(parameters)
+                assert "typically" not in str(raised.value)
+            client.close()
+
+        run_ranks(1, body)
+
+
 def test_a_worker_that_pauses_is_kept_and_one_that_is_silent_is_lost(caplog: pytest.LogCaptureFixture) -> None:
     with Shards(1, timeout=SHORT) as server:
         store = server.connect(server.addresses[0], LIMIT)

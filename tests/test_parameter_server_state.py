@@ -328,6 +328,55 @@ def test_worker_0_warms_up_alone(ends: str) -> None:
         run_ranks(3, body)
 
 
+@pytest.mark.parametrize("how", ["from its state", "from the server's state", "from a step"])
+def test_a_training_that_goes_on_has_no_warm_up(how: str) -> None:
+    """The first one ended at the latest when the state was saved."""
+    with Shards(1) as server:
+
+        def body(rank: Rank) -> None:
+            parameter = theta()
+            client = server.client(rank, warmup_steps=100, n_push=2)
+            client.start({"theta": parameter})
+            assert not server.shard().ready
+            train(client, parameter, 1, 3)
+            client.end_warmup({"theta": parameter})
+            worker, state = client.state_dict(), client.server_state()
+            client.abandon()
+            if how == "from its state":
+                client.load_state_dict(worker)
+            elif how == "from a step":
+                client.continue_from(3)
+            client.start({"theta": parameter}, None if how == "from a step" else state)
+            assert server.shard().ready
+            assert client.step == 3
+            train(client, parameter, 4, 4)
+            np.testing.assert_allclose(pulled(client), sum(made(t) for t in range(1, 5)), rtol=0, atol=1e-12)
+            client.close()
+
+        run_ranks(1, body)
+
+
+@pytest.mark.parametrize("trainable", ["a", "b", "ab"])
+def test_a_state_is_loaded_whatever_is_frozen_at_that_moment(trainable: str) -> None:
+    """As where a hook freezes ``b`` only after the strategy was set up."""
+    with Shards(1) as server:
+
+        def body(rank: Rank) -> None:
+            parameters = {"a": theta(), "b": theta().requires_grad_(False)}
+            client = server.client(rank)
+            client.start(parameters)
+            worker, state = client.state_dict(), client.server_state()
+            client.load_state_dict(worker)
+            client.start({name: theta().requires_grad_(name in trainable) for name in "ab"}, state)
+            client.end_step(parameters)
+            client.load_state_dict(worker)
+            with pytest.raises(ValueError, match="state belongs to other parameters"):
+                client.start({"b": theta()}, state)
+            client.close()
+
+        run_ranks(1, body)
+
+
 def test_a_push_of_others_in_the_warm_up_is_refused() -> None:
     with Shards(1) as server:
         setup = Setup(2, 0, 1, ("float32",), (1,), 0)

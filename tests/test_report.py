@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_gossip import report_plots
+from lightning_gossip import event_files, report_plots
 from lightning_gossip.__main__ import main
 from lightning_gossip.event_files import choose_tag, read_run
 from lightning_gossip.report import as_markdown, final_numbers
@@ -55,7 +56,8 @@ GOSSIP: Points = {
     "gossip/partner_distance": [(10, 0.02), (20, 0.015)],
     "gossip/bytes_sent": [(10, 4e6), (20, 8e6)],
     "gossip/wait_seconds": [(10, 0.001), (20, 0.003)],
-    "test_acc": [(20, 0.7)],
+    "test_acc": [(21, 0.7)],
+    "consensus/test_acc": [(21, 0.8)],
 }
 DOWNPOUR: Points = {
     "valid/accuracy": [(10, 40.0), (20, 60.0)],
@@ -197,7 +199,7 @@ def test_the_table_holds_final_numbers_in_its_units(gossip_run: Path, downpour_r
     gossip, downpour = pd.read_csv(out / "summary.csv").to_dict("records")
     assert gossip["run"] == "version_0 (Gossip)"
     assert (gossip["strategy"], gossip["evaluated"], gossip["ranks"]) == ("GossipStrategy", "replica", 2)
-    assert (gossip["updates"], gossip["seconds"]) == (20, 20)
+    assert (gossip["updates"], gossip["seconds"]) == (21, 21)
     accuracy = [gossip[f"val_accuracy_percent{suffix}"] for suffix in ("", "_min", "_max")]
     assert accuracy == [81.25, 75.0, 87.5]
     assert gossip["test_accuracy_percent"] == pytest.approx(76.25)
@@ -207,9 +209,17 @@ def test_the_table_holds_final_numbers_in_its_units(gossip_run: Path, downpour_r
     assert np.isnan(downpour["consensus_distance"])
     markdown = (out / "summary.md").read_text().splitlines()
     assert markdown[0].startswith("| run | strategy | evaluated | ranks | updates | time (s) | val. accuracy (%) |")
-    assert markdown[2].startswith("| version_0 (Gossip) | GossipStrategy | replica | 2 | 20 | 20.0 | 81.25 | 75.00 |")
+    assert markdown[2].startswith("| version_0 (Gossip) | GossipStrategy | replica | 2 | 21 | 21.0 | 81.25 | 75.00 |")
     assert [line.count("|") for line in markdown[:4]] == [markdown[0].count("|")] * 4
     assert " – |" in markdown[3], "what a run did not log"
+
+
+@pytest.mark.parametrize("after_fit", [{"test_acc": [(10, 0.5)]}, {}])
+def test_updates_are_counted_with_and_without_a_test(tmp_path: Path, after_fit: Points) -> None:
+    """Lightning logs the last of ten under 9, and what follows them under 10."""
+    within: Points = {"val_acc": [(4, 0.5), (9, 0.5)], "gossip/bytes_sent": [(9, 4e6)]}
+    run = read_run(write_run(tmp_path / "run", [{**within, **after_fit}]))
+    assert final_numbers("run", run)["updates"] == 10
 
 
 def test_a_plain_tensorboard_folder_is_a_run_of_one_rank(tmp_path: Path) -> None:
@@ -228,7 +238,7 @@ def test_given_tags_are_used_and_unknown_ones_are_named(
     assert main([*arguments, "--accuracy-tag", "test_acc", "--loss-tag", "perplexity"]) == 0
     row = pd.read_csv(tmp_path / "out" / "summary.csv").iloc[0]
     assert row["val_accuracy_percent"] == pytest.approx(76.25)
-    assert "no run has the tag 'perplexity'; there are: consensus/val_acc," in capsys.readouterr().err
+    assert "no run has the tag 'perplexity'; there are: consensus/test_acc," in capsys.readouterr().err
     assert not (tmp_path / "out" / "loss_vs_time.png").exists()
 
 
@@ -291,6 +301,22 @@ def test_a_run_that_cannot_be_read_is_named_and_skipped(
     assert main(["report", str(tmp_path / "logs"), "--out", str(out)]) == 0
     assert reason in capsys.readouterr().err
     assert pd.read_csv(out / "summary.csv")["run"].tolist() == ["version_1 (Downpour)"]
+
+
+def test_a_run_that_is_under_way_is_read(gossip_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reader(RawEventFileLoader):
+        """Of a file to which the run adds when the last record has been read."""
+
+        def __init__(self, file: str) -> None:
+            super().__init__(file)
+            self.file = Path(file)
+
+        def Load(self) -> Any:
+            yield from super().Load()
+            self.file.write_bytes(self.file.read_bytes() * 2)
+
+    monkeypatch.setattr(event_files, "RawEventFileLoader", Reader)
+    assert sorted(read_run(gossip_run).ranks) == [0, 1]
 
 
 def test_missing_folders_and_missing_ranks_are_named(

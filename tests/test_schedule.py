@@ -69,6 +69,41 @@ def test_weights_follow_the_penalty() -> None:
     np.testing.assert_allclose(strong.sum(axis=1), 1)
 
 
+def written_out(seed: int, n: int, penalty: float) -> np.ndarray:
+    """The weights 1 / (d + 1e-5)^penalty, as they stand."""
+    positions = np.random.Generator(np.random.Philox(key=seed)).random((n, 2))
+    weights = (np.linalg.norm(positions[:, None] - positions[None], axis=2) + 1e-5) ** -penalty
+    np.fill_diagonal(weights, 0)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.5, 1.0, 2.5, 8.0])
+def test_weights_of_ordinary_penalties_choose_as_written_out(penalty: float) -> None:
+    n, seed, count = 9, 4, 2000
+    expected = written_out(seed, n, penalty)
+    np.testing.assert_allclose(peer_probabilities(seed, n, penalty), expected, rtol=1e-13)
+    choices = rounds(Schedule(WeightedPeers(penalty), seed=seed), n, count)
+    for step in range(1, count + 1):
+        picks = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, step, 0])).random((2, n))[1]
+        rows = zip(np.cumsum(expected, axis=1), picks, strict=True)
+        chosen = [np.searchsorted(row, pick * row[-1], "right") for row, pick in rows]
+        assert choices[step - 1].tolist() == chosen
+
+
+@pytest.mark.parametrize("penalty", [70.0, 1e4, 1e308])
+@pytest.mark.filterwarnings("error")
+def test_a_large_penalty_chooses_the_nearest(penalty: float) -> None:
+    n, seed = 12, 3
+    probabilities = peer_probabilities(seed, n, penalty)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1)
+    assert (np.diag(probabilities) == 0).all()
+    choices = rounds(Schedule(WeightedPeers(penalty), seed=seed), n, 50)
+    assert (choices != np.arange(n)).all()
+    if penalty > 100:
+        assert (choices == probabilities.argmax(axis=1)).all()
+        assert (probabilities.argmax(axis=1) == written_out(seed, n, 1.0).argmax(axis=1)).all()
+
+
 @pytest.mark.parametrize("peers", SELECTORS)
 def test_everybody_computes_the_same_and_a_resume_continues(peers: str) -> None:
     unbroken = rounds(Schedule(peers, 0.7, seed=9), 4, 40)
@@ -127,6 +162,8 @@ def test_peers_of_ones_own_are_checked(choices: Any) -> None:
     [
         ({"peers": "nearest"}, "`peers` must be one of 'matching', .* got 'nearest'"),
         ({"peers": 3}, "`peers` must be one of"),
+        ({"peers": Given}, r"`peers` must be one of .* or an object with `choices\(.*\)`; got <class '.*Given'>"),
+        ({"peers": WeightedPeers}, "`peers` must be one of .* got <class '.*WeightedPeers'>"),
         ({"probability": 0.0}, r"`probability` must be a number in \(0, 1\], got 0.0"),
         ({"probability": 1.5}, "`probability`"),
         ({"probability": float("nan")}, "`probability`"),
@@ -168,4 +205,32 @@ def test_stability_limit_equals_its_definition() -> None:
     assert stability_limit(Schedule("uniform"), 32) == pytest.approx(0.58, abs=0.01)
     assert stability_limit(Schedule("matching"), 4) == 1.0
     for peers, world_size in itertools.product(("uniform", "weighted", "ring"), (2, 3, 64)):
-        assert stability_limit(Schedule(peers), world_size) > 0.5, "one half is always stable"
+        assert stability_limit(Schedule(peers), world_size) > 0.5, "one half is stable on all that have a name"
+
+
+class Table:
+    """Everybody chooses rank 0, in so many rounds."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds, self.asked = rounds, 0
+
+    def choices(self, step: int, world_size: int) -> list[int]:
+        self.asked += 1
+        return ([[1, *[0] * (world_size - 1)]] * self.rounds)[step - 1]
+
+
+@pytest.mark.parametrize(("rounds", "asked"), [(3, 4), (10_000, 64)])
+def test_stability_limit_of_peers_of_ones_own_asks_few_rounds(rounds: int, asked: int) -> None:
+    """The star among n: d = n − 1 once and 1 else, so 2 · 2 (n − 1) / ((n − 1) n + 2 (n − 1)) = 4 / (n + 2)."""
+    for n in (3, 8):
+        table = Table(rounds)
+        assert stability_limit(Schedule(table), n) == pytest.approx(4 / (n + 2))
+        assert table.asked == asked
+
+
+def test_an_error_of_peers_of_ones_own_is_not_hidden() -> None:
+    assert stability_limit(Schedule(Table(0)), 4) == 1.0, "nothing is known"
+    with pytest.raises(IndexError):
+        Schedule(Table(0)).choices(1, 4)
+    with pytest.raises(ValueError, match=r"`peers.choices` of Given"):
+        stability_limit(Schedule(Given([7, 7, 7, 7])), 4)

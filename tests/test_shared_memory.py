@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Rank, run_ranks
+from ranks import Rank, Script, run_ranks
 from torch import nn
 
 from lightning_gossip.link import Header, Kind, Link
+from lightning_gossip.link_transport import LinkTransport
 from lightning_gossip.mixing import ElasticMixing
 from lightning_gossip.schedule import Schedule
 from lightning_gossip.shared_memory import AVAILABLE, SLOTS, Address, Inbox, Outbox
@@ -136,23 +138,9 @@ def test_a_run_leaves_no_memory_behind() -> None:
     assert descriptors() == before
 
 
-class Script:
-    """Choices by heart: step to pairs."""
-
-    def __init__(self, *pairs: tuple[int, int]) -> None:
-        self.pairs = pairs
-
-    def choices(self, step: int, world_size: int) -> list[int]:
-        choices = [-1] * world_size
-        if step <= len(self.pairs):
-            a, b = self.pairs[step - 1]
-            choices[a], choices[b] = b, a
-        return choices
-
-
 def test_slow_readers_find_the_snapshot_as_it_was_and_the_owner_waits_for_them() -> None:
     """Ranks 1 and 2 read rank 0's first two snapshots late: there is no room for a third before one has read."""
-    script = Schedule(Script((0, 1), (0, 2), (0, 3)))
+    script = Schedule(Script({1: (0, 1), 2: (0, 2), 3: (0, 3)}))
     go_on, begun, was_set = threading.Event(), threading.Event(), []
 
     def body(rank: Rank) -> Any:
@@ -183,7 +171,7 @@ def test_slow_readers_find_the_snapshot_as_it_was_and_the_owner_waits_for_them()
 
 
 def test_who_never_reads_is_named() -> None:
-    script = Schedule(Script((0, 1), (0, 2), (0, 3)))
+    script = Schedule(Script({1: (0, 1), 2: (0, 2), 3: (0, 3)}))
     over = threading.Event()
 
     def body(rank: Rank) -> None:
@@ -203,6 +191,32 @@ def test_who_never_reads_is_named() -> None:
     assert str(errors[0]) == (
         "rank 0 lost its partner rank 1 at step 1: it did not read this rank's snapshot of that step for 1 s"
     )
+
+
+def test_who_has_read_at_the_last_moment_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slots are free between the last look at them and the search for who holds them."""
+
+    def body(rank: Rank) -> bool:
+        transport = LinkTransport(rank.links, rank.control)
+        room = transport.room(64, 64)
+        outbox = transport._outbox
+        assert outbox is not None
+        inbox = Inbox.open(outbox.address, 2)
+        assert inbox is not None
+        for slot in range(SLOTS):
+            outbox.lend(slot, reader=1, when=5)
+
+        def read_after_the_last_look(look: Callable[[], Any], *_: float) -> Any:
+            found = look()
+            inbox.finish(1, 5)
+            return found
+
+        monkeypatch.setattr(rank.control, "poll", read_after_the_last_look)
+        same = transport.room(64, 64).data_ptr() == room.data_ptr()
+        transport.close()
+        return same
+
+    assert run_ranks(2, lambda rank: rank.rank == 1 or body(rank)) == [True, True]
 
 
 def test_ranks_that_do_not_see_each_others_memory_send(monkeypatch: pytest.MonkeyPatch) -> None:

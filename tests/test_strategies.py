@@ -469,6 +469,33 @@ def test_an_unstable_alpha_is_warned_of(tmp_path: Path, alpha: float, warns: boo
     assert not warns or "alpha=0.9 exceeds 0.68, the stability limit" in warned.read_text()
 
 
+class Star:
+    """Everybody chooses rank 0, in ten rounds."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def choices(self, step: int, world_size: int) -> list[int]:
+        self.asked += 1
+        return [[1, *[0] * (world_size - 1)] for _ in range(10)][step - 1]
+
+
+@pytest.mark.parametrize(("alpha", "asked", "warns"), [(0.5, 11, True), (0.35, 11, False), (0.25, 0, False)])
+def test_peers_of_ones_own_are_asked_ahead_only_where_it_matters(
+    alpha: float, asked: int, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(elastic_gossip, "rank_zero_warn", warned.append)
+    monkeypatch.setattr(ElasticGossipStrategy, "world_size", 8)
+    star = Star()
+    ElasticGossipStrategy(alpha=alpha, peers=star)._warn_if_unstable()
+    assert star.asked == asked
+    assert len(warned) == warns
+    if warns:
+        assert warned[0].startswith("alpha=0.5 exceeds 0.40, the stability limit of this schedule among 8 ranks")
+        assert warned[0].endswith("Take an alpha below it.")
+
+
 class Different(Linear):
     """Rank 1 has another shape, dtype or name."""
 
@@ -510,3 +537,32 @@ def test_data_of_unequal_length_is_no_hang(tmp_path: Path) -> None:
     """Ranks that validate at different steps are told, until unequal batch counts are supported."""
     data = TensorDataset(*(t[:4] for t in regression().tensors))
     assert len(fit(tmp_path, Linear(), elastic(), train=DataLoader(data, 4), max_epochs=1)) == 2
+
+
+class Counts(Linear):
+    """Keeps a number of its own in a buffer, which it changes in validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("validations", torch.zeros(()))
+        self.register_buffer("nowhere", torch.full((2,), float("nan")))
+        self.register_buffer("own", torch.zeros(1))
+
+    def on_train_epoch_start(self) -> None:
+        self.own.fill_(self.global_rank)
+
+    def on_validation_epoch_end(self) -> None:
+        self.validations += 1
+
+    def on_train_epoch_end(self) -> None:
+        self.trainer.callbacks[-1].seen["own"] = self.own.item()
+
+
+def test_buffers_that_validation_changes_stay_changed(tmp_path: Path) -> None:
+    val = DataLoader(regression(), 8)
+    for world_size in (1, 3):
+        ranks = fit(
+            tmp_path, Counts(), elastic(), devices=world_size, max_epochs=3, val=val, num_sanity_val_steps=0
+        )  # fmt: skip
+        assert [rank["state"]["validations"].item() for rank in ranks] == [3.0] * world_size
+        assert [rank["own"] for rank in ranks] == list(range(world_size)), "and those that it leaves alone come back"

@@ -45,9 +45,11 @@ class DownpourClient:
             of every wait.
         n_push: steps from one push to the next.
         n_pull: steps from one request for the server's parameters to the next.
-        max_staleness: a worker known to be more server updates behind than this waits for a pull at the step's end;
-            the knowledge is at most a step old. None never waits.
-        warmup_steps: for which worker 0 trains alone before the others begin from the server's parameters.
+        max_staleness: a worker known to be more server updates behind than this waits for a pull at the step's end.
+            What it knows came with the last answer; where nothing is under way at a step's end, it asks. None never
+            waits.
+        warmup_steps: for which worker 0 trains alone, from the clock's start on, before the others begin from the
+            server's parameters.
         server_optimizer: an element-wise ``torch.optim`` class, or a :class:`functools.partial` of one with JSON-able
             keywords, that gets minus the displacement as the gradient; None adds the displacement.
         connect: returns a connection to the store at an address.
@@ -96,20 +98,30 @@ class DownpourClient:
 
     @property
     def running(self) -> bool:
-        """Whether a training is under way: between :meth:`start` and :meth:`close`."""
+        """Whether a training is under way: between :meth:`start` and :meth:`abandon` or :meth:`close`."""
         return self._traffic is not None
+
+    @property
+    def connected(self) -> bool:
+        """Whether the shards know this worker: between the first :meth:`start` and :meth:`close`."""
+        return self._links is not None
 
     # -- a training's life ----------------------------------------------------------------------------------------
 
-    def start(self, parameters: Mapping[str, Tensor], server_state: Mapping[str, Any] | None = None) -> None:
-        """Begin a training; called once more, begin another on the same shards.
+    def continue_from(self, step: int) -> None:
+        """Set the clock with which the next :meth:`start` begins; there is no warm-up then, unless it is 0."""
+        self.step = step
 
-        Worker 0 gives the server its parameters (or ``server_state``); the others wait for that and for the end of the
-        warm-up, as long as worker 0 lives. Those that were given no state of their own (:meth:`load_state_dict`) then
-        take the server's parameters.
+    def start(self, parameters: Mapping[str, Tensor], server_state: Mapping[str, Any] | None = None) -> None:
+        """Begin a training; called while one is under way, begin another on the same shards, with the clock at 0.
+
+        Worker 0 gives the server its parameters (or ``server_state``, and nobody warms up); the others wait for that
+        and for the end of the warm-up, as long as worker 0 lives. Those that were given no state of their own
+        (:meth:`load_state_dict`) then take the server's parameters.
 
         Args:
-            parameters: by name, the same on all workers; those that require a gradient now are the server's.
+            parameters: by name, the same on all workers; the server's are those that require a gradient now, or did
+                when the state was made that this worker was given.
             server_state: of :meth:`server_state`: worker 0 lets the server go on from there.
 
         Raises:
@@ -117,18 +129,21 @@ class DownpourClient:
             RunStopped: if some rank stopped.
             ValueError: if a state does not belong to these parameters.
         """
-        travelling = {name: p for name, p in parameters.items() if p.requires_grad}
-        if not travelling:
-            raise ValueError("`parameters` must hold at least one that requires a gradient")
-        layout = FlatLayout(travelling)
         loaded, self._loaded = self._loaded, None
+        trainable = [name for name, p in parameters.items() if p.requires_grad]
+        names = set(trainable if loaded is None else loaded.get("names", trainable))
+        travelling = {name: p for name, p in parameters.items() if name in names}
+        layout = FlatLayout(travelling)
         if loaded is not None and loaded["layout"] != layout.fingerprint:
             raise ValueError("the worker's state belongs to other parameters: names, shapes or dtypes differ")
+        if not travelling:
+            raise ValueError("`parameters` must hold at least one that requires a gradient")
         if loaded is not None and server_state is None and self._control.rank == 0:
             raise ValueError("worker 0 can not go on from a state of its own without `server_state`")
         links, cut = self._meet_shards(layout)
         self._trainings += 1
         self._restore_counts(loaded)
+        self._warming_up = self._control.rank == 0 and server_state is None and self.step == 0 < self._warmup_steps
         device = next(iter(travelling.values())).device
         traffic = Traffic(links, cut, device, self._trainings, self.stats, self._on_answer)
         own = traffic.displacement.begin(travelling)
@@ -140,7 +155,6 @@ class DownpourClient:
                 job = snapshot.load(cut, server_state, self._trainings, everybody)
             traffic.learn(traffic.wait(links.ask(job)))
         else:
-            self._warming_up = False
             links.await_training(self._trainings)
         if loaded is not None:
             traffic.displacement.begin_from(loaded["reference"])
@@ -159,7 +173,8 @@ class DownpourClient:
         Raises:
             ShardLost: if a shard was lost, as far as is known.
             RunStopped: if some rank stopped.
-            RuntimeError: if a parameter requires a gradient that did not when the training started.
+            RuntimeError: if a parameter requires a gradient that is not on the server, for it required none when the
+                training started.
         """
         begin = time.perf_counter()
         traffic = self._running()
@@ -167,6 +182,7 @@ class DownpourClient:
         self.step += 1
         self._control.check()
         self._links_in_use().check()
+        self._refuse_new_parameters(traffic, parameters)
         traffic.collect(parameters, self.step)
         self._push_due |= self.step % self._n_push == 0
         self._pull_due |= self.step % self._n_pull == 0
@@ -193,6 +209,8 @@ class DownpourClient:
 
     def finish(self, parameters: Mapping[str, Tensor]) -> None:
         """End a training: apply the pull that is under way, push what is left, wait until all of it is on the server.
+
+        What was done to the parameters after the last step's end is pushed too.
 
         Raises:
             ShardLost, RunStopped: as :meth:`end_step`.
@@ -224,6 +242,13 @@ class DownpourClient:
         traffic.wait(self._links_in_use().ask(job))
         displacement.copies.write(storage, into)
 
+    def abandon(self) -> None:
+        """Give up the training under way, if one is: what was not pushed is lost. The clock stands.
+
+        Let all :meth:`drain`, and meet, before another begins.
+        """
+        self._traffic = None
+
     def close(self) -> None:
         """Say goodbye to the shards, which end once everybody did, and give up the links."""
         if self._links is not None:
@@ -251,6 +276,7 @@ class DownpourClient:
             "seen": list(traffic.seen),
             "stats": asdict(self.stats),
             "layout": displacement.cut.layout.fingerprint,
+            "names": list(displacement.cut.layout.shapes),
             "reference": [part.clone() for part in displacement.cut.whole(displacement.reference())],
         }
 
@@ -297,19 +323,20 @@ class DownpourClient:
         return self._links, cut
 
     def _restore_counts(self, loaded: Mapping[str, Any] | None) -> None:
-        self._traffic = None
-        self.step = 0 if loaded is None else loaded["step"]
+        if loaded is not None:
+            self.step = loaded["step"]
+        elif self.running:
+            self.step = 0
+        self.abandon()
         self.stats = DownpourStats() if loaded is None else DownpourStats(**loaded["stats"])
         self._push_due = loaded is not None and loaded["push_due"]
         self._pull_due = loaded is not None and loaded["pull_due"]
-        self._pushed_at = 0 if loaded is None else loaded["pushed_at"]
-        self._warming_up = self.step < self._warmup_steps
+        self._pushed_at = self.step if loaded is None else loaded["pushed_at"]
 
     def _ask_for_what_is_due(self, traffic: Traffic, parameters: Mapping[str, Tensor]) -> None:
         push = self._push_due and traffic.can_push
         pull = self._pull_due and traffic.can_pull
         if push:
-            self._refuse_new_parameters(traffic, parameters)
             self._push_due, self._pushed_at = False, self.step
         if pull:
             self._pull_due = False
@@ -323,8 +350,9 @@ class DownpourClient:
     def _push_rest(self, parameters: Mapping[str, Tensor]) -> None:
         traffic = self._running()
         traffic.drain(self.step)
+        changed = self._pushed_at < self.step or traffic.displacement.changed(parameters)
         traffic.collect(parameters, self.step)
-        if self._pushed_at < self.step:
+        if changed:
             self._push_due, self._pushed_at = False, self.step
             traffic.push(parameters, self.step)
             traffic.drain(self.step)

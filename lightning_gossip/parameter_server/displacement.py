@@ -163,6 +163,7 @@ class Displacement:
         self.push: Push | None = None
         self.pull: Pull | None = None
         self._reference: Reference = ()
+        self._pulled = False  # the reference is no copy of the parameters any more
 
     def begin(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Make ``parameters`` the reference: nothing was made yet. Return the copy of them."""
@@ -170,6 +171,7 @@ class Displacement:
         copy = self.copies.take(())
         self.copies.read(parameters, copy)
         self._reference = (copy,)
+        self._pulled = False
         return copy
 
     def begin_from(self, reference: Sequence[Tensor]) -> None:
@@ -179,6 +181,7 @@ class Displacement:
         for part, saved in zip(self.cut.whole(copy), reference, strict=True):
             part.copy_(saved)
         self._reference = (copy,)
+        self._pulled = True  # it may have been, before it was saved
 
     def start_push(self, parameters: Mapping[str, Tensor]) -> Push:
         """Copy ``parameters``; they are the reference from now on."""
@@ -188,6 +191,7 @@ class Displacement:
         # in place, even where a pull is measured from ``since``: on every link that comes before this push
         self.push = Push(copy, since, delta=since[0])
         self._reference = (copy,)
+        self._pulled = False
         return self.push
 
     def start_pull(self, after: Push | None = None) -> Pull:
@@ -209,6 +213,19 @@ class Displacement:
         # without a push since the request, the reference is θ̃ itself, and no rounding adds up
         nothing_pushed = self._reference is pull.since
         self._reference = (pull.received,) if nothing_pushed else (*self._reference, pull.move)
+        self._pulled = True
+
+    def changed(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Whether ``parameters`` are no longer what the last push copied.
+
+        Not told where a pull was applied since: what they differ from the reference by may be its rounding.
+        """
+        if self._pulled:
+            return False
+        now = self.free()
+        self.copies.read(parameters, now)
+        pairs = zip(self.cut.whole(now), self.cut.whole(self._reference[0]), strict=True)
+        return any(not torch.equal(own.view(torch.uint8), copied.view(torch.uint8)) for own, copied in pairs)
 
     def reference(self) -> Tensor:
         """Return the reference as one storage; neither push nor pull may be unfinished in a thread."""

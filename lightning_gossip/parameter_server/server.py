@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.distributed import DistError, Store
 
-from lightning_gossip.link import Link, LinkError
+from lightning_gossip.link import Link, LinkError, reason_of
 from lightning_gossip.parameter_server.protocol import ARRIVALS, SHARD, arrival_key
 from lightning_gossip.parameter_server.roster import Roster
 from lightning_gossip.parameter_server.session import Session
@@ -116,7 +116,7 @@ class ShardServer:
         elif isinstance(error, LinkError):
             log.warning("%s closed its link to %s, changing nothing: %s", self.name, who, error)
         else:
-            log.warning("%s lost %s and serves the others on: %s", self.name, who, error)
+            log.warning("%s lost %s and serves the others on: %s", self.name, who, reason_of(error))
 
     def _close_ended_links(self) -> None:
         for link in [link for link, future in self._links.items() if future.done()]:

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from torch.distributed import Store, TCPStore
 
 from lightning_gossip.control import Control
-from lightning_gossip.link import Link, gloo_device
+from lightning_gossip.link import Link, gloo_device, reason_of
 from lightning_gossip.parameter_server import questions
 from lightning_gossip.parameter_server.protocol import ARRIVALS, SHARD, Setup, arrival_key, encode
 
@@ -95,6 +95,7 @@ class ShardLinks:
         self._closing = threading.Event()
         self._links: list[Link] = []
         self._last: Sequence[Future[Any]] = ()
+        self._failure: tuple[int, BaseException] | None = None  # the first; later ones find its link closed
         self._alive: threading.Thread | None = None
         device = gloo_device()
         own, timeout = f"worker{control.rank}", control.timeout
@@ -123,6 +124,8 @@ class ShardLinks:
     def ask(self, job: Callable[[Link, int], T]) -> Question[T]:
         """Let every link's thread call ``job(link, shard)``, after those before it."""
         futures = [link.submit(partial(job, link, shard)) for shard, link in enumerate(self._links)]
+        for shard, future in enumerate(futures):
+            future.add_done_callback(partial(self._note, shard))
         self._last = futures
         return Question(futures)
 
@@ -137,7 +140,7 @@ class ShardLinks:
         if not self._control.wait(question.settled, time.monotonic() + limit):
             raise self._lost(question.unanswered(), f"it stayed silent for {limit:g} s")
         if (failure := question.failure()) is not None:
-            raise self._explain(*failure)
+            raise self._explain(*(self._failure or failure))
         return question.answers()
 
     def check(self) -> None:
@@ -147,9 +150,8 @@ class ShardLinks:
             ShardLost: if a shard is lost.
             RunStopped: if that was the consequence of some rank's stop.
         """
-        for shard, future in enumerate(self._last):
-            if future.done() and (error := future.exception()) is not None:
-                raise self._explain(shard, error)
+        if self._failure is not None:
+            raise self._explain(*self._failure)
 
     def await_training(self, number: int) -> None:
         """Wait until worker 0 has begun training ``number`` and its warm-up is over on all shards, as long as it lives.
@@ -185,11 +187,15 @@ class ShardLinks:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
+    def _note(self, shard: int, future: Future[Any]) -> None:
+        if self._failure is None and (error := future.exception()) is not None:
+            self._failure = shard, error
+
     def _explain(self, shard: int, error: BaseException) -> ShardLost:
         """Return what to raise for a failed link, unless a stop of the run explains it, which is raised then."""
         if not isinstance(error, questions.Refused) and self._control.await_stop(1.0) is not None:
             self._control.check()
-        lost = self._lost(shard, str(error))
+        lost = self._lost(shard, reason_of(error))
         lost.__cause__ = error
         return lost
 

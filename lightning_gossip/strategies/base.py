@@ -108,6 +108,7 @@ class ReplicaStrategy(ConsensusStrategy):
         self.model = self.precision_plugin.convert_module(module)
         self.model_to_device()
         lightning_compat.handle_sigterm(trainer, self._receive_sigterm)
+        self._meet_in_metrics(module)
         fitting = lightning_compat.is_fitting(trainer)
         if fitting:
             self._meet("the check that all ranks have the same model")
@@ -169,6 +170,7 @@ class ReplicaStrategy(ConsensusStrategy):
     @override
     def teardown(self) -> None:
         if not self._failed:
+            self.end_resumed()
             self._meet("the end")
         self.end_training()
         if self._trainer is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import uuid
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -46,11 +47,13 @@ class ConsensusStrategy(MeetingStrategy):
         self._dumped: dict[str, Any] = {}  # this replica's state, as last given to a checkpoint
         self._resume: dict[str, Any] | None = None  # this package's entry in the checkpoint that is resumed
         self._saved: dict[str, str] = {}  # id of the last save to a path
+        self._own_disk = False  # whether rank 0's files are out of sight, and this rank keeps order on its node
+        self._resumed: tuple[_PATH, bool | None] | None = None  # where it came from, until its training ends
 
     # -- what a subclass does -----------------------------------------------------------------------------------
 
     def make_consensus(self, module: pl.LightningModule) -> Consensus:
-        """Return what builds the consensus model in a ``fit``: the mean of the replicas, unless a subclass differs."""
+        """Return what builds the consensus model, in ``fit`` and after it: the mean of the replicas, by default."""
         return Consensus(module, self.world_size)
 
     @abstractmethod
@@ -68,7 +71,7 @@ class ConsensusStrategy(MeetingStrategy):
 
     @override
     def setup_environment(self) -> None:
-        self._resume = None
+        self._resume = self._resumed = None
         super().setup_environment()
 
     def _set_up_consensus(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -89,8 +92,19 @@ class ConsensusStrategy(MeetingStrategy):
 
     @override
     def on_train_end(self) -> None:
+        self._resumed = None
         if self.evaluate == "consensus" and self._consensus is not None:
             self._build(self._consensus.adopt, "the end of training")
+
+    def end_resumed(self) -> None:
+        """Take over the consensus model that was saved, where a training was at its end when it was resumed.
+
+        Lightning calls no hook of training then, and the modules hold the replicas of the replica files.
+        """
+        if self._resumed is not None and self.evaluate == "consensus":
+            checkpoint = super().load_checkpoint(*self._resumed)
+            self._module.on_load_checkpoint(checkpoint)
+            self.load_model_state_dict(checkpoint, strict=self._module.strict_loading)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -123,6 +137,11 @@ class ConsensusStrategy(MeetingStrategy):
         self.consensus_distance = build()
         self.consensus_built += 1
 
+    @property
+    def _reaches_others(self) -> bool:
+        """Whether collectives work: not in the launching process of spawn and fork."""
+        return self.world_size == 1 or dist.is_initialized()
+
     def adopt_consensus(self) -> None:
         """Make every rank's module the consensus model; call it on all ranks, after ``fit``.
 
@@ -130,16 +149,22 @@ class ConsensusStrategy(MeetingStrategy):
             RuntimeError: where the other replicas are out of reach: in the launching process of spawn and fork, whose
                 ranks have ended, or before any ``fit``.
         """
-        if self.world_size > 1 and not dist.is_initialized():
+        if not self._reaches_others:
             raise RuntimeError(
                 "adopt_consensus() needs the other ranks, and they are not there: with `start_method='spawn'` and"
                 " 'fork' their processes end with `fit`. Use `evaluate='consensus'`, or start with 'popen' or torchrun."
             )
+        self._meet("adopt_consensus")
+        with self._on_root_device():
+            self.make_consensus(self._module).adopt()
+
+    @contextmanager
+    def _on_root_device(self) -> Iterator[None]:
+        """Have the module where collectives reach it: after ``fit`` Lightning moves it to the CPU."""
         module = self._module
         device = module.device
-        self._meet("adopt_consensus")
         module.to(self.root_device)
-        Consensus(module, self.world_size).adopt()
+        yield
         module.to(device)
 
     @override
@@ -192,34 +217,40 @@ class ConsensusStrategy(MeetingStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This replica's state; :meth:`save_checkpoint` makes the consensus of it."""
-        if self._consensus is None:
-            return super().lightning_module_state_dict()
-        with self._consensus.aside():
-            state = super().lightning_module_state_dict()
-            self._dumped = _copied(state)
+        with self._consensus.aside() if self._consensus is not None else nullcontext():
+            self._dumped = _copied(super().lightning_module_state_dict())
         return dict(self._dumped)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        if self._consensus is None or self._alone:
+        if self._alone or not self._reaches_others:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         path, save_id = self.broadcast((str(filepath), uuid.uuid4().hex[:16]))
         consensus = self._consensus_of(checkpoint)
-        if "optimizer_states" in checkpoint:  # not `weights_only`
-            consensus[files.KEY] = {"save_id": save_id, "world_size": self.world_size, "step": self.step}
+        whole = "optimizer_states" in checkpoint  # not `weights_only`
+        replicas = whole and self._consensus is not None  # after `fit` the clock is all that is left of the training
+        if whole:
+            entry = {"save_id": save_id if replicas else None, "world_size": self.world_size, "step": self.step}
+            consensus[files.KEY] = entry
+        if replicas:
             self._save_replica(checkpoint, path, save_id, storage_options)
+        io = self.checkpoint_io
         try:
             self._meet("replica files are complete")
+            if replicas and self.local_rank == 0 and not self.is_global_zero:
+                self._own_disk = not files.exists(files.replica_path(path, save_id, 0))
+            others = files.other_saves(path, save_id) if self.is_global_zero or self._own_disk else []
             super().save_checkpoint(consensus, path, storage_options)
         except BaseException:
             if self.is_global_zero:
-                files.remove_save(self.checkpoint_io, path, save_id)
+                files.remove_save(io, path, save_id)
             raise
         if self.is_global_zero:
-            keep = {save_id, self._saved.get(path, save_id) if files.is_async(self.checkpoint_io) else save_id}
-            files.remove_other_saves(self.checkpoint_io, path, keep)
-            self._saved[path] = save_id
+            lightning_compat.after_saving(io, lambda: files.remove_saves(io, path, others))
+        else:  # rank 0 may be writing still: what the `.ckpt` of before names stays until the next save
+            files.remove_saves(io, path, set(others) - {self._saved.get(path)})
+        self._saved[path] = save_id
 
     def _save_replica(self, checkpoint: dict[str, Any], path: str, save_id: str, storage_options: Any | None) -> None:
         entry = {
@@ -237,17 +268,18 @@ class ConsensusStrategy(MeetingStrategy):
 
         What a callback put into ``state_dict`` instead, such as an average of its own, is averaged over ranks.
         """
-        if self._consensus is None:
-            return dict(checkpoint)
-        window = not self._consensus.holds
-        if window:
-            self._build(self._consensus.enter, "a checkpoint")
-        built = _copied(super().lightning_module_state_dict())
-        if window:
-            self._consensus.leave()
+        dumped, self._dumped = self._dumped, {}
+        consensus = self._consensus or self.make_consensus(self._module)
+        window = not consensus.holds
+        with self._on_root_device():
+            if window:
+                self._build(consensus.enter, "a checkpoint")
+            built = _copied(super().lightning_module_state_dict())
+            if window:
+                consensus.leave()
 
         def consensus_of(state: dict[str, Any]) -> dict[str, Any]:
-            foreign = {name: v for name, v in state.items() if v is not self._dumped.get(name)}
+            foreign = {name: v for name, v in state.items() if v is not dumped.get(name)}
             averaged = average_state(foreign, self.world_size)
             return {name: averaged[name] if name in averaged else built[name] for name in state}
 
@@ -259,7 +291,8 @@ class ConsensusStrategy(MeetingStrategy):
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
         super().remove_checkpoint(filepath)
-        if self.is_global_zero:  # after the file that names them; of a symbolic link there are none
+        self._saved.pop(str(filepath), None)
+        if self.is_global_zero or self._own_disk:  # after the file that names them; of a symbolic link there are none
             self.checkpoint_io.remove_checkpoint(files.replica_folder(filepath))
 
     @override
@@ -283,11 +316,15 @@ class ConsensusStrategy(MeetingStrategy):
             self._resume = {"step": entry["step"]}
             return checkpoint
         self._resume = replica[files.KEY]
-        if self._consensus is not None:  # in the middle of a fit, as the learning-rate finder does
+        if self._consensus is None:
+            self._resumed = (checkpoint_path, weights_only)
+        else:  # in the middle of a fit, as the learning-rate finder does
             self.load_training_state(self._resume["state"])
         return replica
 
     def _load_replica(self, entry: dict[str, Any], path: _PATH, weights_only: bool | None) -> dict[str, Any]:
+        if entry["save_id"] is None:
+            raise files.ReplicaFileError("it was saved after `fit`, when the replicas' states were gone")
         if entry["world_size"] != self.world_size:
             raise files.ReplicaFileError(
                 f"it was saved by {entry['world_size']} ranks, and there are {self.world_size} now"

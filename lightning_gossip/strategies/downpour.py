@@ -19,9 +19,8 @@ from typing_extensions import override
 from lightning_gossip import lightning_compat
 from lightning_gossip.arguments import check_integer
 from lightning_gossip.control import Control
-from lightning_gossip.models import take_rank_zeros
 from lightning_gossip.parameter_server import DownpourClient, DownpourStats, ShardProcess, check_addresses
-from lightning_gossip.parameter_server.consensus import ServerConsensus
+from lightning_gossip.parameter_server.consensus import KeptParameters, Server, ServerConsensus
 from lightning_gossip.parameter_server.optimizers import ServerOptimizer
 from lightning_gossip.strategies.base import TIMEOUT, Evaluate, ReplicaStrategy, StartMethod
 
@@ -38,6 +37,9 @@ class DownpourStrategy(ReplicaStrategy):
     learning-rate schedule. Shards obey whoever reaches their port, and a payload larger than its header announces
     aborts them inside gloo: for trusted networks only.
 
+    What requires a gradient when training begins is the server's to the end. A parameter that begins to later on is
+    refused at that step; gossip lets it travel from then on.
+
     Args:
         n_push: steps from one push to the next, at least 1.
         n_pull: steps from one request for the server's parameters to the next, at least 1.
@@ -50,7 +52,8 @@ class DownpourStrategy(ReplicaStrategy):
         max_staleness: a worker known to be more updates of others behind the server than this waits for a pull; None
             never waits.
         warmup_steps: for which rank 0 trains alone before the others begin, from the server's parameters. It ends early
-            where rank 0 would wait for the others: at a validation, a checkpoint, or the end of training.
+            where rank 0 would wait for the others: at a validation, a checkpoint, or the end of training. What goes on
+            from a checkpoint, or in a further ``fit``, has none.
         evaluate: ``"consensus"`` or ``"replica"``; what validation and test run on, and what remains after ``fit``.
         timeout: how long a rank waits for a rank or a shard that gives no sign of life.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
@@ -58,6 +61,7 @@ class DownpourStrategy(ReplicaStrategy):
 
     Raises:
         ValueError: for an argument that is not allowed.
+        RuntimeError: in ``fit``, if a parameter is unfrozen in mid-training.
         ShardLost: (a ``RuntimeError``) in ``fit``, naming a shard that is gone; all ranks end with that cause.
 
     Example::
@@ -102,9 +106,7 @@ class DownpourStrategy(ReplicaStrategy):
         self.warmup_steps = check_integer("warmup_steps", warmup_steps, low=0)
         self._client: DownpourClient | None = None
         self._processes: list[ShardProcess] = []  # the shards that this rank started
-        self._training = False  # on the server: from `on_train_start` on
-        self._loaded: dict[str, Any] = {}  # state with which that training begins
-        self._last_step = 0  # before it begins, and after it
+        self._last_step = 0  # of the client's clock, after `fit`
         self._finished: dict[str, Tensor] = {}  # this replica, when all that it made was on the server
         self._final: dict[str, Tensor] | None = None  # the server's parameters at the end of `fit`, on rank 0
         super().__init__(
@@ -122,7 +124,7 @@ class DownpourStrategy(ReplicaStrategy):
     @property
     @override
     def step(self) -> int:
-        return self._client.step if self._client is not None and self._training else self._last_step
+        return self._client.step if self._client is not None else self._last_step
 
     @property
     def downpour_stats(self) -> DownpourStats | None:
@@ -148,7 +150,7 @@ class DownpourStrategy(ReplicaStrategy):
 
     @override
     def start_training(self, trainer: pl.Trainer, control: Control, store: Store) -> None:
-        self._last_step, self._loaded, self._final = 0, {}, None
+        self._final = None
         self._client = DownpourClient(
             self.shard_addresses or self._start_shards(),
             control,
@@ -158,38 +160,44 @@ class DownpourStrategy(ReplicaStrategy):
             warmup_steps=self.warmup_steps,
             server_optimizer=self.server_optimizer,
         )
+        if trainer.global_step > 0:  # a further `fit` of one training
+            self.continue_from(self._last_step)
         lightning_compat.before_training_ends(trainer, self._finish)
+
+    @override
+    def continue_from(self, step: int) -> None:
+        self._running.continue_from(step)
 
     def _start_shards(self) -> list[str]:
         """Start this node's shards, and return the addresses of all, in their order; a collective."""
         own = range(self.node_rank, self.shards, self.num_nodes) if self.local_rank == 0 else range(0)
-        host = self._host() if own else ""
+        host = self._host()
         self._processes = [ShardProcess(host, timeout=self._timeout or TIMEOUT) for _ in own]
         started = {shard: process.address for shard, process in zip(own, self._processes, strict=True)}
         addresses = {shard: address for some in self.gather(started) for shard, address in some.items()}
         return [addresses[shard] for shard in range(self.shards)]
 
     def _host(self) -> str:
-        """Return a name or address under which all ranks reach this node."""
+        """Return the address under which all ranks reach this node; a collective.
+
+        Node 0 goes by where the others are: there the name of the main address may stand for 127.0.1.1.
+        """
         if self.num_nodes == 1 or self.cluster_environment is None:
             return "127.0.0.1"
         main = self.cluster_environment.main_address
-        if self.node_rank == 0:
-            return main
-        family, kind, protocol, _, address = socket.getaddrinfo(main, 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)  # sends nothing: it only finds the interface that leads there
-            return str(probe.getsockname()[0])
+        towards_main = "" if self.node_rank == 0 else _own_address(main)
+        others = filter(None, self.gather(towards_main))
+        return towards_main or _own_address(next(others, main))
 
     @override
     def on_train_start(self) -> None:
-        """Begin on the server, last of all: from now on a rank may wait for rank 0's warm-up."""
+        """Begin on the server, last of all: from now on a rank may wait for rank 0's warm-up.
+
+        It has begun already where a state was loaded, and where the learning-rate finder trains in mid-fit.
+        """
         super().on_train_start()
-        loaded, self._loaded = self._loaded, {}
-        if loaded:
-            self._running.load_state_dict(loaded["worker"])
-        self._running.start(self._parameters(), loaded.get("server"))
-        self._training = True
+        if not self._running.running:
+            self._running.start(self._parameters())
 
     @property
     def _running(self) -> DownpourClient:
@@ -202,9 +210,15 @@ class DownpourStrategy(ReplicaStrategy):
 
     @override
     def make_consensus(self, module: pl.LightningModule) -> ServerConsensus:
-        return ServerConsensus(
-            module, self.global_rank, self.world_size, lambda: self._client if self._training else None, self._meet
-        )
+        return ServerConsensus(module, self.global_rank, self.world_size, self._server, self._meet)
+
+    def _server(self) -> Server | None:
+        """Return what knows the server's parameters: the client in a training, after it what was kept of them."""
+        kept = None if self._final is None else KeptParameters(self._final)
+        return self._under_way() or kept
+
+    def _under_way(self) -> DownpourClient | None:
+        return self._client if self._client is not None and self._client.running else None
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -218,27 +232,31 @@ class DownpourStrategy(ReplicaStrategy):
 
     @override
     def before_meeting(self) -> None:
-        if self._client is not None and self._training:
-            self._client.end_warmup(self._parameters())
+        if (client := self._under_way()) is not None:
+            client.end_warmup(self._parameters())
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     @override
     def training_state(self) -> dict[str, Any]:
         """Return the worker's state, and on rank 0 the server's: all pushes are on it, for the consensus was built."""
-        if not self._training:
-            return self._loaded
-        state: dict[str, Any] = {"worker": self._running.state_dict()}
+        if (client := self._under_way()) is None:
+            return {"step": self.step}
+        state: dict[str, Any] = {"worker": client.state_dict()}
         if self.global_rank == 0:
-            state["server"] = self._running.server_state()
+            state["server"] = client.server_state()
         return state
 
     @override
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Continue from ``state`` at the next :meth:`on_train_start`."""
-        self._loaded = dict(state)
-        self._last_step = state["worker"]["step"] if state else 0
-        self._training = False
+        """Continue from ``state``: at once where training had begun by then, else at :meth:`on_train_start`."""
+        client = self._running
+        client.abandon()
+        if "worker" in state:
+            client.load_state_dict(state["worker"])
+            client.start(self._parameters(), state.get("server"))
+        else:
+            client.continue_from(state["step"])
 
     # -- endings --------------------------------------------------------------------------------------------------
 
@@ -256,13 +274,25 @@ class DownpourStrategy(ReplicaStrategy):
         """
         finished, self._finished = self._finished, {}
         replaced = any(not torch.equal(p, finished[name]) for name, p in self._parameters().items())
+        self._final = None
         if any(self.gather(replaced)):
-            self._last_step, self._training = self.step, False
-        elif self.evaluate == "replica":
+            self._running.abandon()
+        else:
+            self._keep_servers()
+
+    @override
+    def end_resumed(self) -> None:
+        super().end_resumed()
+        if self._resumed is not None:
+            self._keep_servers()
+
+    def _keep_servers(self) -> None:
+        """Keep the server's parameters on rank 0 where the replicas remain: the shards end with ``fit``."""
+        if self.evaluate == "replica":
             self._final = {}
             if self.global_rank == 0:
-                self._final = finished
-                self._running.pull_now(finished)
+                self._final = {name: p.detach().clone() for name, p in self._parameters().items()}
+                self._running.pull_now(self._final)
 
     @override
     def adopt_consensus(self) -> None:
@@ -274,22 +304,13 @@ class DownpourStrategy(ReplicaStrategy):
             RuntimeError: where the other ranks are out of reach, see :meth:`ReplicaStrategy.adopt_consensus`.
         """
         super().adopt_consensus()
-        if self._final is None:
-            return
-        module = self._module
-        device = module.device
-        module.to(self.root_device)
-        for name, value in self._final.items():
-            module.get_parameter(name).data.copy_(value)
-        self._meet("adopt_consensus")
-        take_rank_zeros(module, self.world_size)
-        module.to(device)
+        self._final = None
 
     @override
     def end_training(self) -> None:
-        self._last_step, self._training = self.step, False
+        self._last_step = self.step
         client, self._client = self._client, None
-        goodbye = client is not None and client.running and not self._failed
+        goodbye = client is not None and client.connected and not self._failed
         if client is not None:
             client.close()
         while self._processes:
@@ -298,3 +319,11 @@ class DownpourStrategy(ReplicaStrategy):
     @override
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"_client": None, "_processes": [], "_final": None}
+
+
+def _own_address(peer: str) -> str:
+    """Return this host's address on the interface that leads to ``peer``, a name or address."""
+    family, kind, protocol, _, address = socket.getaddrinfo(peer, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)  # sends nothing
+        return str(probe.getsockname()[0])

@@ -29,7 +29,8 @@ class ElasticGossipStrategy(PairwiseStrategy):
 
     Args:
         alpha: α in (0, 1]: ½ makes a pair meet in the middle. A warning at set-up says where it exceeds the schedule's
-            stability limit (:func:`~lightning_gossip.schedule.stability_limit`); ½ is always stable.
+            stability limit (:func:`~lightning_gossip.schedule.stability_limit`). ½ is stable on every schedule that
+            has a name; on one of yours the limit may be lower, down to 2 / world size.
         probability: in (0, 1]: of a rank (``uniform``, ``weighted``) or a pair (others) to take part in a round.
         period: steps from one round to the next, at least 1.
         peers: who chooses whom: ``"matching"``, ``"uniform"``, ``"weighted"`` (or a
@@ -40,7 +41,9 @@ class ElasticGossipStrategy(PairwiseStrategy):
             ``torch.bfloat16`` and ``torch.float16`` halve the bytes of float32. float16 overflows beyond 65,504.
         evaluate: ``"consensus"`` or ``"replica"``; what validation and test run on, and what remains after ``fit``.
         seed: of the schedule, at least 0; the same on all ranks.
-        timeout: how long a rank waits for one that gives no sign of life.
+        timeout: how long an exchange may take, the wait for its partners included: one that takes longer ends the run,
+            also where the partner is only slow. At a validation, a checkpoint or the end, where all meet: how long a
+            rank waits for one that gives no sign of life.
         shared_memory: whether ranks on one host read each other's snapshots where they were written, instead of
             sending them over loopback; found out for each pair by itself. Linux, parameters on the CPU.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
@@ -103,15 +106,18 @@ class ElasticGossipStrategy(PairwiseStrategy):
     @override
     def start_training(self, trainer: pl.Trainer, control: Control, store: Store) -> None:
         super().start_training(trainer, control, store)
-        # one half is stable on every schedule of this package, and one rank's word is enough
-        if self.is_global_zero and (self.alpha > 0.5 or not isinstance(self.schedule.peers, Peers)):
+        if self.is_global_zero:  # one rank's word is enough
             self._warn_if_unstable()
 
     def _warn_if_unstable(self) -> None:
+        # an object of the user's is not asked ahead for nothing
+        surely_stable = 0.5 if isinstance(self.schedule.peers, Peers) else 2 / self.world_size
+        if self.alpha <= surely_stable:
+            return
         limit = stability_limit(self.schedule, self.world_size)
         if self.alpha > limit:
             rank_zero_warn(
                 f"alpha={self.alpha:g} exceeds {limit:.2f}, the stability limit of this schedule among"
                 f" {self.world_size} ranks: replicas will drift apart where gradients do not hold them."
-                " Take alpha=0.5, which is always stable."
+                " Take an alpha below it."
             )

@@ -36,7 +36,9 @@ class GossipStrategy(PairwiseStrategy):
             ``torch.bfloat16`` and ``torch.float16`` halve the bytes of float32. float16 overflows beyond 65,504.
         evaluate: ``"consensus"`` or ``"replica"``; what validation and test run on, and what remains after ``fit``.
         seed: of the schedule, at least 0; the same on all ranks.
-        timeout: how long a rank waits for one that gives no sign of life.
+        timeout: how long an exchange may take, the wait for its partners included: one that takes longer ends the run,
+            also where the partner is only slow. At a validation, a checkpoint or the end, where all meet: how long a
+            rank waits for one that gives no sign of life.
         shared_memory: whether ranks on one host read each other's snapshots where they were written, instead of
             sending them over loopback; found out for each pair by itself. Linux, parameters on the CPU.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,

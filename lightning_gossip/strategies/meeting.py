@@ -18,6 +18,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
 
 from lightning_gossip import lightning_compat
@@ -51,6 +53,7 @@ class MeetingStrategy(DDPStrategy):
 
     _control: Control | None = None
     _failed = False
+    _gathering: tuple[Metric, ...] = ()
 
     @property
     @abstractmethod
@@ -174,6 +177,18 @@ class MeetingStrategy(DDPStrategy):
     def on_meeting(self, meeting: Meeting) -> None:
         """Called on all ranks when they have met."""
 
+    def _meet_in_metrics(self, module: pl.LightningModule) -> None:
+        """Let the module's torchmetrics objects wait for slow ranks too: until :meth:`teardown` they meet to pool."""
+
+        def gather(result: Tensor, group: Any | None = None) -> list[Tensor]:
+            self._meet("torchmetrics")
+            return gather_all_tensors(result, group)
+
+        metrics = (m for m in module.modules() if isinstance(m, Metric))
+        self._gathering = tuple(m for m in metrics if m.dist_sync_fn is None)
+        for metric in self._gathering:
+            metric.dist_sync_fn = gather
+
     def gather(self, value: Any) -> list[Any]:
         """Return the value of each rank; a collective."""
         values: list[Any] = [value] * self.world_size
@@ -226,6 +241,9 @@ class MeetingStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
+        for metric in self._gathering:
+            metric.dist_sync_fn = None
+        self._gathering = ()
         if self._control is not None:
             self._control.close()
             self._control = None
@@ -233,7 +251,7 @@ class MeetingStrategy(DDPStrategy):
 
     @override
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_control": None, "_connect": None}
+        return super().__getstate__() | {"_control": None, "_connect": None, "_gathering": ()}
 
 
 def _raise_stop(stop: Stop) -> NoReturn:

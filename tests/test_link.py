@@ -1,0 +1,88 @@
+"""Links among many ends: what they take from the run's store, and what becomes of them."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Rank, run_ranks
+from torch import nn
+from torch.distributed import HashStore, PrefixStore, TCPStore
+
+from lightning_gossip.link import Header, Kind, Link, LinkError, Links, gloo_device
+from lightning_gossip.mixing import ElasticMixing
+from lightning_gossip.schedule import Schedule
+
+LIMIT = timedelta(seconds=20)
+
+
+def connections(port: int) -> int:
+    """Return how many connections the server at ``port`` of this host has."""
+    rows = [row.split() for name in ("tcp", "tcp6") for row in Path("/proc/net", name).read_text().splitlines()[1:]]
+    return sum(row[1].endswith(f":{port:04X}") and row[3] == "01" for row in rows)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="connections are counted in /proc")
+def test_all_links_of_a_process_share_its_connection_to_the_store() -> None:
+    ends = 6
+    server = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False)
+    processes = [Links(server.clone(), f"rank{rank}", LIMIT) for rank in range(ends)]
+    before = connections(server.port)
+    assert before >= ends
+    arriving = []
+    for rank, links in enumerate(processes):  # all at once, in each other's way
+        for peer in set(range(ends)) - {rank}:
+            link = links.to(f"rank{peer}")
+
+            def greet(link: Link = link, rank: int = rank) -> int:
+                link.send(Header(Kind.NEAR, rank, 0))
+                step = link.receive_header().step
+                link.flush()
+                return step
+
+            arriving.append((peer, link.submit(greet)))
+    assert all(future.result(20) == peer for peer, future in arriving)
+    assert connections(server.port) == before
+    for links in processes:
+        links.close()
+
+
+def test_a_link_is_closed_while_gloo_waits_for_the_other_ends_address() -> None:
+    store = HashStore()
+    PrefixStore("link/a/b", store).set("b", "here")  # and never more
+    link = Link(store, gloo_device(), "a", "b", LIMIT)
+    future = link.submit(lambda: link.receive_header())
+    deadline = time.monotonic() + 10
+    while not store.check(["link/a/b/0/0"]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    start = time.monotonic()
+    link.close()
+    with pytest.raises(LinkError, match="the link between a and b is closed"):
+        future.result(5)
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_near_partners_give_their_link_up(shared_memory: bool) -> None:
+    def link_threads(prefix: str) -> int:
+        return sum(thread.name.startswith(prefix) for thread in threading.enumerate())
+
+    def body(rank: Rank) -> int:
+        before = link_threads(f"link-rank{rank.rank}-")
+        rank.control.meet("the start")
+        parameters = {"w": nn.Parameter(torch.full((8,), float(rank.rank)))}
+        exchange = rank.exchange(Schedule("exponential"), ElasticMixing(0.5), parameters, shared_memory)
+        for _ in range(6):
+            exchange.begin()
+            exchange.end()
+        rank.control.meet("all have seen each partner more than once")
+        now = link_threads(f"link-rank{rank.rank}-")
+        rank.control.meet("all have counted")
+        return now - before
+
+    assert run_ranks(4, body) == [0 if shared_memory else 2] * 4
