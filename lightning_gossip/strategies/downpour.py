@@ -263,7 +263,11 @@ class DownpourStrategy(ReplicaStrategy):
     def _finish(self) -> None:
         """Push what is left, before callbacks replace this replica at the end of training."""
         self._running.finish(self._parameters())
-        self._finished = {name: p.detach().clone() for name, p in self._parameters().items()}
+        self._finished = self._replica()
+
+    def _replica(self) -> dict[str, Tensor]:
+        """Return a copy of this rank's parameters."""
+        return {name: p.detach().clone() for name, p in self._parameters().items()}
 
     @override
     def settle(self) -> None:
@@ -278,21 +282,21 @@ class DownpourStrategy(ReplicaStrategy):
         if any(self.gather(replaced)):
             self._running.abandon()
         else:
-            self._keep_servers()
+            self._keep_servers(finished)
 
     @override
     def end_resumed(self) -> None:
         super().end_resumed()
         if self._resumed is not None:
-            self._keep_servers()
+            self._keep_servers(self._replica())
 
-    def _keep_servers(self) -> None:
-        """Keep the server's parameters on rank 0 where the replicas remain: the shards end with ``fit``."""
+    def _keep_servers(self, replica: dict[str, Tensor]) -> None:
+        """Keep the server's parameters, in place of this copy, on rank 0 where the replicas remain: the shards end."""
         if self.evaluate == "replica":
             self._final = {}
             if self.global_rank == 0:
-                self._final = {name: p.detach().clone() for name, p in self._parameters().items()}
-                self._running.pull_now(self._final)
+                self._final = replica
+                self._running.pull_now(replica)
 
     @override
     def adopt_consensus(self) -> None:
