@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -33,7 +32,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from downpour_training import Training
-from result_rows import RESULTS, Row, append, find, read
+from result_rows import RESULTS, Row, append, find, mean_and_error, read
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -188,12 +187,6 @@ def print_summary(rows: Sequence[Row]) -> None:
             print(line, flush=True)
 
 
-def mean_and_error(values: Sequence[float]) -> str:
-    """Return the mean in words, with its standard error where there are several values."""
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.2f}"
-
-
 def main(arguments: Sequence[str]) -> None:
     """Run what is missing of an experiment, the first of ``arguments``, and print or draw what is there."""
     name = arguments[0] if arguments else ""
@@ -223,19 +216,34 @@ def main(arguments: Sequence[str]) -> None:
     add(
         "--plot",
         action="store_true",
-        help="draw the curves that are there of this lr, momentum and epochs; train nothing",
+        help="draw what is there of this momentum and of --epochs or more, print what it comes to; train nothing",
     )
     args = parser.parse_args(arguments[1:])
     if args.checks is not None and args.checks < 1:
         parser.error(f"--checks must be at least 1, got {args.checks}")
+
+    def checks_of(workers: int) -> int:
+        return args.checks or (workers if experiment.schedule else 1)
+
     out, curves = args.out / f"downpour_{name}.csv", args.out / f"downpour_{name}_curves.csv"
     if args.plot:
-        from downpour_plots import draw
+        from downpour_plots import draw, gather, table
 
-        shown = {key: getattr(args, key) for key in ("lr", "momentum", "epochs")}
-        if not (rows := find(read(curves), shown)):
-            parser.error(f"--plot draws the rows of {curves} with {shown}, and there are none")
-        draw(name, rows, args.out)
+        rows = [
+            row
+            for row in read(curves)
+            if int(row["checks"]) == checks_of(int(row["workers"]))
+            and int(row["epochs"]) >= args.epochs
+            and find([row], {"momentum": args.momentum})
+        ]
+        if not rows:
+            parser.error(
+                f"--plot draws the rows of {curves} with momentum {args.momentum:g} and at least {args.epochs} epochs, "
+                "and there are none"
+            )
+        lines = gather(rows, experiment.lr)
+        draw(name, lines, args.out)
+        print(table(lines))
         return
     torch.set_num_threads(1)
     for seed in args.seeds:
@@ -245,8 +253,7 @@ def main(arguments: Sequence[str]) -> None:
             parser.error(str(error))
         for workers in args.workers:
             n_push = args.n_push if workers > 1 else 0
-            checks = args.checks or (workers if experiment.schedule else 1)
-            given = asdict(Setting(workers, n_push, args.lr, args.momentum, args.epochs, checks, seed))
+            given = asdict(Setting(workers, n_push, args.lr, args.momentum, args.epochs, checks_of(workers), seed))
             if find(read(out), given):
                 continue
             print(f"{name}: {given}", flush=True)
