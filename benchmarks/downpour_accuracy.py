@@ -31,8 +31,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from downpour_tables import gather, print_summary, table
 from downpour_training import Training
-from result_rows import RESULTS, Row, append, find, mean_and_error, read
+from result_rows import RESULTS, Row, append, find, read
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -167,26 +168,6 @@ def train(
     ).run()
 
 
-def print_summary(rows: Sequence[Row]) -> None:
-    """Print means over seeds for each setting, and the differences to the single process of the same seed."""
-    names = [name for name in Setting.__annotations__ if name != "seed"]
-    for found in sorted({tuple(row[name] for name in names) for row in rows}):
-        given = dict(zip(names, found, strict=True))
-        runs = find(rows, given)
-        print(", ".join(f"{name} {value}" for name, value in given.items()), f"({len(runs)} seeds):")
-        for accuracy in ("validation_accuracy", "test_accuracy"):
-            alone = {row["seed"]: row for row in find(rows, given | {"workers": 1, "n_push": 0, "checks": 1})}
-            differences = [
-                100 * (float(row[accuracy]) - float(alone[row["seed"]][accuracy]))
-                for row in runs
-                if row["seed"] in alone
-            ]
-            line = f"    {accuracy} {mean_and_error([100 * float(row[accuracy]) for row in runs])} %"
-            if differences and given["workers"] != "1":
-                line += f"; less the single process': {mean_and_error(differences)} points"
-            print(line, flush=True)
-
-
 def main(arguments: Sequence[str]) -> None:
     """Run what is missing of an experiment, the first of ``arguments``, and print or draw what is there."""
     name = arguments[0] if arguments else ""
@@ -227,14 +208,12 @@ def main(arguments: Sequence[str]) -> None:
 
     out, curves = args.out / f"downpour_{name}.csv", args.out / f"downpour_{name}_curves.csv"
     if args.plot:
-        from downpour_plots import draw, gather, table
+        from downpour_plots import draw
 
         rows = [
             row
-            for row in read(curves)
-            if int(row["checks"]) == checks_of(int(row["workers"]))
-            and int(row["epochs"]) >= args.epochs
-            and find([row], {"momentum": args.momentum})
+            for row in find(read(curves), {"momentum": args.momentum})
+            if int(row["checks"]) == checks_of(int(row["workers"])) and int(row["epochs"]) >= args.epochs
         ]
         if not rows:
             parser.error(
@@ -265,4 +244,4 @@ def main(arguments: Sequence[str]) -> None:
             machine = {"cores": os.cpu_count(), "version": lightning_gossip.__version__}
             append(out, [given | result | machine], digits=6)
             shutil.rmtree(folder, ignore_errors=True)  # there is none without checkpoints
-    print_summary(read(out))
+    print_summary(read(out), [name for name in Setting.__annotations__ if name != "seed"])

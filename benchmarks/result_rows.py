@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,9 +52,3 @@ def find(rows: Sequence[Row], given: Mapping[str, Any]) -> list[Row]:
 
 def _is(text: str, value: Any) -> bool:
     return math.isclose(float(text), value, rel_tol=1e-5) if isinstance(value, float) and text else text == str(value)
-
-
-def mean_and_error(values: Sequence[float]) -> str:
-    """Return the mean in words, with its standard error where there are several values."""
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.2f}"
