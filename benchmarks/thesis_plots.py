@@ -76,10 +76,12 @@ def _table(experiment: Experiment, results: Results) -> Figure | None:
             if gossips:
                 consensus = 100 * row["consensus_test_accuracy"]
                 axes.plot(x + 0.04, consensus, "D", color=COLOURS[1], label="ours: consensus")
-        mean, consensus = (100 * value for value in published(results, row_id))
-        axes.plot(place + 0.18, mean, "o", color=COLOURS[0], mfc="none", label="thesis: mean (one run)")
-        axes.plot(place + 0.26, consensus, "D", color=COLOURS[1], mfc="none", label="thesis: consensus")
+        if not results.reference.empty:
+            mean, consensus = (100 * value for value in published(results, row_id))
+            axes.plot(place + 0.18, mean, "o", color=COLOURS[0], mfc="none", label="thesis: mean (one run)")
+            axes.plot(place + 0.26, consensus, "D", color=COLOURS[1], mfc="none", label="thesis: consensus")
     axes.set_xticks(range(len(ids)), ids, rotation=45, ha="right")
+    axes.set_xlim(-0.5, len(ids) - 0.5)
     _legend(figure, axes, columns=2, title=f"{experiment.title}, {experiment.epochs} epochs; a point a seed")
     return figure
 
@@ -102,7 +104,8 @@ def _evolution(experiment: Experiment, results: Results) -> Figure | None:
             if gossips:
                 _mark_test(axes, results, row, experiment.epochs, curve["updates"].min() * experiment.epochs)
         axes.plot([], [], "o", color="0.35", label="test accuracy, ours")
-        axes.plot([], [], "o", color="0.35", mfc="none", label="test accuracy, thesis")
+        if not results.reference.empty:
+            axes.plot([], [], "o", color="0.35", mfc="none", label="test accuracy, thesis")
         axes.set_title(f"{workers} workers, probability 1/{1 / rate:g}", fontsize=8)
         _finish(axes, experiment, "Updates of each replica")
     _legend(figure, all_axes[0], columns=3, title=f"{experiment.title}: {_BAND}")

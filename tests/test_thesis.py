@@ -131,6 +131,21 @@ def test_claims_hold_of_the_published_numbers_and_fail_of_worse() -> None:
     assert outcomes({"GS-4-0.008": float("inf")}) == [None, None, True, True, None]
 
 
+def test_tables_name_the_thesis_only_beside_its_numbers() -> None:
+    from thesis_results import Results, load
+    from thesis_rows import EXPERIMENTS
+    from thesis_table import as_markdown
+
+    for name, cells in (("mnist", 9), ("cifar10_alexnet", 5)):
+        experiment = EXPERIMENTS[name]
+        known = load(Path("none"), name, experiment.reference)
+        rows = pd.DataFrame([result("AR-4", 0.9, 0.9) | {"epochs": experiment.epochs}])
+        text = as_markdown(experiment, Results(rows, known.curves, known.reference))
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        assert [line.count("|") - 1 for line in lines] == [cells] * 3
+        assert ("thesis" in text) == (cells == 9)
+
+
 def test_the_command_line_is_one_that_the_example_takes(tmp_path: Path) -> None:
     """Without data it ends with status 2 and says what was looked for, after it has taken all options."""
     script = [
