@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from result_rows import Row, find
+from result_rows import Row, find, markdown
 
 Runs = dict[str, list[Row]]
 """Of one setting, by seed: the points of a curve, as many of each."""
@@ -60,19 +60,23 @@ def table(lines: dict[str, Runs]) -> str:
     """
     first = next(iter(lines))
     alone = {seed: points[-1] for seed, points in lines[first].items()}
-    text = [
-        "| | epochs of a worker | seeds | validation accuracy (%) | test accuracy (%) | less the single process' |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    head = (
+        "",
+        "epochs of a worker",
+        "seeds",
+        "validation accuracy (%)",
+        "test accuracy (%)",
+        "less the single process'",
+    )
+    rows = []
     for who, runs in lines.items():
         ends = [points[-1] for points in runs.values()]
         validation, test = (
             mean_and_error(percent(ends, column)) for column in ("validation_accuracy", "test_accuracy")
         )
         less = [] if who == first else differences(ends, alone, "test_accuracy")
-        cells = [who, ends[0]["epoch"], str(len(ends)), validation, test, mean_and_error(less) if less else ""]
-        text.append(f"| {' | '.join(cells)} |")
-    return "\n".join(text)
+        rows.append([who, ends[0]["epoch"], str(len(ends)), validation, test, mean_and_error(less) if less else ""])
+    return "\n".join(markdown(head, rows))
 
 
 def name_of(row: Row, lr: float) -> str:

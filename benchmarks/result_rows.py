@@ -1,10 +1,10 @@
-"""Rows of results in CSV files: what is there is not measured again."""
+"""Rows of results in CSV files, where what is there is not measured again, and as tables in Markdown."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +52,9 @@ def find(rows: Sequence[Row], given: Mapping[str, Any]) -> list[Row]:
 
 def _is(text: str, value: Any) -> bool:
     return math.isclose(float(text), value, rel_tol=1e-5) if isinstance(value, float) and text else text == str(value)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[int] = (0,)) -> list[str]:
+    """Return the lines of a table in Markdown; all columns but those of ``words`` stand to the right."""
+    rule = ["---" if place in words else "---:" for place in range(len(head))]
+    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]

@@ -76,7 +76,7 @@ def _table(experiment: Experiment, results: Results) -> Figure | None:
             if gossips:
                 consensus = 100 * row["consensus_test_accuracy"]
                 axes.plot(x + 0.04, consensus, "D", color=COLOURS[1], label="ours: consensus")
-        if not results.reference.empty:
+        if results.compared:
             mean, consensus = (100 * value for value in published(results, row_id))
             axes.plot(place + 0.18, mean, "o", color=COLOURS[0], mfc="none", label="thesis: mean (one run)")
             axes.plot(place + 0.26, consensus, "D", color=COLOURS[1], mfc="none", label="thesis: consensus")
@@ -104,7 +104,7 @@ def _evolution(experiment: Experiment, results: Results) -> Figure | None:
             if gossips:
                 _mark_test(axes, results, row, experiment.epochs, curve["updates"].min() * experiment.epochs)
         axes.plot([], [], "o", color="0.35", label="test accuracy, ours")
-        if not results.reference.empty:
+        if results.compared:
             axes.plot([], [], "o", color="0.35", mfc="none", label="test accuracy, thesis")
         axes.set_title(f"{workers} workers, probability 1/{1 / rate:g}", fontsize=8)
         _finish(axes, experiment, "Updates of each replica")

@@ -45,6 +45,11 @@ class Results:
     curves: pd.DataFrame
     reference: pd.DataFrame
 
+    @property
+    def compared(self) -> bool:
+        """Whether there are published rows to stand beside."""
+        return not self.reference.empty
+
 
 def load(folder: Path, experiment: str, reference: str | None) -> Results:
     """Return the results in ``folder``; tables without lines where there are none yet."""

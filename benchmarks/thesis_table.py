@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import pandas as pd
+from result_rows import markdown
 from thesis_results import Results
 from thesis_rows import Experiment, parse
 
 _OURS = ("row", "seed", "ours: mean (min–max)", "consensus")
 _THEIRS = ("thesis: mean", "consensus", "difference: mean", "consensus")
-_LEFT = {_OURS[0], _OURS[2]}
-"""Columns of text; numbers stand to the right."""
+_BYTES = "sent by a worker (GB)"
 
 
 def in_order(rows: pd.DataFrame) -> pd.DataFrame:
@@ -33,39 +32,38 @@ def published(results: Results, row_id: str) -> tuple[float, float]:
 
 def as_markdown(experiment: Experiment, results: Results) -> str:
     """Return a table for each number of epochs; test accuracies in percent, differences in points."""
-    head = [*_OURS, *(() if results.reference.empty else _THEIRS), "sent by a worker (GB)"]
-    rule = ["---" if title in _LEFT else "---:" for title in head]
+    head = [*_OURS, *(_THEIRS if results.compared else ()), _BYTES]
     lines = [f"## {experiment.title}", ""]
     for epochs, rows in sorted(results.rows.groupby("epochs"), key=lambda group: -group[0]):
         whole = epochs == experiment.epochs
         lines += [f"### {epochs} epochs" + ("" if whole else f", of {experiment.epochs} in the whole rows"), ""]
-        lines += [_cells(head), _cells(rule), *(_line(results, row, whole) for _, row in in_order(rows).iterrows()), ""]
+        lines += markdown(head, (_cells(results, row, whole) for _, row in in_order(rows).iterrows()), words=(0, 2))
+        lines += [""]
     lines += [
         "Test accuracy in percent: mean, smallest and largest of the replicas, and of their mean, the consensus model."
-        + ("" if results.reference.empty else " Differences in points, where the thesis trained for as many epochs.")
+        + (" Differences in points, where the thesis trained for as many epochs." if results.compared else "")
         + " Bytes are counted, and computed for all-reduce: a ring sends 2 N (n - 1) / n a step, N the gradients' bytes"
         " and n the workers.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _line(results: Results, row: pd.Series, whole: bool) -> str:
+def _cells(results: Results, row: pd.Series, whole: bool) -> list[str]:
+    """Return a row's cells, one a column of the table."""
     mean, consensus = row["mean_over_ranks"], row["consensus_test_accuracy"]
-    cells = [
+    compared = []
+    if results.compared:
+        theirs = published(results, row["id"]) if whole else (math.nan, math.nan)
+        differences = (ours - other for ours, other in zip((mean, consensus), theirs, strict=True))
+        compared = [*map(_percent, theirs), *(_percent(difference, "+.2f") for difference in differences)]
+    return [
         row["id"],
         f"{row['seed']}",
         f"{_percent(mean)} ({_percent(row['min_over_ranks'])}–{_percent(row['max_over_ranks'])})",
         _percent(consensus),
+        *compared,
+        f"{row['bytes_sent_per_rank'] / 1e9:.1f}",
     ]
-    if not results.reference.empty:
-        theirs = published(results, row["id"]) if whole else (math.nan, math.nan)
-        cells += map(_percent, theirs)
-        cells += (_percent(ours - other, "+.2f") for ours, other in zip((mean, consensus), theirs, strict=True))
-    return _cells([*cells, f"{row['bytes_sent_per_rank'] / 1e9:.1f}"])
-
-
-def _cells(texts: Iterable[str]) -> str:
-    return "| " + " | ".join(texts) + " |"
 
 
 def _percent(value: float, form: str = ".2f") -> str:
