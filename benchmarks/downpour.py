@@ -28,8 +28,10 @@ from result_rows import RESULTS, append, find, read
 from torch.distributed import HashStore
 from workloads import perceptron
 
-from lightning_gossip.control import Control
-from lightning_gossip.parameter_server import Answered, DownpourClient, ShardProcess
+from lightning_gossip.control.run import Control
+from lightning_gossip.parameter_server.client import DownpourClient
+from lightning_gossip.parameter_server.process import ShardProcess
+from lightning_gossip.parameter_server.traffic import Answered
 
 WORKERS = (1, 2, 3, 4, 6, 8)
 SHARDS = (1, 2)

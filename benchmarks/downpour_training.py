@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_gossip import DownpourStrategy
-from lightning_gossip.checkpoint import AtomicCheckpointIO
+from lightning_gossip.strategies.checkpoint import AtomicCheckpointIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))  # whose modules go by their bare names
 from classifier import Classifier

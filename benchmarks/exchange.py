@@ -37,8 +37,8 @@ from side_by_side import LightningSetup, Nobody, Plan, Setup, Values, run_rank
 from workloads import TASKS
 
 from lightning_gossip import ElasticGossipStrategy
-from lightning_gossip.flat import FlatBuffer, FlatLayout
-from lightning_gossip.mixing import CHUNK, mix
+from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
+from lightning_gossip.rules.mixing import CHUNK, mix
 
 TIMEOUT = timedelta(minutes=1)
 WARM_UP = 8

@@ -10,7 +10,7 @@ from exchange_summary import Summary
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from lightning_gossip.report_plots import COLOURS, DPI, STYLE
+from lightning_gossip.monitoring.report_plots import COLOURS, DPI, STYLE
 
 
 def draw(summaries: Sequence[Summary], bars: Mapping[tuple[str, int, str], float], out: Path) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from side_by_side import Meter, Values
 
-from lightning_gossip.exchange import Exchange
-from lightning_gossip.flat import FlatBuffer
+from lightning_gossip.exchange.clock import Exchange
+from lightning_gossip.exchange.flat import FlatBuffer
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
 
 MB = 1e6

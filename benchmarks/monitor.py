@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from workloads import Model, SameBatch, perceptron
 
-from lightning_gossip import ElasticGossipStrategy, GossipMonitor, RankTensorBoardLogger, exchange
+from lightning_gossip import ElasticGossipStrategy, GossipMonitor, RankTensorBoardLogger
+from lightning_gossip.exchange import clock as exchange
 
 Times = NDArray[np.float64]
 """Seconds of each block, and those spent in the monitor and in measuring distances; shape ``(2, blocks)``."""

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from side_by_side import ratios
 
-from lightning_gossip.report_plots import COLOURS, DPI, STYLE
+from lightning_gossip.monitoring.report_plots import COLOURS, DPI, STYLE
 
 _UNEVEN_LABELS = {
     "stalls": "Step, to a rank's own mean step",

@@ -27,8 +27,8 @@ from network_schemes import FILES, GOSSIP
 from result_rows import RESULTS, Row, append, find, read
 from scale_model import Clocks, Machine, Replicas, Setting, all_reduce_step, growth, simulate
 
-from lightning_gossip.mixing import ElasticMixing
-from lightning_gossip.report_plots import COLOURS, DPI, STYLE
+from lightning_gossip.monitoring.report_plots import COLOURS, DPI, STYLE
+from lightning_gossip.rules.mixing import ElasticMixing
 
 RANKS = (16, 64, 256, 1024, 4096)
 PEERS = ("matching", "uniform", "ring", "exponential")

@@ -1,8 +1,8 @@
 """Replicas and clocks of many ranks, moved by the package's own schedule and mixing rule (for scale.py).
 
 No parameters are trained and nothing is sent: replicas are short random vectors, time is computed. Whatever the number
-of ranks, who exchanges with whom, and what is made of it, come from :mod:`lightning_gossip.schedule` and
-:mod:`lightning_gossip.mixing`.
+of ranks, who exchanges with whom, and what is made of it, come from :mod:`lightning_gossip.rules.schedule` and
+:mod:`lightning_gossip.rules.mixing`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_gossip.mixing import ElasticMixing, MixingRule, mix
-from lightning_gossip.schedule import Schedule
+from lightning_gossip.rules.mixing import ElasticMixing, MixingRule, mix
+from lightning_gossip.rules.schedule import Schedule
 
 Seconds = NDArray[np.float64]
 """One number a rank; shape ``(ranks,)``."""

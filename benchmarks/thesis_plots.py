@@ -20,7 +20,7 @@ from thesis_results import Results
 from thesis_rows import DEFAULT_ALPHA, METHODS, SEED, Experiment, Row, parse
 from thesis_table import in_order, published
 
-from lightning_gossip.report_plots import COLOURS, DPI, STYLE
+from lightning_gossip.monitoring.report_plots import COLOURS, DPI, STYLE
 
 _METHOD_COLOURS = {"EG": COLOURS[0], "GS": COLOURS[1], "AR": COLOURS[6], "NC": "0.55"}
 _RATE_STYLES = {1 / 8: "-", 1 / 32: "--", 1 / 128: "-.", 1 / 512: ":"}

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 
-from lightning_gossip.event_files import read_run
+from lightning_gossip.monitoring.event_files import read_run
 
 FOLDER = Path(__file__).resolve().parent / "results"
 KEY = ("id", "seed", "epochs")

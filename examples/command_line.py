@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from shares import DATA_SHARES
 
 from lightning_gossip import DownpourStrategy, ElasticGossipStrategy, GossipStrategy
-from lightning_gossip.schedule import SELECTORS
+from lightning_gossip.rules.schedule import SELECTORS
 from lightning_gossip.strategies.base import TIMEOUT
 
 STRATEGIES = ("local", "none", "all-reduce", "gossip", "elastic-gossip", "downpour")

@@ -24,8 +24,8 @@ from typing_extensions import override
 
 import lightning_gossip
 from lightning_gossip import GossipMonitor, RankTensorBoardLogger
-from lightning_gossip.checkpoint import AtomicCheckpointIO
 from lightning_gossip.strategies.base import ReplicaStrategy
+from lightning_gossip.strategies.checkpoint import AtomicCheckpointIO
 
 CHECKPOINT = "last"
 

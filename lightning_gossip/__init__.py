@@ -19,10 +19,12 @@ __all__ = [
 if "lightning_gossip.parameter_server" not in sys.orig_argv:
     from lightning.pytorch.strategies import StrategyRegistry
 
-    from lightning_gossip.callbacks import GossipMonitor
-    from lightning_gossip.loggers import RankTensorBoardLogger
-    from lightning_gossip.schedule import WeightedPeers
-    from lightning_gossip.strategies import DownpourStrategy, ElasticGossipStrategy, GossipStrategy
+    from lightning_gossip.monitoring.loggers import RankTensorBoardLogger
+    from lightning_gossip.monitoring.monitor import GossipMonitor
+    from lightning_gossip.rules.schedule import WeightedPeers
+    from lightning_gossip.strategies.downpour import DownpourStrategy
+    from lightning_gossip.strategies.elastic_gossip import ElasticGossipStrategy
+    from lightning_gossip.strategies.gossip import GossipStrategy
 
     for _name, _strategy in (
         ("gossip", GossipStrategy),

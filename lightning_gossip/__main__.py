@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(runs: Sequence[Path], out: Path, accuracy_tag: str | None, loss_tag: str | None) -> int:
     try:
-        from lightning_gossip.report import write_report
+        from lightning_gossip.monitoring.report import write_report
     except ModuleNotFoundError as error:
         if error.name not in _REPORT_PACKAGES:
             raise

@@ -12,8 +12,8 @@ from curves import AsProcess, Connect
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_gossip import loggers, run_folder
-from lightning_gossip.run_folder import GroupStore
+from lightning_gossip.monitoring import loggers, run_folder
+from lightning_gossip.monitoring.run_folder import GroupStore
 
 # torch looks up the name of every address to which it connects, some ten times a rank; a name server that loses one
 # answer in fifty then costs five seconds each time. With this, for all processes that tests start too, none is asked.

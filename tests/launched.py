@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lightning_gossip import checkpoint as files
+from lightning_gossip.strategies import checkpoint as files
 
 PROGRAM = Path(__file__).parent / "programs" / "train.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.distributed import HashStore
 
-from lightning_gossip.control import Control
-from lightning_gossip.exchange import Exchange
-from lightning_gossip.link import Links
-from lightning_gossip.link_transport import LinkTransport
+from lightning_gossip.control.run import Control
+from lightning_gossip.exchange.clock import Exchange
+from lightning_gossip.transport.link import Links
+from lightning_gossip.transport.link_transport import LinkTransport
 
 T = TypeVar("T")
 

@@ -11,10 +11,10 @@ from typing import Any
 from ranks import Rank
 from torch.distributed import HashStore, Store
 
-from lightning_gossip.link import gloo_device
-from lightning_gossip.parameter_server import DownpourClient
+from lightning_gossip.parameter_server.client import DownpourClient
 from lightning_gossip.parameter_server.server import ShardServer
 from lightning_gossip.parameter_server.shard import Shard
+from lightning_gossip.transport.link import gloo_device
 
 
 @dataclass

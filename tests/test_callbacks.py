@@ -21,7 +21,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 from witness import Memory, Model, Witness, logged
 
-from lightning_gossip import ElasticGossipStrategy, GossipMonitor, GossipStrategy, RankTensorBoardLogger, run_folder
+from lightning_gossip import ElasticGossipStrategy, GossipMonitor, GossipStrategy, RankTensorBoardLogger
+from lightning_gossip.monitoring import run_folder
 
 LAUNCH: dict[str, Any] = {"start_method": "fork", "timeout": timedelta(seconds=30)}
 STEP_TAGS = {f"gossip/{name}" for name in ("exchanges", "bytes_sent", "wait_seconds", "mix_seconds", "partner")}

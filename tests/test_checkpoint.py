@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gossip import ElasticGossipStrategy, GossipStrategy
-from lightning_gossip import checkpoint as files
+from lightning_gossip.strategies import checkpoint as files
 
 STRATEGIES: dict[str, Any] = {
     "elastic": lambda **kwargs: ElasticGossipStrategy(alpha=0.3, **kwargs),

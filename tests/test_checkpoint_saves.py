@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers import multiprocessing as multiprocessing_launcher
 from test_checkpoint import Noisy, make, replica_of
 
-from lightning_gossip import checkpoint as files
+from lightning_gossip.strategies import checkpoint as files
 
 
 class FailingIO(files.AtomicCheckpointIO):

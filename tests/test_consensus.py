@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_gossip.consensus import squares_to
+from lightning_gossip.exchange.consensus import squares_to
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])

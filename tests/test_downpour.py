@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gossip import DownpourStrategy, GossipMonitor
-from lightning_gossip import checkpoint as files
-from lightning_gossip.parameter_server import ShardProcess
+from lightning_gossip.parameter_server.process import ShardProcess
+from lightning_gossip.strategies import checkpoint as files
 from lightning_gossip.strategies import downpour as downpour_strategy
 
 LR = 0.01

@@ -12,9 +12,9 @@ import torch
 from ranks import Rank, run_ranks
 from torch import nn
 
-from lightning_gossip.exchange import Exchange
-from lightning_gossip.mixing import ElasticMixing, MixingRule, PullMixing, PushMixing
-from lightning_gossip.schedule import Schedule
+from lightning_gossip.exchange.clock import Exchange
+from lightning_gossip.rules.mixing import ElasticMixing, MixingRule, PullMixing, PushMixing
+from lightning_gossip.rules.schedule import Schedule
 
 STEPS, RANKS, SIZE = 50, 5, 6
 

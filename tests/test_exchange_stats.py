@@ -13,9 +13,9 @@ import torch
 from ranks import Rank, Script, run_ranks
 from torch import Tensor
 
-from lightning_gossip.link import Link
-from lightning_gossip.mixing import ElasticMixing, MixingRule, PullMixing, PushMixing
-from lightning_gossip.schedule import Schedule
+from lightning_gossip.rules.mixing import ElasticMixing, MixingRule, PullMixing, PushMixing
+from lightning_gossip.rules.schedule import Schedule
+from lightning_gossip.transport.link import Link
 
 RULES: dict[str, MixingRule] = {"elastic": ElasticMixing(0.3), "pull": PullMixing(), "push": PushMixing()}
 RANKS, STEPS = 4, 20
@@ -197,7 +197,7 @@ def test_measuring_is_no_part_of_mixing(monkeypatch: pytest.MonkeyPatch) -> None
         time.sleep(0.5)
         return 0.0
 
-    monkeypatch.setattr("lightning_gossip.exchange._mean_distance", slow)
+    monkeypatch.setattr("lightning_gossip.exchange.clock._mean_distance", slow)
 
     def body(rank: Rank) -> float:
         exchange = rank.exchange(Schedule(), ElasticMixing(0.5), {"w": torch.zeros(8).requires_grad_()})

@@ -13,11 +13,11 @@ from ranks import Rank, run_ranks
 from torch import nn
 from torch.distributed import HashStore
 
-from lightning_gossip.control import Control, RunStopped
-from lightning_gossip.link import Header, Kind, LinkError
-from lightning_gossip.mixing import ElasticMixing
-from lightning_gossip.schedule import Schedule
-from lightning_gossip.transport import PartnerLost
+from lightning_gossip.control.run import Control, RunStopped
+from lightning_gossip.rules.mixing import ElasticMixing
+from lightning_gossip.rules.schedule import Schedule
+from lightning_gossip.transport.interface import PartnerLost
+from lightning_gossip.transport.link import Header, Kind, LinkError
 
 SHORT = timedelta(seconds=1.5)
 

@@ -14,9 +14,9 @@ from ranks import Rank, run_ranks
 from torch import nn
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
-from lightning_gossip.link import Header, Kind, Link, LinkError, Links, gloo_device
-from lightning_gossip.mixing import ElasticMixing
-from lightning_gossip.schedule import Schedule
+from lightning_gossip.rules.mixing import ElasticMixing
+from lightning_gossip.rules.schedule import Schedule
+from lightning_gossip.transport.link import Header, Kind, Link, LinkError, Links, gloo_device
 
 LIMIT = timedelta(seconds=20)
 

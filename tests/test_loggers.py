@@ -11,7 +11,7 @@ import pytest
 from curves import AsProcess, Connect, scalars
 from torch.distributed import HashStore
 
-from lightning_gossip.loggers import RankTensorBoardLogger
+from lightning_gossip.monitoring.loggers import RankTensorBoardLogger
 
 
 def test_children_of_the_launching_process_write_to_its_version(as_process: AsProcess, tmp_path: Path) -> None:

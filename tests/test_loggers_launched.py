@@ -20,8 +20,8 @@ from curves import scalars
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_gossip import run_folder
-from lightning_gossip.loggers import RankTensorBoardLogger
+from lightning_gossip.monitoring import run_folder
+from lightning_gossip.monitoring.loggers import RankTensorBoardLogger
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_fork"])

@@ -18,8 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed import HashStore
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gossip import run_folder
-from lightning_gossip.loggers import RankTensorBoardLogger
+from lightning_gossip.monitoring import run_folder
+from lightning_gossip.monitoring.loggers import RankTensorBoardLogger
 
 
 class Net(LightningModule):

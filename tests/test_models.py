@@ -12,8 +12,8 @@ from ranks import Rank, run_ranks
 from torch import Tensor, nn
 from torch.distributed import HashStore, PrefixStore
 
-from lightning_gossip.link import ProcessGroupGloo
-from lightning_gossip.models import take_rank_zeros
+from lightning_gossip.exchange.models import take_rank_zeros
+from lightning_gossip.transport.link import ProcessGroupGloo
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from ranks import Rank, run_ranks
 from shards import Shards, until
 from torch import nn
 
-from lightning_gossip.parameter_server import Answered, DownpourClient
+from lightning_gossip.parameter_server.client import DownpourClient
+from lightning_gossip.parameter_server.traffic import Answered
 
 SIZE = 7
 STEPS = 61  # a prime: the last push is always made by `finish`, after the last pull

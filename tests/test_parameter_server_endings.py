@@ -21,11 +21,13 @@ from torch import nn
 from torch.distributed import HashStore
 
 import lightning_gossip
-from lightning_gossip.control import Control, RunStopped
-from lightning_gossip.link import Header, Link, gloo_device
-from lightning_gossip.parameter_server import DownpourClient, ShardLost, ShardProcess
+from lightning_gossip.control.run import Control, RunStopped
 from lightning_gossip.parameter_server import __main__ as command
+from lightning_gossip.parameter_server.client import DownpourClient
+from lightning_gossip.parameter_server.process import ShardProcess
 from lightning_gossip.parameter_server.protocol import ARRIVALS, SHARD, Message, Setup, arrival_key, encode
+from lightning_gossip.parameter_server.shard_links import ShardLost
+from lightning_gossip.transport.link import Header, Link, gloo_device
 
 SHORT = timedelta(seconds=1)
 LIMIT = timedelta(seconds=20)

@@ -19,7 +19,6 @@ from ranks import Rank, run_ranks
 from shards import Shards
 from torch import Tensor, nn
 
-from lightning_gossip.link import Header, Link, gloo_device
 from lightning_gossip.parameter_server.protocol import (
     ARRIVALS,
     MAX_JSON,
@@ -30,6 +29,7 @@ from lightning_gossip.parameter_server.protocol import (
     as_bytes,
     encode,
 )
+from lightning_gossip.transport.link import Header, Link, gloo_device
 
 MESSAGES, SENDERS = 10_000, 4
 SETUP = Setup(workers=3, shard=0, shards=1, dtypes=("float32", "float64"), numels=(5, 4), layout=77)

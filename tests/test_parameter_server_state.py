@@ -14,9 +14,11 @@ from ranks import Rank, run_ranks
 from shards import Shards, until
 from torch import nn
 
-from lightning_gossip.parameter_server import DownpourClient, ShardLost, snapshot
+from lightning_gossip.parameter_server import snapshot
+from lightning_gossip.parameter_server.client import DownpourClient
 from lightning_gossip.parameter_server.optimizers import ELEMENT_WISE, ServerOptimizer
 from lightning_gossip.parameter_server.protocol import ProtocolError, Setup
+from lightning_gossip.parameter_server.shard_links import ShardLost
 
 SIZE = 5
 OPTIMIZERS: dict[str, Any] = {

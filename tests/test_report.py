@@ -18,10 +18,10 @@ from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_gossip import event_files, report_plots
 from lightning_gossip.__main__ import main
-from lightning_gossip.event_files import choose_tag, read_run
-from lightning_gossip.report import as_markdown, final_numbers
+from lightning_gossip.monitoring import event_files, report_plots
+from lightning_gossip.monitoring.event_files import choose_tag, read_run
+from lightning_gossip.monitoring.report import as_markdown, final_numbers
 
 START = 1.7e9  # of every run here, in seconds since the epoch
 Points = Mapping[str, list[tuple[int, float]]]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
-from lightning_gossip import run_folder
-from lightning_gossip.run_folder import GroupStore
+from lightning_gossip.monitoring import run_folder
+from lightning_gossip.monitoring.run_folder import GroupStore
 
 
 def test_waiting_for_rank_zero_ends_with_an_explanation() -> None:

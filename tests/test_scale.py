@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_gossip.mixing import ElasticMixing
+from lightning_gossip.rules.mixing import ElasticMixing
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

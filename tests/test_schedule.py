@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_gossip.schedule import SELECTORS, Schedule, WeightedPeers, peer_probabilities, stability_limit
+from lightning_gossip.rules.schedule import SELECTORS, Schedule, WeightedPeers, peer_probabilities, stability_limit
 
 
 def rounds(schedule: Schedule, world_size: int, count: int) -> np.ndarray:

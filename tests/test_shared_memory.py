@@ -20,12 +20,12 @@ import torch
 from ranks import Rank, Script, run_ranks
 from torch import nn
 
-from lightning_gossip.link import Header, Kind, Link
-from lightning_gossip.link_transport import LinkTransport
-from lightning_gossip.mixing import ElasticMixing
-from lightning_gossip.schedule import Schedule
-from lightning_gossip.shared_memory import AVAILABLE, SLOTS, Address, Inbox, Outbox
-from lightning_gossip.transport import PartnerLost
+from lightning_gossip.rules.mixing import ElasticMixing
+from lightning_gossip.rules.schedule import Schedule
+from lightning_gossip.transport.interface import PartnerLost
+from lightning_gossip.transport.link import Header, Kind, Link
+from lightning_gossip.transport.link_transport import LinkTransport
+from lightning_gossip.transport.shared_memory import AVAILABLE, SLOTS, Address, Inbox, Outbox
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="anonymous shared memory is Linux's")
 
@@ -45,7 +45,7 @@ def test_another_process_reads_and_says_so() -> None:
         outbox.lend(slot, reader=2, when=step)
     assert outbox.free_slot() is None
     program = (
-        "import sys\nfrom lightning_gossip.shared_memory import Address, Inbox\n"
+        "import sys\nfrom lightning_gossip.transport.shared_memory import Address, Inbox\n"
         "inbox = Inbox.open(Address(*map(int, sys.argv[1:])), 3)\n"
         "header, memory = inbox.find(8)\n"
         "print(header, memory[:4].tolist(), inbox.find(6), inbox.find(9))\n"
@@ -84,7 +84,7 @@ def test_what_can_not_be_seen_is_not_opened() -> None:
 def test_a_killed_owner_is_noticed_before_it_is_waited_for() -> None:
     """A killed process that nobody has reaped yet is a zombie: its number is still taken, its memory is not there."""
     program = (
-        "import time\nfrom lightning_gossip.shared_memory import Outbox\noutbox = Outbox(64, 2)\n"
+        "import time\nfrom lightning_gossip.transport.shared_memory import Outbox\noutbox = Outbox(64, 2)\n"
         "a = outbox.address\nprint(a.pid, a.descriptor, a.token, a.slot_bytes, flush=True)\ntime.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:

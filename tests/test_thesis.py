@@ -84,7 +84,7 @@ def test_rows_are_added_once_each_with_their_curves(tmp_path: Path) -> None:
 def test_curves_are_read_from_files_that_a_kill_tore(tmp_path: Path) -> None:
     from thesis_results import cut_torn_event_files, read_curve
 
-    from lightning_gossip.event_files import UnreadableRunError
+    from lightning_gossip.monitoring.event_files import UnreadableRunError
 
     for rank, accuracy in enumerate((0.25, 0.75)):
         writer = SummaryWriter(str(tmp_path / f"rank_{rank}"))

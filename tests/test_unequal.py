@@ -11,8 +11,8 @@ import torch
 from ranks import Rank, Script, run_ranks
 from torch import nn
 
-from lightning_gossip.mixing import ElasticMixing, MixingRule, PullMixing, PushMixing
-from lightning_gossip.schedule import Schedule
+from lightning_gossip.rules.mixing import ElasticMixing, MixingRule, PullMixing, PushMixing
+from lightning_gossip.rules.schedule import Schedule
 
 
 @pytest.mark.parametrize("delay", [0, 1])

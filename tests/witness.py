@@ -14,7 +14,7 @@ from forked import Linear, Recorder
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from lightning_gossip.link import Link
+from lightning_gossip.transport.link import Link
 
 
 class Model(Linear):

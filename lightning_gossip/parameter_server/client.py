@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.distributed import Store
 
 from lightning_gossip.arguments import check_integer
-from lightning_gossip.control import Control
-from lightning_gossip.flat import FlatLayout
+from lightning_gossip.control.run import Control
+from lightning_gossip.exchange.flat import FlatLayout
 from lightning_gossip.parameter_server import questions, snapshot
 from lightning_gossip.parameter_server.displacement import Cut
 from lightning_gossip.parameter_server.optimizers import ServerOptimizer

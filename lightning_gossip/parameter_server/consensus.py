@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_gossip.consensus import Consensus, squares_to
-from lightning_gossip.flat import FlatBuffer
+from lightning_gossip.exchange.consensus import Consensus, squares_to
+from lightning_gossip.exchange.flat import FlatBuffer
 
 
 class Server(Protocol):

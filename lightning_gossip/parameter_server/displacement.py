@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_gossip.flat import FlatBuffer, FlatLayout
+from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
 from lightning_gossip.parameter_server.optimizers import ServerOptimizer
 from lightning_gossip.parameter_server.protocol import DTYPES, Setup
 

@@ -21,9 +21,9 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-from lightning_gossip.link import ProcessGroupGloo, gloo_device
 from lightning_gossip.parameter_server.server import ShardServer
 from lightning_gossip.parameter_server.shard_links import connect_store
+from lightning_gossip.transport.link import ProcessGroupGloo, gloo_device
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gossip.link import Header, Link, LinkError
 from lightning_gossip.parameter_server.optimizers import ServerOptimizer
+from lightning_gossip.transport.link import Header, Link, LinkError
 
 MAX_JSON = 1 << 16
 """Bytes of the largest JSON payload."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from lightning_gossip.link import Header, Link
 from lightning_gossip.parameter_server.displacement import Cut, Pull, Push
 from lightning_gossip.parameter_server.protocol import (
     Message,
@@ -19,6 +18,7 @@ from lightning_gossip.parameter_server.protocol import (
     receive_tensors,
     require,
 )
+from lightning_gossip.transport.link import Header, Link
 
 Job = Callable[[Link, int], Position]
 """Runs in a link's thread, with the shard's number."""

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch.distributed import DistError, Store
 
-from lightning_gossip.link import Link, LinkError, reason_of
 from lightning_gossip.parameter_server.protocol import ARRIVALS, SHARD, arrival_key
 from lightning_gossip.parameter_server.roster import Roster
 from lightning_gossip.parameter_server.session import Session
+from lightning_gossip.transport.link import Link, LinkError, reason_of
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from datetime import timedelta
 
 from torch import Tensor
 
-from lightning_gossip.link import Header, Link
 from lightning_gossip.parameter_server.protocol import (
     Message,
     Position,
@@ -25,6 +24,7 @@ from lightning_gossip.parameter_server.protocol import (
 )
 from lightning_gossip.parameter_server.roster import Roster
 from lightning_gossip.parameter_server.shard import Shard, ShardState
+from lightning_gossip.transport.link import Header, Link
 
 
 class Session:

@@ -12,10 +12,10 @@ from typing import Any, Generic, TypeVar
 
 from torch.distributed import Store, TCPStore
 
-from lightning_gossip.control import Control
-from lightning_gossip.link import Link, gloo_device, reason_of
+from lightning_gossip.control.run import Control
 from lightning_gossip.parameter_server import questions
 from lightning_gossip.parameter_server.protocol import ARRIVALS, SHARD, Setup, arrival_key, encode
+from lightning_gossip.transport.link import Link, gloo_device, reason_of
 
 T = TypeVar("T")
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gossip.link import Header, Link
 from lightning_gossip.parameter_server.displacement import Cut
 from lightning_gossip.parameter_server.protocol import (
     Message,
@@ -24,6 +23,7 @@ from lightning_gossip.parameter_server.protocol import (
 )
 from lightning_gossip.parameter_server.questions import Job, ask, ask_for_json
 from lightning_gossip.parameter_server.shard import ShardState
+from lightning_gossip.transport.link import Header, Link
 
 log = logging.getLogger(__name__)
 

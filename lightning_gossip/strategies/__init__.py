@@ -1,7 +1,7 @@
-"""The Lightning strategies: one file a strategy, over the shared base."""
+"""Lightning glue only: one file a strategy over shared layers, and every reach into Lightning's private parts.
 
-from lightning_gossip.strategies.downpour import DownpourStrategy
-from lightning_gossip.strategies.elastic_gossip import ElasticGossipStrategy
-from lightning_gossip.strategies.gossip import GossipStrategy
-
-__all__ = ["DownpourStrategy", "ElasticGossipStrategy", "GossipStrategy"]
+May import parameter_server, exchange, rules, transport, control, and Lightning. Read ``meeting`` (ranks that start,
+meet and end), ``consensus`` (evaluation and checkpoints on the consensus model), ``base`` (the life of a fit),
+``pairwise`` (partners that exchange), then the strategies ``elastic_gossip``, ``gossip`` and ``downpour``;
+``launchers``, ``checkpoint`` and ``lightning_compat`` beside them.
+"""

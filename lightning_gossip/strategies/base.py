@@ -16,10 +16,10 @@ from lightning.pytorch.plugins.precision import Precision
 from torch.distributed import Store
 from typing_extensions import override
 
-from lightning_gossip import lightning_compat
 from lightning_gossip.arguments import check_choice, check_timeout
-from lightning_gossip.control import Control
-from lightning_gossip.models import check_models_agree, take_rank_zeros
+from lightning_gossip.control.run import Control
+from lightning_gossip.exchange.models import check_models_agree, take_rank_zeros
+from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.consensus import ConsensusStrategy, Evaluate
 from lightning_gossip.strategies.meeting import TIMEOUT, StartMethod
 

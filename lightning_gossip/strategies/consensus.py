@@ -17,10 +17,10 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_gossip import checkpoint as files
-from lightning_gossip import lightning_compat
 from lightning_gossip.arguments import check_choice
-from lightning_gossip.consensus import Consensus, average_state
+from lightning_gossip.exchange.consensus import Consensus, average_state
+from lightning_gossip.strategies import checkpoint as files
+from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.meeting import MeetingStrategy
 
 Evaluate = Literal["consensus", "replica"]

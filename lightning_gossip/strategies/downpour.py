@@ -16,12 +16,15 @@ from torch import Tensor
 from torch.distributed import Store
 from typing_extensions import override
 
-from lightning_gossip import lightning_compat
 from lightning_gossip.arguments import check_integer
-from lightning_gossip.control import Control
-from lightning_gossip.parameter_server import DownpourClient, DownpourStats, ShardProcess, check_addresses
+from lightning_gossip.control.run import Control
+from lightning_gossip.parameter_server.client import DownpourClient
 from lightning_gossip.parameter_server.consensus import KeptParameters, Server, ServerConsensus
 from lightning_gossip.parameter_server.optimizers import ServerOptimizer
+from lightning_gossip.parameter_server.process import ShardProcess
+from lightning_gossip.parameter_server.shard_links import check_addresses
+from lightning_gossip.parameter_server.traffic import DownpourStats
+from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.base import TIMEOUT, Evaluate, ReplicaStrategy, StartMethod
 
 

@@ -15,9 +15,9 @@ from torch.distributed import Store
 from typing_extensions import override
 
 from lightning_gossip.arguments import check_number
-from lightning_gossip.control import Control
-from lightning_gossip.mixing import ElasticMixing
-from lightning_gossip.schedule import Chooser, Peers, stability_limit
+from lightning_gossip.control.run import Control
+from lightning_gossip.rules.mixing import ElasticMixing
+from lightning_gossip.rules.schedule import Chooser, Peers, stability_limit
 from lightning_gossip.strategies.base import TIMEOUT, Evaluate, StartMethod
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
 
@@ -29,13 +29,13 @@ class ElasticGossipStrategy(PairwiseStrategy):
 
     Args:
         alpha: α in (0, 1]: ½ makes a pair meet in the middle. A warning at set-up says where it exceeds the schedule's
-            stability limit (:func:`~lightning_gossip.schedule.stability_limit`). ½ is stable on every schedule that
-            has a name; on one of yours the limit may be lower, down to 2 / world size.
+            stability limit (:func:`~lightning_gossip.rules.schedule.stability_limit`). ½ is stable on every schedule
+            that has a name; on one of yours the limit may be lower, down to 2 / world size.
         probability: in (0, 1]: of a rank (``uniform``, ``weighted``) or a pair (others) to take part in a round.
         period: steps from one round to the next, at least 1.
         peers: who chooses whom: ``"matching"``, ``"uniform"``, ``"weighted"`` (or a
-            :class:`~lightning_gossip.schedule.WeightedPeers`), ``"ring"``, ``"exponential"``, or an object of yours
-            with ``choices(step, world_size)``.
+            :class:`~lightning_gossip.rules.schedule.WeightedPeers`), ``"ring"``, ``"exponential"``, or an object of
+            yours with ``choices(step, world_size)``.
         delay: steps from posting an exchange to applying it, from 0 to ``period - 1``.
         wire_dtype: dtype (or its name) in which snapshots travel where it is narrower than the parameter's;
             ``torch.bfloat16`` and ``torch.float16`` halve the bytes of float32. float16 overflows beyond 65,504.

@@ -12,8 +12,8 @@ from lightning.pytorch.plugins.precision import Precision
 from typing_extensions import override
 
 from lightning_gossip.arguments import check_choice
-from lightning_gossip.mixing import MixingRule, PullMixing, PushMixing
-from lightning_gossip.schedule import Chooser, Peers
+from lightning_gossip.rules.mixing import MixingRule, PullMixing, PushMixing
+from lightning_gossip.rules.schedule import Chooser, Peers
 from lightning_gossip.strategies.base import TIMEOUT, Evaluate, StartMethod
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
 
@@ -29,8 +29,8 @@ class GossipStrategy(PairwiseStrategy):
         probability: in (0, 1]: of a rank (``uniform``, ``weighted``) or a pair (others) to take part in a round.
         period: steps from one round to the next, at least 1.
         peers: who chooses whom: ``"matching"``, ``"uniform"``, ``"weighted"`` (or a
-            :class:`~lightning_gossip.schedule.WeightedPeers`), ``"ring"``, ``"exponential"``, or an object of yours
-            with ``choices(step, world_size)``.
+            :class:`~lightning_gossip.rules.schedule.WeightedPeers`), ``"ring"``, ``"exponential"``, or an object of
+            yours with ``choices(step, world_size)``.
         delay: steps from posting an exchange to applying it, from 0 to ``period - 1``.
         wire_dtype: dtype (or its name) in which snapshots travel where it is narrower than the parameter's;
             ``torch.bfloat16`` and ``torch.float16`` halve the bytes of float32. float16 overflows beyond 65,504.

@@ -21,7 +21,7 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from typing_extensions import override
 
-from lightning_gossip.lightning_compat import SIGKILL
+from lightning_gossip.strategies.lightning_compat import SIGKILL
 
 log = logging.getLogger(__name__)
 

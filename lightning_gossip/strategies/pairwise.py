@@ -11,16 +11,17 @@ import torch.distributed as dist
 from torch.distributed import Store
 from typing_extensions import override
 
-from lightning_gossip import lightning_compat
 from lightning_gossip.arguments import check_choice, check_integer, check_wire_dtype
-from lightning_gossip.control import Control, Meeting
-from lightning_gossip.exchange import Exchange
-from lightning_gossip.link import Links
-from lightning_gossip.link_transport import LinkTransport, end_of_rank
-from lightning_gossip.mixing import MixingRule
-from lightning_gossip.schedule import Chooser, Peers, Schedule
+from lightning_gossip.control.run import Control, Meeting
+from lightning_gossip.exchange.clock import Exchange
+from lightning_gossip.rules.mixing import MixingRule
+from lightning_gossip.rules.schedule import Chooser, Peers, Schedule
+from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.base import ReplicaStrategy
-from lightning_gossip.transport import NcclTransport, Transport
+from lightning_gossip.transport.interface import Transport
+from lightning_gossip.transport.link import Links
+from lightning_gossip.transport.link_transport import LinkTransport, end_of_rank
+from lightning_gossip.transport.nccl import NcclTransport
 
 
 class PairwiseStrategy(ReplicaStrategy):
@@ -28,7 +29,7 @@ class PairwiseStrategy(ReplicaStrategy):
 
     Args:
         rule: what choices mean and how much of a difference is taken over.
-        probability, period, peers, seed: see :class:`~lightning_gossip.schedule.Schedule`.
+        probability, period, peers, seed: see :class:`~lightning_gossip.rules.schedule.Schedule`.
         delay: steps from posting an exchange to applying it, from 0 to ``period - 1``.
         wire_dtype: ``torch.bfloat16``, ``torch.float16``, ``torch.float32`` or its name: snapshots are rounded to it
             where it is narrower than the parameter; None sends them as they are.

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gossip.loggers import RankTensorBoardLogger
+from lightning_gossip.monitoring.loggers import RankTensorBoardLogger
 
 
 class Net(LightningModule):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gossip.schedule import Choices
+from lightning_gossip.rules.schedule import Choices
 
 CHUNK = 2**17
 """Elements: a few copies of them stay in a core's cache."""

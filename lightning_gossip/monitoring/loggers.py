@@ -23,9 +23,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_gossip import run_folder
 from lightning_gossip.arguments import check_integer
-from lightning_gossip.run_folder import RunFolder
+from lightning_gossip.monitoring import run_folder
+from lightning_gossip.monitoring.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from torch.distributed import Store

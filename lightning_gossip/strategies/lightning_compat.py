@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _get_sigkill_s
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed import Store, distributed_c10d
 
-from lightning_gossip.consensus import Consensus
+from lightning_gossip.exchange.consensus import Consensus
 
 SIGKILL = _get_sigkill_signal()
 """What Lightning sends to its children after a KeyboardInterrupt."""

@@ -1,8 +1,8 @@
 """Exchanges over links (gloo) and, between ranks that see the same memory, where snapshots are written.
 
 When two ranks exchange for the first time, each tells the other on their link where its outbox is
-(:mod:`~lightning_gossip.shared_memory`). Where both can read the other's they are near, and give the link up. Between
-others every payload travels on it, behind a header.
+(:mod:`~lightning_gossip.transport.shared_memory`). Where both can read the other's they are near, and give the link up.
+Between others every payload travels on it, behind a header.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from lightning_gossip.control import LOOK, Control, RunStopped
-from lightning_gossip.link import Header, Kind, Link, LinkError, Links, reason_of
-from lightning_gossip.shared_memory import ADDRESS_BYTES, AVAILABLE, Address, Inbox, Outbox, moment, step_of
-from lightning_gossip.transport import PartnerLost, Posted, Rooms, Transferred, Transport
+from lightning_gossip.control.run import LOOK, Control, RunStopped
+from lightning_gossip.transport.interface import PartnerLost, Posted, Rooms, Transferred, Transport
+from lightning_gossip.transport.link import Header, Kind, Link, LinkError, Links, reason_of
+from lightning_gossip.transport.shared_memory import ADDRESS_BYTES, AVAILABLE, Address, Inbox, Outbox, moment, step_of
 
 _GLANCE = 0.001
 """Longest pause in seconds between looks at a near partner's outbox."""
@@ -33,7 +33,7 @@ def end_of_rank(rank: int) -> str:
 
 
 class LinkTransport(Transport):
-    """Over :mod:`~lightning_gossip.link`, a two-member gloo group a partner, or through shared memory.
+    """Over :mod:`~lightning_gossip.transport.link`, a two-member gloo group a partner, or through shared memory.
 
     Args:
         links: of this process; closed with this object.

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_gossip.flat import FlatBuffer, FlatLayout
+from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
 
 _CHUNK = 2**22
 """Elements averaged at a time: bounds the memory for sums in a wider dtype."""

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
-from lightning_gossip import lightning_compat
 from lightning_gossip.arguments import check_integer
+from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.base import ReplicaStrategy
 
 Metrics = dict[str, float]
@@ -29,8 +29,8 @@ class GossipMonitor(Callback):
     """Log how far the replicas are apart and what their exchanges cost, to every logger of the Trainer.
 
     It sends nothing and runs no collective: a rank logs what it knows, where its loggers write
-    (:class:`~lightning_gossip.loggers.RankTensorBoardLogger` on every rank, Lightning's own on rank 0). The abscissa
-    is that of the module's own metrics. The progress bar shows ``partner_distance`` and ``exchanges``.
+    (:class:`~lightning_gossip.monitoring.loggers.RankTensorBoardLogger` on every rank, Lightning's own on rank 0). The
+    abscissa is that of the module's own metrics. The progress bar shows ``partner_distance`` and ``exchanges``.
 
     =============================  =====================================================================================
     ``gossip/consensus_distance``  sqrt(mean over ranks of ‖θ_i − θ̄‖²) / ‖θ̄‖, whenever the consensus model was built:

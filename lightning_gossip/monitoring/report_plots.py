@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_gossip.event_files import Run
+from lightning_gossip.monitoring.event_files import Run
 
 # Okabe and Ito's palette, told apart with every common colour blindness; its yellow is too pale for a line
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gossip.link import Header
+from lightning_gossip.transport.link import Header
 
 AVAILABLE = hasattr(os, "memfd_create")
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from lightning_gossip.arguments import check_integer
-from lightning_gossip.flat import FlatBuffer, FlatLayout
-from lightning_gossip.link import Header, Kind
-from lightning_gossip.mixing import CHUNK, MixingRule, Transfers, mix
-from lightning_gossip.schedule import Schedule
-from lightning_gossip.transport import Posted, Transport
+from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
+from lightning_gossip.rules.mixing import CHUNK, MixingRule, Transfers, mix
+from lightning_gossip.rules.schedule import Schedule
+from lightning_gossip.transport.interface import Posted, Transport
+from lightning_gossip.transport.link import Header, Kind
 
 
 @dataclass

@@ -42,7 +42,7 @@ class Kind(IntEnum):
     """Of a replica, at the step in the header; ``extra``: how often the sender's exchange clock was set back."""
 
     OUTBOX = 2
-    """Where the sender's outbox is (:mod:`~lightning_gossip.shared_memory`)."""
+    """Where the sender's outbox is (:mod:`~lightning_gossip.transport.shared_memory`)."""
 
     NEAR = 3
     """``number`` 1: the sender of this can read the other's outbox; 0: it can not."""
@@ -60,7 +60,7 @@ class Header:
         kind: see :class:`Kind`.
         step: the sender's exchange clock.
         nbytes: of the payload that follows, 0 for none.
-        layout: fingerprint of names, shapes and dtypes in the payload (:class:`~lightning_gossip.flat.FlatLayout`).
+        layout: fingerprint of names, shapes and dtypes in the payload.
         number, extra: free for each kind.
     """
 

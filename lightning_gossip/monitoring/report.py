@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lightning_gossip import report_plots
-from lightning_gossip.event_files import Run, UnreadableRunError, find_runs, read_run
+from lightning_gossip.monitoring import report_plots
+from lightning_gossip.monitoring.event_files import Run, UnreadableRunError, find_runs, read_run
 
 # column of the CSV file, heading in the Markdown table, how a number is printed there
 _COLUMNS = (

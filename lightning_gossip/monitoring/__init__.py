@@ -1,0 +1,5 @@
+"""What a user sees: loggers, the monitor, run folders, event files and the report on them.
+
+May import strategies and everything below, and Lightning. Read ``monitor`` (metrics in training), ``loggers`` and
+``run_folder`` (where they go), ``event_files`` (how they are read back), ``report`` and ``report_plots``.
+"""

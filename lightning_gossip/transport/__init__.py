@@ -1,0 +1,5 @@
+"""How tensors travel between ranks; knows no algorithm.
+
+May import control. Read ``interface`` (what an exchange asks of a transport), ``link`` (two ends and a typed header),
+``shared_memory`` (snapshots that others read where they were written), ``link_transport`` (both together), ``nccl``.
+"""
