@@ -1,6 +1,22 @@
-"""PyTorch Lightning strategies for decentralised training: replicas that gossip, or talk to a parameter server."""
+"""PyTorch Lightning strategies for decentralised training: replicas that gossip, or talk to a parameter server.
 
-import sys
+A process imports what it needs: the public names are looked up when they are first used, and the strategies' names are
+registered with Lightning when *it* is imported, before or after this package. So a parameter server's shard, the run's
+store or ``lightning-gossip --help`` start without Lightning, which takes seconds.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_gossip.strategies.registration import register_with_lightning
+
+if TYPE_CHECKING:
+    from lightning_gossip.monitoring.loggers import RankTensorBoardLogger
+    from lightning_gossip.monitoring.monitor import GossipMonitor
+    from lightning_gossip.rules.schedule import WeightedPeers
+    from lightning_gossip.strategies.downpour import DownpourStrategy
+    from lightning_gossip.strategies.elastic_gossip import ElasticGossipStrategy
+    from lightning_gossip.strategies.gossip import GossipStrategy
 
 __version__ = "0.1.0"
 
@@ -14,28 +30,27 @@ __all__ = [
     "__version__",
 ]
 
-# a parameter server's process (`python -m lightning_gossip.parameter_server`) imports this package too, and has no use
-# for Lightning, which takes seconds and some hundred MB
-if "lightning_gossip.parameter_server" not in sys.orig_argv:
-    from lightning.pytorch.strategies import StrategyRegistry
+_HOMES = {
+    "DownpourStrategy": "strategies.downpour",
+    "ElasticGossipStrategy": "strategies.elastic_gossip",
+    "GossipMonitor": "monitoring.monitor",
+    "GossipStrategy": "strategies.gossip",
+    "RankTensorBoardLogger": "monitoring.loggers",
+    "WeightedPeers": "rules.schedule",
+}
+"""The module of each public name."""
 
-    from lightning_gossip.monitoring.loggers import RankTensorBoardLogger
-    from lightning_gossip.monitoring.monitor import GossipMonitor
-    from lightning_gossip.rules.schedule import WeightedPeers
-    from lightning_gossip.strategies.downpour import DownpourStrategy
-    from lightning_gossip.strategies.elastic_gossip import ElasticGossipStrategy
-    from lightning_gossip.strategies.gossip import GossipStrategy
 
-    for _name, _strategy in (
-        ("gossip", GossipStrategy),
-        ("elastic_gossip", ElasticGossipStrategy),
-        ("downpour", DownpourStrategy),
-    ):
-        for _suffix, _start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
-            StrategyRegistry.register(
-                f"{_name}{_suffix}",
-                _strategy,
-                description=f"{_strategy.__name__} with `start_method` '{_start_method}'",
-                override=True,
-                start_method=_start_method,
-            )
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value  # the next look-up finds it at once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_lightning()

@@ -1,0 +1,86 @@
+"""The strategies' names in Lightning's registry, without importing Lightning.
+
+``Trainer(strategy="gossip")`` works after ``import lightning_gossip``, in whichever order the two are imported; yet a
+process that needs no Lightning must not pay the seconds that its import takes. So where Lightning is there already, the
+names are registered at once; where it is not, when its strategies are imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+_REGISTRY_HOME = "lightning.pytorch.strategies"
+
+_STRATEGIES = {
+    "gossip": ("lightning_gossip.strategies.gossip", "GossipStrategy"),
+    "elastic_gossip": ("lightning_gossip.strategies.elastic_gossip", "ElasticGossipStrategy"),
+    "downpour": ("lightning_gossip.strategies.downpour", "DownpourStrategy"),
+}
+"""Module and class by name."""
+
+_START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
+"""By suffix of the name."""
+
+
+def register_with_lightning() -> None:
+    """Register the names now where Lightning's strategies are imported, else when they are; harmless if repeated."""
+    module = sys.modules.get(_REGISTRY_HOME)
+    if module is not None and hasattr(module, "StrategyRegistry"):
+        _register(module)
+    elif not any(isinstance(finder, _AwaitLightning) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AwaitLightning())
+
+
+def _register(module: ModuleType) -> None:
+    for name, (home, class_name) in _STRATEGIES.items():
+        for suffix, start_method in _START_METHODS.items():
+            module.StrategyRegistry.register(
+                f"{name}{suffix}",
+                partial(_make, home, class_name),
+                description=f"{class_name} with `start_method` '{start_method}'",
+                override=True,
+                start_method=start_method,
+            )
+
+
+def _make(home: str, class_name: str, **arguments: Any) -> Any:
+    return getattr(import_module(home), class_name)(**arguments)
+
+
+class _AwaitLightning(MetaPathFinder):
+    """Finds Lightning's strategies as they are found without it, and registers ours once they are imported."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != _REGISTRY_HOME:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenRegister(spec.loader)
+        return spec
+
+
+class _ThenRegister(Loader):
+    """A module's own loader, and what follows it."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader  # whoever asks for its source finds the loader that knows it
+        module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        _register(module)
