@@ -21,9 +21,10 @@ from torch import Tensor
 
 from lightning_gossip.arguments import check_integer
 from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
+from lightning_gossip.exchange.staging import Staging
 from lightning_gossip.rules.mixing import CHUNK, MixingRule, Transfers, mix
 from lightning_gossip.rules.schedule import Schedule
-from lightning_gossip.transport.interface import Posted, Transport
+from lightning_gossip.transport.interface import Posted, Staged, Transport
 from lightning_gossip.transport.link import Header, Kind
 
 
@@ -121,6 +122,7 @@ class Exchange:
         self._most_bytes = 0  # of a snapshot, when all parameters travel; 0: not known yet
         self._scratch: dict[torch.dtype, Tensor] = {}
         self._snapshots: dict[int, FlatBuffer] = {}  # by address: the transport has few rooms, and gives them in turn
+        self._staging: Staging | None = None  # where the transport's rooms are on the host and the replica is not
 
     @property
     def in_flight(self) -> bool:
@@ -261,9 +263,9 @@ class Exchange:
             self._most_bytes = FlatLayout(parameters, self._wire_dtype).nbytes
         room = self._transport.room(layout.nbytes, self._most_bytes)
         ready = time.perf_counter()
-        own = self._snapshot(layout, travelling, room)
+        own, staged = self._snapshot(layout, travelling, room)
         header = Header(Kind.SNAPSHOT, self.step, layout.nbytes, layout.fingerprint)
-        posted = self._transport.post(header, transfers.send_to, transfers.receive_from)
+        posted = self._transport.post(header, transfers.send_to, transfers.receive_from, staged)
         self._in_flight = _InFlight(self.step, travelling, layout, own, posted)
         self.stats.wait_seconds += ready - start
         self.stats.mix_seconds += time.perf_counter() - ready
@@ -277,16 +279,25 @@ class Exchange:
             self._snapshots.clear()
         return self._layout
 
-    def _snapshot(self, layout: FlatLayout, tensors: Mapping[str, Tensor], room: Tensor) -> Tensor:
-        """Copy ``tensors`` to ``room``, and return the snapshot on their device (1-D, uint8)."""
+    def _snapshot(
+        self, layout: FlatLayout, tensors: Mapping[str, Tensor], room: Tensor
+    ) -> tuple[Tensor, Staged | None]:
+        """Copy ``tensors`` to ``room``; return the snapshot on their device (1-D, uint8).
+
+        Where the room is on the host and they are not, it is copied beside training: the second value tells when.
+        """
         device = next(iter(tensors.values())).device
         if (snapshot := self._snapshots.get(room.data_ptr())) is None:
             snapshot = FlatBuffer(layout, room) if room.device == device else FlatBuffer.empty(layout, device)
             self._snapshots[room.data_ptr()] = snapshot
+        if room.device == device:
+            snapshot.pack(tensors)
+            return snapshot.storage, None
+        if self._staging is None:
+            self._staging = Staging(device)
+        self._staging.before_packing()
         snapshot.pack(tensors)
-        if room.device != device:
-            room.copy_(snapshot.storage)  # device to host: returns when the copy is done
-        return snapshot.storage
+        return snapshot.storage, self._staging.stage(snapshot.storage, room)
 
     def _scratch_of(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Return room for differences that a CPU's cache holds; a GPU mixes all at once."""
@@ -302,7 +313,7 @@ class Exchange:
             return
         start = time.perf_counter()
         done = exchange.posted.wait()
-        exchange.received = [done.received[partner].to(exchange.own.device) for partner in sorted(done.received)]
+        exchange.received = [done.received[partner] for partner in sorted(done.received)]
         exchange.partner = min({*done.received, *done.sent_to}, default=-1)
         self.stats.bytes_sent += len(done.sent_to) * exchange.layout.nbytes
         self.stats.wait_seconds += time.perf_counter() - start

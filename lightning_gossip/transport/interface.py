@@ -33,6 +33,18 @@ class Transferred:
     sent_to: Collection[int]
 
 
+class Staged(ABC):
+    """A payload that is on its way between a device and the host; called in the transport's threads."""
+
+    @abstractmethod
+    def ready(self) -> None:
+        """Wait until the room holds what is to be sent."""
+
+    @abstractmethod
+    def land(self, payload: Tensor) -> Tensor:
+        """Return on the device what arrived on the host (1-D, uint8); ``payload`` may change from then on."""
+
+
 class Posted(ABC):
     """Transfers under way."""
 
@@ -53,9 +65,6 @@ class Posted(ABC):
 class Transport(ABC):
     """Moves payloads between ranks, one exchange at a time: from :meth:`room` to :meth:`Posted.release`."""
 
-    from_host: bool
-    """Whether payloads lie in host memory."""
-
     @abstractmethod
     def room(self, nbytes: int, at_most: int) -> Tensor:
         """Return where the next payload is to be written (1-D, uint8); wait while somebody reads what is there.
@@ -70,13 +79,20 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def post(self, header: Header, send_to: Collection[int], receive_from: Collection[int]) -> Posted:
+    def post(
+        self,
+        header: Header,
+        send_to: Collection[int],
+        receive_from: Collection[int],
+        staged: Staged | None = None,
+    ) -> Posted:
         """Begin the transfers of one step: of what lies in the :meth:`room`, and of as many bytes from others.
 
         Args:
             header: what both sides must agree on: kind, step, size and layout.
             send_to: partners that get the payload.
             receive_from: partners that send theirs.
+            staged: where the room is on the host and the replica on a device: the copies between the two.
         """
 
     @abstractmethod

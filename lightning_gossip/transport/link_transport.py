@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_gossip.control.run import LOOK, Control, RunStopped
-from lightning_gossip.transport.interface import PartnerLost, Posted, Rooms, Transferred, Transport
+from lightning_gossip.transport.interface import PartnerLost, Posted, Rooms, Staged, Transferred, Transport
 from lightning_gossip.transport.link import Header, Kind, Link, LinkError, Links, reason_of
 from lightning_gossip.transport.shared_memory import ADDRESS_BYTES, AVAILABLE, Address, Inbox, Outbox, moment, step_of
 
@@ -41,8 +41,6 @@ class LinkTransport(Transport):
         shared_memory: whether partners on this host read snapshots where they were written.
         pin_memory: whether payloads are copied from and to a GPU; such payloads travel on the links.
     """
-
-    from_host = True
 
     def __init__(self, links: Links, control: Control, shared_memory: bool = True, pin_memory: bool = False) -> None:
         self._links = links
@@ -77,7 +75,13 @@ class LinkTransport(Transport):
             raise _lost(self._control.rank, reader, step_of(when), why)
         return slot
 
-    def post(self, header: Header, send_to: Collection[int], receive_from: Collection[int]) -> Posted:
+    def post(
+        self,
+        header: Header,
+        send_to: Collection[int],
+        receive_from: Collection[int],
+        staged: Staged | None = None,
+    ) -> Posted:
         """See :meth:`Transport.post`."""
         header = replace(header, extra=self._rewound)
         if self._outbox is not None and self._slot >= 0:
@@ -93,7 +97,7 @@ class LinkTransport(Transport):
                 outgoing = payload if transfer.sends else None
                 room = partial(self._rooms.__getitem__, number) if transfer.receives else None
                 link = self._links.to(end_of_rank(partner))
-                transfer.job = link.submit(partial(lane.trade, link, header, outgoing, room))
+                transfer.job = link.submit(partial(lane.trade, link, header, outgoing, room, staged))
             transfers[partner] = transfer
         lend = partial(self._outbox.lend, self._slot) if self._outbox is not None else None
         return _PostedOnLinks(transfers, header, lend, self._control, self._part, self._skip)
@@ -151,7 +155,12 @@ class _Lane:
         return nbytes <= min(self.inbox.address.slot_bytes, self._outbox.address.slot_bytes)
 
     def trade(
-        self, link: Link, header: Header, outgoing: Tensor | None, room: Callable[[], Tensor] | None
+        self,
+        link: Link,
+        header: Header,
+        outgoing: Tensor | None,
+        room: Callable[[], Tensor] | None,
+        staged: Staged | None = None,
     ) -> Tensor | None:
         """Send and receive on ``link``, unless it turns out that the partner is near; runs in the link's thread.
 
@@ -160,6 +169,7 @@ class _Lane:
             header: of both payloads.
             outgoing: what to send, if anything.
             room: returns where to put what arrives; None where nothing is to be received.
+            staged: see :meth:`Transport.post`.
 
         Returns:
             What arrived on the link.
@@ -178,8 +188,10 @@ class _Lane:
         if room is not None:
             check_header(link.receive_header(), header, link.peer)
             incoming = room()
+        if staged is not None and outgoing is not None:
+            staged.ready()
         link.swap(outgoing, incoming)
-        return incoming
+        return incoming if staged is None or incoming is None else staged.land(incoming)
 
     def _meet(self, link: Link, step: int) -> None:
         """Tell the partner where the outbox is, and hear where its is; near is who reads and is read."""

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_gossip.transport.interface import Posted, Rooms, Transferred, Transport
+from lightning_gossip.transport.interface import Posted, Rooms, Staged, Transferred, Transport
 from lightning_gossip.transport.link import Header
 
 
@@ -23,8 +23,6 @@ class NcclTransport(Transport):
         device: of this rank.
     """
 
-    from_host = False
-
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group = group
         self._rooms = Rooms(device)  # 0: what is sent; then what arrives
@@ -35,7 +33,13 @@ class NcclTransport(Transport):
         self._rooms.resize(nbytes)
         return self._rooms[0]
 
-    def post(self, header: Header, send_to: Collection[int], receive_from: Collection[int]) -> Posted:
+    def post(
+        self,
+        header: Header,
+        send_to: Collection[int],
+        receive_from: Collection[int],
+        staged: Staged | None = None,
+    ) -> Posted:
         """See :meth:`Transport.post`."""
         received = {partner: self._rooms[number] for number, partner in enumerate(receive_from, start=1)}
         operations = []
