@@ -1,0 +1,56 @@
+"""Curves of test accuracy, drawn from the committed rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.downpour.tables import Runs
+from lightning_gossip.monitoring.report_plots import COLOURS, DPI, STYLE
+
+TITLES = {"mnist": "MNIST, perceptron", "cifar10": "CIFAR-10, AlexNet"}
+REFERENCES = {"cifar10": (("single process, 1.8 h", 0.695, COLOURS[0]), ("3 workers, 1.1 h", 0.67, "dimgray"))}
+"""What the DistBelief project's plot shows at the end: label, test accuracy, colour."""
+AXES = (
+    ("steps", 1.0, "updates of a worker"),
+    ("cpu_seconds", 60.0, "processor time of a worker (min)"),
+)
+
+
+def draw(name: str, lines: dict[str, Runs], folder: Path) -> None:
+    """Write ``downpour_<name>.png``: accuracy against updates and time, the mean over seeds with their range.
+
+    Args:
+        name: of the experiment.
+        lines: see :func:`downpour_tables.gather`; at least one.
+        folder: for the picture.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+        axes: list[Axes] = list(figure.subplots(1, 2, sharey=True))
+        for plot, (column, unit, label) in zip(axes, AXES, strict=True):
+            for number, (who, runs) in enumerate(lines.items()):
+                draw_runs(plot, who, runs, column, unit, COLOURS[number % len(COLOURS)])
+            for reference, accuracy, colour in REFERENCES.get(name, ()):
+                text = f"DistBelief project: {reference} (other machine and images)"
+                plot.axhline(accuracy, color=colour, linestyle=":", linewidth=1.0, label=text)
+            plot.set_xlabel(label)
+        axes[0].set_ylabel("test accuracy")
+        axes[0].set_title(TITLES.get(name, name), loc="left")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        path = folder / f"downpour_{name}.png"
+        figure.savefig(path, dpi=DPI)
+    print(path)
+
+
+def draw_runs(plot: Axes, who: str, runs: Runs, column: str, unit: float, colour: str) -> None:
+    x, y = (np.array([[float(p[c]) for p in run] for run in runs.values()]) for c in (column, "test_accuracy"))
+    place = x.mean(axis=0) / unit
+    label = f"{who} ({len(runs)} seed{'s' * (len(runs) > 1)})"
+    plot.plot(place, y.mean(axis=0), color=colour, marker=".", label=label)
+    plot.fill_between(place, y.min(axis=0), y.max(axis=0), color=colour, alpha=0.15, linewidth=0)

@@ -1,0 +1,63 @@
+"""One rank of `network.py`, which starts it in a network namespace."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from benchmarks.network.schemes import TIMEOUT
+from benchmarks.network.setups import (
+    LinkMeter,
+    TrafficMeter,
+    payload_bytes,
+    rate_setups,
+    sleeping_setups,
+    sleeping_task,
+)
+from benchmarks.shared.meters import InterfaceMeter
+from benchmarks.shared.rows import append
+from benchmarks.shared.side_by_side import Meter, Plan, Setup, Values, run_rank
+from benchmarks.shared.workloads import TASKS
+
+COLUMNS = ("step_ms", "step_max_ms", "cpu_ms", "payload_mb", "network_mb", "link_use")
+"""Measured, on the mean over the ranks: of a step, but for the last; ``step_max_ms`` is the slowest rank's."""
+TASK = TASKS["mlp"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--kind", choices=("rates", "stalls", "straggler"), required=True)
+    parser.add_argument("--rate", type=float, default=0.0, help="Mbit/s of the links; 0 for no limit")
+    parser.add_argument("--factor", type=float, default=1.0, help="how many times as long a slow step takes")
+    parser.add_argument("--rounds", type=int, nargs="+", required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    args = parser.parse_args()
+    meters: Sequence[Meter] = (InterfaceMeter(ranks=1), TrafficMeter())
+    setups: Sequence[Setup]
+    if args.kind == "rates":
+        setups, meters = rate_setups(args.rate, payload_bytes(TASK)), (*meters, LinkMeter(args.rate))
+        model, batch = TASK.model(), TASK.batch()
+    else:
+        setups = sleeping_setups()
+        model, batch = sleeping_task(args.factor, straggler=0 if args.kind == "straggler" else None)
+    began = time.monotonic()
+
+    def report(setup: str, round_: int, values: Values) -> None:
+        ranks = dist.get_world_size()
+        row: dict[str, Any] = {"rate_mbit": args.rate, "ranks": ranks, "cores": os.cpu_count(), "factor": args.factor}
+        row |= {"setup": setup, "round": round_}
+        append(args.out, [row | {name: values.get(name, "") for name in COLUMNS}])
+        print(f"{time.monotonic() - began:4.0f} s, round {round_}: {setup} {values['step_ms']:.1f} ms", flush=True)
+
+    run_rank(setups, model, batch, args.rounds, report, Plan(timeout=TIMEOUT), meters, args.seconds)
+
+
+if __name__ == "__main__":
+    main()

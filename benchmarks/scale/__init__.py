@@ -1,0 +1,1 @@
+"""Consensus distance and wall time of 16 to 4,096 replicas, computed."""
