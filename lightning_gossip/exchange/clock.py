@@ -121,7 +121,7 @@ class Exchange:
         self._signature: tuple[object, ...] = ()
         self._most_bytes = 0  # of a snapshot, when all parameters travel; 0: not known yet
         self._scratch: dict[torch.dtype, Tensor] = {}
-        self._snapshots: dict[int, FlatBuffer] = {}  # by address: the transport has few rooms, and gives them in turn
+        self._snapshots: dict[int, FlatBuffer] = {}  # by address of the room: there are few
         self._staging: Staging | None = None  # where the transport's rooms are on the host and the replica is not
 
     @property
@@ -287,9 +287,10 @@ class Exchange:
         Where the room is on the host and they are not, it is copied beside training: the second value tells when.
         """
         device = next(iter(tensors.values())).device
-        if (snapshot := self._snapshots.get(room.data_ptr())) is None:
-            snapshot = FlatBuffer(layout, room) if room.device == device else FlatBuffer.empty(layout, device)
-            self._snapshots[room.data_ptr()] = snapshot
+        address = room.data_ptr() if room.device == device else 0
+        if (snapshot := self._snapshots.get(address)) is None:
+            snapshot = FlatBuffer.empty(layout, device) if room.device != device else FlatBuffer(layout, room)
+            self._snapshots[address] = snapshot
         if room.device == device:
             snapshot.pack(tensors)
             return snapshot.storage, None

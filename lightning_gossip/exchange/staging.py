@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gossip.transport.interface import Staged
+from lightning_gossip.transport.interface import Rooms, Staged
 
 
 class Staging:
@@ -35,7 +35,7 @@ class Staging:
         self._streams: Any = torch.get_device_module(device)  # torch.cpu has streams and events that do nothing
         self._stream = self._streams.Stream(device) if device.type == "cuda" else self._streams.Stream()
         self._copied: Any = None  # the event after the last copy to the host
-        self._landed: dict[int, Tensor] = {}  # by address in host memory: the transport has few rooms
+        self._landed = Rooms(device)
 
     def before_packing(self) -> None:
         """Let training's stream wait until the snapshot of before has been copied; the host waits for nothing."""
@@ -59,13 +59,12 @@ class Staging:
             room.copy_(snapshot, non_blocking=True)
         copied.record(self._stream)
         self._copied = copied
+        self._landed.resize(snapshot.numel())
         return _StagedOnStream(self, copied)
 
-    def land(self, payload: Tensor) -> Tensor:
-        """Return ``payload`` (1-D, uint8, page-locked) on the device; the calling thread waits for the copy."""
-        landed = self._landed.get(payload.data_ptr())
-        if landed is None or landed.numel() != payload.numel():
-            landed = self._landed[payload.data_ptr()] = torch.empty_like(payload, device=self._device)
+    def land(self, number: int, payload: Tensor) -> Tensor:
+        """See :meth:`Staged.land`; the calling thread waits for the copy."""
+        landed = self._landed[number]
         done = self._event()
         with self._streams.stream(self._stream):  # makes the device current too: a new thread's is the first
             landed.copy_(payload, non_blocking=True)
@@ -86,5 +85,5 @@ class _StagedOnStream(Staged):
     def ready(self) -> None:
         self._copied.synchronize()
 
-    def land(self, payload: Tensor) -> Tensor:
-        return self._staging.land(payload)
+    def land(self, number: int, payload: Tensor) -> Tensor:
+        return self._staging.land(number, payload)

@@ -1,5 +1,6 @@
 """How tensors travel between ranks; knows no algorithm.
 
 May import control. Read ``interface`` (what an exchange asks of a transport), ``link`` (two ends and a typed header),
-``shared_memory`` (snapshots that others read where they were written), ``link_transport`` (both together), ``nccl``.
+``shared_memory`` (snapshots that others read where they were written), ``lanes`` and ``link_transport`` (both
+together), ``nccl``.
 """

@@ -41,8 +41,13 @@ class Staged(ABC):
         """Wait until the room holds what is to be sent."""
 
     @abstractmethod
-    def land(self, payload: Tensor) -> Tensor:
-        """Return on the device what arrived on the host (1-D, uint8); ``payload`` may change from then on."""
+    def land(self, number: int, payload: Tensor) -> Tensor:
+        """Return on the device what arrived on the host.
+
+        Args:
+            number: of the payload, from 1, among those of one exchange: each has a place of its own on the device.
+            payload: 1-D, uint8; it may change from then on.
+        """
 
 
 class Posted(ABC):

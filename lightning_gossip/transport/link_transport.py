@@ -7,11 +7,12 @@ Between others every payload travels on it, behind a header.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import NoReturn
 
@@ -20,11 +21,18 @@ from torch import Tensor
 
 from lightning_gossip.control.run import LOOK, Control, RunStopped
 from lightning_gossip.transport.interface import PartnerLost, Posted, Rooms, Staged, Transferred, Transport
-from lightning_gossip.transport.link import Header, Kind, Link, LinkError, Links, reason_of
-from lightning_gossip.transport.shared_memory import ADDRESS_BYTES, AVAILABLE, Address, Inbox, Outbox, moment, step_of
+from lightning_gossip.transport.lanes import GLANCE, Lane, Transfer
+from lightning_gossip.transport.link import Header, LinkError, Links, reason_of
+from lightning_gossip.transport.shared_memory import (
+    AVAILABLE,
+    Inbox,
+    Outbox,
+    PinningError,
+    moment,
+    step_of,
+)
 
-_GLANCE = 0.001
-"""Longest pause in seconds between looks at a near partner's outbox."""
+log = logging.getLogger(__name__)
 
 
 def end_of_rank(rank: int) -> str:
@@ -39,17 +47,20 @@ class LinkTransport(Transport):
         links: of this process; closed with this object.
         control: of the run.
         shared_memory: whether partners on this host read snapshots where they were written.
-        pin_memory: whether payloads are copied from and to a GPU; such payloads travel on the links.
+        pin_memory: whether payloads are copied from and to a GPU: memory is page-locked, and threads of this object
+            announce to near partners what is staged, and take theirs to the GPU.
     """
 
     def __init__(self, links: Links, control: Control, shared_memory: bool = True, pin_memory: bool = False) -> None:
         self._links = links
         self._control = control
-        self._shares = shared_memory and AVAILABLE and control.world_size > 1 and not pin_memory
+        self._shares = shared_memory and AVAILABLE and control.world_size > 1
+        self._pins = pin_memory
+        self._helpers = ThreadPoolExecutor(thread_name_prefix="staging") if pin_memory else None
         self._outbox: Outbox | None = None
         self._slot = -1  # of the outbox, where the next payload lies; -1 for none
         self._rooms = Rooms(torch.device("cpu"), pin_memory)  # 0: what is sent from no outbox; then what arrives
-        self._lanes: dict[int, _Lane] = {}
+        self._lanes: dict[int, Lane] = {}
         self._rewound = 0  # how often the clock was set back
         self._left: set[int] = set()  # skipped since the last meeting; their links are closed
 
@@ -57,16 +68,27 @@ class LinkTransport(Transport):
         """See :meth:`Transport.room`."""
         self._rooms.resize(nbytes)
         if self._shares and self._outbox is None:
-            self._outbox = Outbox(at_most, self._control.world_size)
+            self._outbox = self._make_outbox(at_most)
         if self._outbox is None or nbytes > self._outbox.address.slot_bytes:
             self._slot = -1
             return self._rooms[0]
         self._slot = self._await_slot(self._outbox)
         return self._outbox.slots[self._slot][:nbytes]
 
+    def _make_outbox(self, nbytes: int) -> Outbox | None:
+        outbox = Outbox(nbytes, self._control.world_size)
+        if self._pins:
+            try:
+                outbox.pin()
+            except PinningError as error:
+                log.warning("rank %d sends over links, not through shared memory: %s", self._control.rank, error)
+                self._shares = False
+                return None
+        return outbox
+
     def _await_slot(self, outbox: Outbox) -> int:
         limit = self._control.timeout.total_seconds()
-        slot = self._control.poll(outbox.free_slot, time.monotonic() + limit, _GLANCE)
+        slot = self._control.poll(outbox.free_slot, time.monotonic() + limit, GLANCE)
         if slot is None:
             if not (readers := outbox.readers(0)):
                 return 0  # they have finished just now
@@ -84,27 +106,36 @@ class LinkTransport(Transport):
     ) -> Posted:
         """See :meth:`Transport.post`."""
         header = replace(header, extra=self._rewound)
+        announced: Future[None] | None = None
         if self._outbox is not None and self._slot >= 0:
-            self._outbox.announce(self._slot, header)
+            announce = partial(self._outbox.announce, self._slot, header)
+            if staged is None or self._helpers is None:
+                announce()
+            else:
+                announced = self._helpers.submit(_announce_staged, staged, announce)
             payload = self._outbox.slots[self._slot][: header.nbytes]
         else:
             payload = self._rooms[0]
         transfers = {}
         for number, partner in enumerate(sorted({*send_to, *receive_from} - self._left), start=1):
             lane = self._lane(partner)
-            transfer = _Transfer(lane, sends=partner in send_to, receives=partner in receive_from)
+            transfer = Transfer(lane, sends=partner in send_to, receives=partner in receive_from)
+            if staged is not None and transfer.receives:
+                transfer.land = partial(staged.land, number)
             if not lane.is_near(header.nbytes):
                 outgoing = payload if transfer.sends else None
                 room = partial(self._rooms.__getitem__, number) if transfer.receives else None
                 link = self._links.to(end_of_rank(partner))
-                transfer.job = link.submit(partial(lane.trade, link, header, outgoing, room, staged))
+                transfer.job = link.submit(partial(lane.trade, link, header, outgoing, room, staged, transfer.land))
+            elif transfer.land is not None and self._helpers is not None and lane.inbox is not None:
+                transfer.landing = self._helpers.submit(transfer.land_when_announced, lane.inbox, header)
             transfers[partner] = transfer
         lend = partial(self._outbox.lend, self._slot) if self._outbox is not None else None
-        return _PostedOnLinks(transfers, header, lend, self._control, self._part, self._skip)
+        return _PostedOnLinks(transfers, header, lend, self._control, self._part, self._skip, announced)
 
-    def _lane(self, partner: int) -> _Lane:
+    def _lane(self, partner: int) -> Lane:
         if partner not in self._lanes:
-            self._lanes[partner] = _Lane(self._outbox, self._control.world_size)
+            self._lanes[partner] = Lane(self._outbox, self._control.world_size, self._pins)
         return self._lanes[partner]
 
     def _part(self, partner: int) -> None:
@@ -128,106 +159,23 @@ class LinkTransport(Transport):
     def close(self) -> None:
         """See :meth:`Transport.close`."""
         self._links.close()
+        if self._helpers is not None:
+            self._helpers.shutdown(wait=False, cancel_futures=True)
         self._lanes.clear()
         if self._outbox is not None:
             self._outbox.close()
 
 
-class _Lane:
-    """What lies between this rank and a partner.
-
-    Args:
-        outbox: of this rank; None where it shares no memory.
-        readers: number of ranks.
-    """
-
-    def __init__(self, outbox: Outbox | None, readers: int) -> None:
-        self.inbox: Inbox | None = None
-        """The partner's outbox, where the two are near; known once a first :meth:`trade` is done."""
-        self._outbox = outbox
-        self._readers = readers
-        self._has_met = False
-
-    def is_near(self, nbytes: int) -> bool:
-        """Whether a payload of ``nbytes`` is read where it was written; both ends give the same answer."""
-        if self.inbox is None or self._outbox is None:
-            return False
-        return nbytes <= min(self.inbox.address.slot_bytes, self._outbox.address.slot_bytes)
-
-    def trade(
-        self,
-        link: Link,
-        header: Header,
-        outgoing: Tensor | None,
-        room: Callable[[], Tensor] | None,
-        staged: Staged | None = None,
-    ) -> Tensor | None:
-        """Send and receive on ``link``, unless it turns out that the partner is near; runs in the link's thread.
-
-        Args:
-            link: to the partner.
-            header: of both payloads.
-            outgoing: what to send, if anything.
-            room: returns where to put what arrives; None where nothing is to be received.
-            staged: see :meth:`Transport.post`.
-
-        Returns:
-            What arrived on the link.
-
-        Raises:
-            LinkError: if the partner sends something else.
-            RuntimeError: if it is gone, or silent past the timeout.
-        """
-        if not self._has_met:
-            self._meet(link, header.step)
-        if self.is_near(header.nbytes):
-            return None
-        if outgoing is not None:
-            link.send(header)
-        incoming = None
-        if room is not None:
-            check_header(link.receive_header(), header, link.peer)
-            incoming = room()
-        if staged is not None and outgoing is not None:
-            staged.ready()
-        link.swap(outgoing, incoming)
-        return incoming if staged is None or incoming is None else staged.land(incoming)
-
-    def _meet(self, link: Link, step: int) -> None:
-        """Tell the partner where the outbox is, and hear where its is; near is who reads and is read."""
-        address = Address() if self._outbox is None else self._outbox.address
-        link.send(Header(Kind.OUTBOX, step, ADDRESS_BYTES), address.to_tensor())
-        check_header(link.receive_header(), Header(Kind.OUTBOX, step, ADDRESS_BYTES), link.peer)
-        offered = torch.empty(ADDRESS_BYTES, dtype=torch.uint8)
-        link.receive(offered)
-        inbox = Inbox.open(Address.from_tensor(offered), self._readers) if self._outbox is not None else None
-        link.send(Header(Kind.NEAR, step, 0, number=int(inbox is not None)))
-        answer = link.receive_header()
-        check_header(answer, Header(Kind.NEAR, step, 0, number=answer.number), link.peer)
-        link.flush()
-        self.inbox = inbox if answer.number == 1 else None
-        self._has_met = True
-
-
-@dataclass
-class _Transfer:
-    """With one partner; ``job`` runs on a link, where the partner is not known to be near."""
-
-    lane: _Lane
-    sends: bool
-    receives: bool
-    job: Future[Tensor | None] | None = None
-
-
 class _PostedOnLinks(Posted):
     def __init__(
         self,
-        transfers: Mapping[int, _Transfer],
+        transfers: Mapping[int, Transfer],
         header: Header,
         lend: Callable[[int, int], None] | None,
         control: Control,
         part: Callable[[int], None],
         skip: Callable[[int], None],
+        announced: Future[None] | None,
     ) -> None:
         self._transfers = dict(transfers)
         self._header = header
@@ -235,6 +183,7 @@ class _PostedOnLinks(Posted):
         self._control = control
         self._part = part
         self._skip = skip
+        self._announced = announced
         self._inboxes: list[Inbox] = []
         self._changed = threading.Event()  # a job is done, or failed
         for transfer in transfers.values():
@@ -245,6 +194,8 @@ class _PostedOnLinks(Posted):
         received: dict[int, Tensor] = {}
         deadline = time.monotonic() + self._control.timeout.total_seconds()
         try:
+            if self._announced is not None:
+                self._announced.result()
             self._await_jobs(deadline)
             for partner, transfer in list(self._transfers.items()):
                 payload = transfer.job.result() if transfer.job is not None else None
@@ -256,6 +207,9 @@ class _PostedOnLinks(Posted):
             if (lost := stopped.stop.lost) in self._transfers:
                 raise self._lost(lost, stopped.stop.cause) from stopped
             raise
+        finally:
+            for transfer in self._transfers.values():
+                transfer.given_up.set()
         return Transferred(received, [partner for partner, transfer in self._transfers.items() if transfer.sends])
 
     def release(self) -> None:
@@ -263,10 +217,10 @@ class _PostedOnLinks(Posted):
             inbox.finish(self._control.rank, moment(self._header))
         self._inboxes.clear()
 
-    def _look(self, partner: int, transfer: _Transfer, inbox: Inbox, deadline: float) -> Tensor | None:
+    def _look(self, partner: int, transfer: Transfer, inbox: Inbox, deadline: float) -> Tensor | None:
         """Wait until a near partner has begun the step; return its snapshot, if this rank mixes it."""
         now = moment(self._header)
-        while not self._control.poll(lambda: inbox.has_begun(now) or None, time.monotonic() + LOOK, _GLANCE):
+        while not self._control.poll(lambda: inbox.has_begun(now) or None, time.monotonic() + LOOK, GLANCE):
             if self._skip_if_left(partner):
                 return None
             if not inbox.owner_lives:
@@ -279,13 +233,13 @@ class _PostedOnLinks(Posted):
             self._lend(partner, now)
         if not transfer.receives:
             return None
-        header, memory = inbox.find(now) or (None, torch.empty(0))
         try:
-            check_header(header, self._header, end_of_rank(partner))
+            landed = transfer.landing.result() if transfer.landing is not None else None
+            payload = transfer.take(inbox, self._header) if landed is None else landed
         except LinkError as error:
             self._explain(partner, error)
         self._inboxes.append(inbox)
-        return memory[: self._header.nbytes]
+        return payload
 
     def _await_jobs(self, deadline: float) -> None:
         while waiting := self._waiting():
@@ -314,7 +268,7 @@ class _PostedOnLinks(Posted):
         """Skip a partner that waits elsewhere and never began this step."""
         if not self._control.has_left(partner, self._header.step):
             return False
-        del self._transfers[partner]
+        self._transfers.pop(partner).given_up.set()
         self._skip(partner)
         return True
 
@@ -332,10 +286,9 @@ class _PostedOnLinks(Posted):
         return _lost(self._control.rank, partner, self._header.step, why)
 
 
-def check_header(arrived: Header | None, expected: Header, peer: str) -> None:
-    """Raise :class:`LinkError` where what ``peer`` sent is not what was expected."""
-    if arrived != expected:
-        raise LinkError(f"expected {expected}, but {peer} sent {arrived}")
+def _announce_staged(staged: Staged, announce: Callable[[], None]) -> None:
+    staged.ready()
+    announce()
 
 
 def _lost(rank: int, partner: int, step: int, why: str) -> PartnerLost:

@@ -86,7 +86,19 @@ class _Mapped:
     def __init__(self, descriptor: int, slot_bytes: int, readers: int) -> None:
         memory = mmap.mmap(descriptor, _total_bytes(slot_bytes, readers))
         self.words = np.frombuffer(memory, dtype=np.int64, count=_READERS + readers)
-        self.slots = torch.frombuffer(memory, dtype=torch.uint8)[_slots_start(readers) :].split(slot_bytes)
+        self._whole = torch.frombuffer(memory, dtype=torch.uint8)[_slots_start(readers) :]
+        self.slots = self._whole.split(slot_bytes)
+
+    def pin(self) -> None:
+        """Page-lock the slots, for copies from and to a GPU beside training.
+
+        Raises:
+            PinningError: if the operating system or the driver does not do that.
+        """
+        code = int(torch.cuda.cudart().cudaHostRegister(self._whole.data_ptr(), self._whole.nbytes, 0))
+        if code != 0:
+            raise PinningError(f"cudaHostRegister answered {code} for {self._whole.nbytes} bytes of shared memory")
+        weakref.finalize(self, _unpin, self._whole)
 
 
 class Outbox:
@@ -107,6 +119,7 @@ class Outbox:
         self._mapped.words[_TOKEN] = token = secrets.randbits(63)
         self.address = Address(os.getpid(), descriptor, token, slot_bytes)
         self._lent: list[dict[int, int]] = [{} for _ in range(SLOTS)]
+        self.pin = self._mapped.pin
 
     @property
     def slots(self) -> tuple[Tensor, ...]:
@@ -141,6 +154,7 @@ class Inbox:
     def __init__(self, address: Address, mapped: _Mapped) -> None:
         self.address = address
         self._mapped = mapped
+        self.pin = mapped.pin
 
     @classmethod
     def open(cls, address: Address, readers: int) -> Inbox | None:
@@ -182,6 +196,14 @@ class Inbox:
     def finish(self, reader: int, when: int) -> None:
         """Tell the owner that ``reader`` needs the snapshot of a moment, and those before it, no more."""
         self._mapped.words[_READERS + reader] = when
+
+
+class PinningError(RuntimeError):
+    """The operating system or the driver does not page-lock shared memory."""
+
+
+def _unpin(memory: Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
 def _slots_start(readers: int) -> int:

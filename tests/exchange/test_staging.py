@@ -16,6 +16,7 @@ from lightning_gossip.exchange.clock import Exchange
 from lightning_gossip.exchange.staging import Staging
 from lightning_gossip.rules.mixing import ElasticMixing
 from lightning_gossip.rules.schedule import Schedule
+from lightning_gossip.transport import shared_memory
 from lightning_gossip.transport.interface import Staged
 from lightning_gossip.transport.link_transport import LinkTransport
 
@@ -28,11 +29,12 @@ def test_a_snapshot_is_staged_and_what_arrives_lands_in_a_place_of_its_own() -> 
     staged = staging.stage(snapshot, room)
     staged.ready()
     assert torch.equal(room, snapshot)
-    first = staged.land(room)
+    first = staged.land(1, room)
     assert torch.equal(first, snapshot)
     assert first.data_ptr() not in (room.data_ptr(), snapshot.data_ptr())
     room.fill_(7)
-    assert staged.land(room).data_ptr() == first.data_ptr(), "a room has one place on the device"
+    assert staged.land(1, room).data_ptr() == first.data_ptr(), "a payload's number is its place on the device"
+    assert staged.land(2, room).data_ptr() != first.data_ptr()
     assert first.eq(7).all()
 
 
@@ -53,14 +55,18 @@ class SlowCopy(Staged):
     def ready(self) -> None:
         assert self._copied.wait(10)
 
-    def land(self, payload: Tensor) -> Tensor:
+    def land(self, number: int, payload: Tensor) -> Tensor:
         self.landed_in.append(threading.current_thread().name)
         return payload.clone()
 
 
+@pytest.mark.parametrize("near", [False, True])
 @pytest.mark.parametrize("delay", [0, 1])
-def test_a_room_is_sent_only_once_it_holds_the_snapshot(monkeypatch: pytest.MonkeyPatch, delay: int) -> None:
+def test_a_room_is_sent_only_once_it_holds_the_snapshot(
+    monkeypatch: pytest.MonkeyPatch, delay: int, near: bool
+) -> None:
     copies: list[SlowCopy] = []
+    monkeypatch.setattr(shared_memory._Mapped, "pin", lambda self: None)
 
     def snapshot(self: Exchange, layout: Any, tensors: Any, room: Tensor) -> tuple[Tensor, Staged]:
         own = clock.FlatBuffer.empty(layout, HOST)
@@ -74,7 +80,7 @@ def test_a_room_is_sent_only_once_it_holds_the_snapshot(monkeypatch: pytest.Monk
     def body(me: Rank) -> Tensor:
         weight = torch.full((1000,), float(me.rank + 1), requires_grad=True)
         schedule = Schedule(Script({2: (0, 1), 4: (0, 1)}), period=2)
-        transport = LinkTransport(me.links, me.control, shared_memory=False)
+        transport = LinkTransport(me.links, me.control, shared_memory=near, pin_memory=near)
         rule = ElasticMixing(0.5)
         exchange = Exchange(me.rank, 2, schedule, rule, transport, lambda: {"weight": weight}, delay=delay)
         for _ in range(4 + delay):
@@ -94,7 +100,11 @@ def test_a_room_is_sent_only_once_it_holds_the_snapshot(monkeypatch: pytest.Monk
             replay = replay - 0.5 * difference
     torch.testing.assert_close(torch.stack([one[:1], other[:1]]), replay)
     assert len(copies) == 4
-    assert all(name.startswith("link-") for copy in copies for name in copy.landed_in)
+    landed_in = [name for copy in copies for name in copy.landed_in]
+    assert len(landed_in) == 4
+    beside = "staging" if near else "link-"
+    # where two ranks come to know each other's memory, training's thread fetches what is there
+    assert sum(name.startswith(beside) for name in landed_in) == (2 if near else 4)
 
 
 def test_replicas_on_the_host_are_not_staged() -> None:
