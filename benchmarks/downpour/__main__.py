@@ -1,21 +1,19 @@
 """What a parameter server costs, without Lightning: its CPU use, bytes and staleness against workers and shards.
 
-    python benchmarks/downpour.py [--seconds 8] [--step-ms 35] [--n-push 5]
-    python benchmarks/downpour.py --accuracy {iris,mnist,cifar10} ...
+    python -m benchmarks.downpour [--seconds 8] [--step-ms 35] [--n-push 5]
 
 Real shard processes on this host; the workers are threads of one process that sleep for a step's time and hold the
-thesis' MNIST network (784-1024-1024-1024-10, 2.9 million float32 parameters), so that nothing but Downpour needs a
+thesis' MNIST network (2.9 million float32 parameters), so that nothing but Downpour needs a
 core. One row a setting in ``results/downpour_server.csv``; those that are there already are not run again.
 
-With ``--accuracy``, what the server's model is worth instead: see ``downpour_accuracy.py``.
+What the server's model is worth, and what training sees of Downpour, say this benchmark's other parts: ``accuracy``,
+``replay``, ``step`` and ``straggler``, each ``python -m benchmarks.downpour.PART``.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
-import sys
 import threading
 import time
 from contextlib import ExitStack
@@ -27,6 +25,8 @@ import torch
 from torch.distributed import HashStore
 
 from benchmarks import RESULTS
+from benchmarks.shared.machine import cores
+from benchmarks.shared.options import make_parser
 from benchmarks.shared.rows import append, find, read
 from benchmarks.shared.workloads import perceptron
 from lightning_gossip.control.run import Control
@@ -145,7 +145,7 @@ def summarize(row: Row, runs: list[Run], cpu: float, clock: float) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__spec__, __doc__)
     parser.add_argument("--seconds", type=float, default=8.0, help="measured, a setting")
     parser.add_argument("--step-ms", type=float, default=35.0, help="a step's time without Downpour")
     parser.add_argument("--n-push", type=int, default=5)
@@ -157,9 +157,7 @@ def main() -> None:
     keys = ("workers", "shards", "n_push", "n_pull", "step_ms", "seconds", "cores")
     for shards in SHARDS:
         for workers in WORKERS:
-            row = Row(
-                workers, shards, arguments.n_push, n_pull, arguments.step_ms, arguments.seconds, os.cpu_count() or 1
-            )
+            row = Row(workers, shards, arguments.n_push, n_pull, arguments.step_ms, arguments.seconds, cores())
             given = {key: str(getattr(row, key)) for key in keys}
             if find(read(arguments.out), given):
                 continue
@@ -168,9 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "--accuracy" in sys.argv[1:2]:
-        from benchmarks.downpour import accuracy as downpour_accuracy
-
-        downpour_accuracy.main(sys.argv[2:])
-    else:
-        main()
+    main()

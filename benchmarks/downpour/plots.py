@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from benchmarks.downpour.tables import Runs
-from lightning_gossip.monitoring.report_plots import COLOURS, DPI, STYLE
+from benchmarks.shared import plots
+from benchmarks.shared.plots import COLOURS, Axes, Figure
 
 TITLES = {"mnist": "MNIST, perceptron", "cifar10": "CIFAR-10, AlexNet"}
 REFERENCES = {"cifar10": (("single process, 1.8 h", 0.695, COLOURS[0]), ("3 workers, 1.1 h", 0.67, "dimgray"))}
@@ -26,29 +24,30 @@ def draw(name: str, lines: dict[str, Runs], folder: Path) -> None:
 
     Args:
         name: of the experiment.
-        lines: see :func:`downpour_tables.gather`; at least one.
+        lines: see :func:`benchmarks.downpour.tables.gather`; at least one.
         folder: for the picture.
     """
-    with rc_context(STYLE):
-        figure = Figure(figsize=(9.0, 3.6), layout="constrained")
-        axes: list[Axes] = list(figure.subplots(1, 2, sharey=True))
-        for plot, (column, unit, label) in zip(axes, AXES, strict=True):
-            for number, (who, runs) in enumerate(lines.items()):
-                draw_runs(plot, who, runs, column, unit, COLOURS[number % len(COLOURS)])
-            for reference, accuracy, colour in REFERENCES.get(name, ()):
-                text = f"DistBelief project: {reference} (other machine and images)"
-                plot.axhline(accuracy, color=colour, linestyle=":", linewidth=1.0, label=text)
-            plot.set_xlabel(label)
-        axes[0].set_ylabel("test accuracy")
-        axes[0].set_title(TITLES.get(name, name), loc="left")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
-        path = folder / f"downpour_{name}.png"
-        figure.savefig(path, dpi=DPI)
-    print(path)
+    plots.draw({folder / f"downpour_{name}.png": lambda: _curves(name, lines)})
 
 
-def draw_runs(plot: Axes, who: str, runs: Runs, column: str, unit: float, colour: str) -> None:
+def _curves(name: str, lines: dict[str, Runs]) -> Figure:
+    figure = plots.new_figure(9.0, 3.6)
+    axes = plots.panels(figure, 2)
+    for plot, (column, unit, label) in zip(axes, AXES, strict=True):
+        for number, (who, runs) in enumerate(lines.items()):
+            _draw_runs(plot, who, runs, column, unit, COLOURS[number % len(COLOURS)])
+        for reference, accuracy, colour in REFERENCES.get(name, ()):
+            text = f"DistBelief project: {reference} (other machine and images)"
+            plot.axhline(accuracy, color=colour, linestyle=":", linewidth=1.0, label=text)
+        plot.set_xlabel(label)
+    axes[0].set_ylabel("test accuracy")
+    axes[0].set_title(TITLES.get(name, name), loc="left")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
+
+
+def _draw_runs(plot: Axes, who: str, runs: Runs, column: str, unit: float, colour: str) -> None:
     x, y = (np.array([[float(p[c]) for p in run] for run in runs.values()]) for c in (column, "test_accuracy"))
     place = x.mean(axis=0) / unit
     label = f"{who} ({len(runs)} seed{'s' * (len(runs) > 1)})"

@@ -1,35 +1,37 @@
 """What staleness alone costs: Downpour on CIFAR-10 replayed by one process, in which the workers take turns.
 
-    python benchmarks/downpour_replay.py --data-dir DIR [--pulls at-each-step at-push a-step-later] [--workers 3]
+    python -m benchmarks.downpour.replay --data-dir DIR [--pulls at-each-step at-push a-step-later] [--workers 3]
 
 The rule of the package (design §3) without the package: no strategy, server or thread. Each worker in turn makes a
 step; every n_push steps it adds to the server's parameters what it made since its last push, and begins anew from them
 (``at-push``: the other workers' updates since then are its staleness, workers - 1 of them), or does so a step later,
 what it made meanwhile added, as a worker does that never waits (``a-step-later``). With ``at-each-step`` it begins each
 step from the server's parameters, as if a pull took no time: for n_push 1 that is SGD by a single process on the
-workers' batches in turn. Network, data, learning rate and its schedule are those of ``downpour.py --accuracy cifar10``.
+workers' batches in turn. Network, data, learning rate and its schedule are those of ``accuracy`` on CIFAR-10.
 
 One row a pass of all workers together over the training set in ``results/downpour_replay.csv``.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import lightning.pytorch as pl
 import torch
+from shares import IndexSampler
 from tensor_data import Labelled, Sets, TensorLoader
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from benchmarks import RESULTS
-from benchmarks.downpour.accuracy import EXPERIMENTS
+from benchmarks.downpour.experiments import EXPERIMENTS
 from benchmarks.downpour.training import Data, evaluate
+from benchmarks.shared.options import make_parser
 from benchmarks.shared.rows import append, find, read
 
 PULLS = ("at-each-step", "at-push", "a-step-later")
@@ -84,9 +86,9 @@ def gradient(network: nn.Module, parameters: Tensor, inputs: Tensor, labels: Ten
 
 def walk(loader: TensorLoader) -> Iterator[Labelled]:
     """Return the batches of epoch after epoch, each in an order of its own."""
-    epoch = 0
+    epoch, sampler = 0, cast(IndexSampler, loader.sampler)
     while True:
-        loader.sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        sampler.set_epoch(epoch)
         yield from loader
         epoch += 1
 
@@ -115,7 +117,7 @@ def replay(setting: Setting, sets: Sets) -> Iterator[dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__spec__, __doc__)
     add = parser.add_argument
     add("--pulls", choices=PULLS, nargs="+", default=PULLS, help="when a worker takes the server's parameters")
     add("--workers", type=int, default=3)

@@ -1,8 +1,8 @@
 """What Downpour costs a training step: the time that `Trainer.fit` spends in its calls, as a share of the step.
 
-    python benchmarks/downpour_step.py [--steps 200] [--n-push 5] [--optimizer sgd-fused]
+    python -m benchmarks.downpour.step [--steps 200] [--n-push 5] [--optimizer sgd-fused]
 
-The thesis' MNIST network (784-1024-1024-1024-10, 2.9 million float32 parameters) on random data of MNIST's shape, batch
+The thesis' MNIST network (2.9 million float32 parameters) on random data of MNIST's shape, batch
 32 a rank, plain SGD in torch's default implementation or its fused one (which the examples use); ranks and the server's
 shard share this host's cores. One row a repetition in ``results/downpour_step.csv``, each a training of its own; those
 that are there already are not measured again.
@@ -10,8 +10,6 @@ that are there already are not measured again.
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -21,14 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import RESULTS
+from benchmarks.shared.machine import cores
+from benchmarks.shared.options import make_parser
+from benchmarks.shared.quartiles import in_words
 from benchmarks.shared.rows import append, find, read
+from benchmarks.shared.trainer import make_trainer
 from benchmarks.shared.workloads import Model, perceptron
 from lightning_gossip import DownpourStrategy
 
@@ -91,8 +91,7 @@ def measure(row: Row) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         size = row.ranks * BATCH * (row.steps + WARM + 1)
         data = TensorDataset(torch.randn(4096, 784), torch.randint(10, (4096,)))
-        trainer = pl.Trainer(
-            accelerator="cpu",
+        trainer = make_trainer(
             devices=row.ranks,
             strategy=DownpourStrategy(
                 n_push=row.n_push,
@@ -103,11 +102,6 @@ def measure(row: Row) -> Row:
                 start_method="fork",
             ),
             max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
             callbacks=[Stopwatch(Path(folder))],
         )
         sampler = torch.utils.data.RandomSampler(data, replacement=True, num_samples=size // row.ranks)
@@ -124,7 +118,7 @@ def measure(row: Row) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__spec__, __doc__)
     parser.add_argument("--steps", type=int, default=200, help="measured, a rank")
     parser.add_argument("--n-push", type=int, default=5)
     parser.add_argument("--n-pull", type=int, default=None, help="as --n-push by default: one round trip for both")
@@ -139,17 +133,16 @@ def main() -> None:
     given = names[: names.index("repetition") + 1]
     for repetition in range(args.repetitions):
         for ranks in RANKS:
-            setting = (ranks, args.optimizer, args.shards, args.n_push, n_pull, args.steps, os.cpu_count() or 1)
+            setting = (ranks, args.optimizer, args.shards, args.n_push, n_pull, args.steps, cores())
             row = Row(*setting, repetition)
             if not find(read(args.out), {name: getattr(row, name) for name in given}):
                 append(args.out, [asdict(measure(row))])
     for ranks in RANKS:
-        setting = (ranks, args.optimizer, args.shards, args.n_push, n_pull, args.steps, os.cpu_count() or 1)
+        setting = (ranks, args.optimizer, args.shards, args.n_push, n_pull, args.steps, cores())
         rows = find(read(args.out), dict(zip(given, setting, strict=False)))
         print(f"{ranks} ranks, {args.optimizer}, {len(rows)} repetitions:")
         for name in ("step_median_ms", "call_ms", "call_share", "wait_share"):
-            low, median, high = np.quantile([float(row[name]) for row in rows], (0.25, 0.5, 0.75))
-            print(f"    {name} {median:.4g} (quartiles {low:.4g} to {high:.4g})", flush=True)
+            print(f"    {name} {in_words([float(row[name]) for row in rows], '.4g')}", flush=True)
 
 
 if __name__ == "__main__":

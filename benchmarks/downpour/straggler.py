@@ -1,6 +1,6 @@
 """What a worker that is 5 x slower does to the others within an epoch: blocks with and without it, in turn, in one fit.
 
-    python benchmarks/downpour_straggler.py [--settings sleep-downpour mnist-downpour ...]
+    python -m benchmarks.downpour.straggler [--settings sleep-downpour mnist-downpour ...]
 
 Forked ranks train one epoch together, cut into blocks of time. In a *slow* block the last rank adds four times its own
 usual step to every step. Blocks come in pairs: A/B, one of the two slow (first and second in turn), and A/A, neither:
@@ -17,8 +17,6 @@ One row a pair in ``results/downpour_straggler.csv``; a setting that has its row
 
 from __future__ import annotations
 
-import argparse
-import os
 import tempfile
 import time
 from collections import deque
@@ -26,21 +24,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from benchmarks import RESULTS
 from benchmarks.downpour.step import BATCH, mnist_model
+from benchmarks.shared.machine import cores
+from benchmarks.shared.options import make_parser
+from benchmarks.shared.quartiles import in_words
 from benchmarks.shared.rows import append, find, read
-from benchmarks.shared.workloads import Model, perceptron
+from benchmarks.shared.trainer import make_trainer
+from benchmarks.shared.workloads import Batch, Model, SameBatch, perceptron
 from lightning_gossip import DownpourStrategy, ElasticGossipStrategy
 
 FACTOR = 5
@@ -83,16 +84,15 @@ class Sleeper(Model):
         time.sleep(STEP_SECONDS)
 
 
-class SameBatch(IterableDataset[Any]):
+class UntilTheEnd(SameBatch):
     """One random batch again and again, until the clock says ``end``."""
 
     def __init__(self) -> None:
-        self.batch = (torch.randn(BATCH, 784), torch.randint(10, (BATCH,)))
+        super().__init__((torch.randn(BATCH, 784), torch.randint(10, (BATCH,))))
         self.end = float("inf")
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        while time.monotonic() < self.end:
-            yield self.batch
+    def __iter__(self) -> Iterator[Batch]:
+        return takewhile(lambda _: time.monotonic() < self.end, super().__iter__())
 
 
 class Blocks(Callback):
@@ -106,7 +106,7 @@ class Blocks(Callback):
         folder: for ``rank_<k>.npy``: seconds since the first block began.
     """
 
-    def __init__(self, slow: list[bool], seconds: float, pause: str, data: SameBatch, folder: Path) -> None:
+    def __init__(self, slow: list[bool], seconds: float, pause: str, data: UntilTheEnd, folder: Path) -> None:
         self.slow, self.seconds, self.pause, self.data, self.folder = slow, seconds, pause, data, folder
         self.begin = 0.0
         self.starts: list[float] = []
@@ -154,17 +154,12 @@ def run(setting: Setting, slow: list[bool], seconds: float) -> NDArray[np.float6
     """Train through all blocks; return each rank's mean step in each in seconds, shape ``(ranks, blocks)``."""
     common: dict[str, Any] = {"evaluate": "replica", "start_method": "fork", "timeout": LIMIT}
     strategy = DownpourStrategy(**common) if setting.strategy == "downpour" else ElasticGossipStrategy(**common)
-    data = SameBatch()
+    data = UntilTheEnd()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = pl.Trainer(
-            accelerator="cpu",
+        trainer = make_trainer(
             devices=setting.workers,
             strategy=strategy,
             max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             callbacks=[Blocks(slow, seconds, setting.pause, data, Path(folder))],
         )
         trainer.fit(mnist_model() if setting.compute == "mnist" else Sleeper(), DataLoader(data, batch_size=None))
@@ -201,20 +196,14 @@ def print_summary(name: str, rows: list[dict[str, str]]) -> None:
             for column in ("without_ms", "ratio", "slow_worker_ratio")
         }
         print(
-            f"{name}, {kind}: the others' step {quartiles(columns['without_ms'])} ms, with / without"
-            f" {quartiles(columns['ratio'])}; the slow worker's own {quartiles(columns['slow_worker_ratio'])}",
+            f"{name}, {kind}: the others' step {in_words(columns['without_ms'])} ms, with / without"
+            f" {in_words(columns['ratio'])}; the slow worker's own {in_words(columns['slow_worker_ratio'])}",
             flush=True,
         )
 
 
-def quartiles(values: NDArray[np.float64]) -> str:
-    """Return median and quartiles in words."""
-    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-    return f"{median:.3f} (quartiles {low:.3f} to {high:.3f})"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__spec__, __doc__)
     parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--pairs", type=int, default=14, help="of blocks, with and without the slow worker")
     parser.add_argument("--pairs-alike", type=int, default=6, help="of blocks, both without")
@@ -226,7 +215,7 @@ def main() -> None:
     for name in args.settings:
         setting = SETTINGS[name]
         if not find(read(args.out), {"setting": name}):
-            given = {"setting": name, "workers": setting.workers, "pause": setting.pause, "cores": os.cpu_count()}
+            given = {"setting": name, "workers": setting.workers, "pause": setting.pause, "cores": cores()}
             given["block_seconds"] = args.seconds
             rows = compare(kinds, slow, 1000 * run(setting, slow, args.seconds))
             append(args.out, [given | row for row in rows], digits=5)

@@ -6,7 +6,8 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from benchmarks.shared.rows import Row, find, markdown
+from benchmarks.shared.rows import Row, find
+from benchmarks.shared.tables import markdown
 
 Runs = dict[str, list[Row]]
 """Of one setting, by seed: the points of a curve, as many of each."""

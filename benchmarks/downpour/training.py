@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.shared.rows import Row, append, read
+from benchmarks.shared.trainer import make_trainer
 from lightning_gossip import DownpourStrategy
 from lightning_gossip.strategies.checkpoint import AtomicCheckpointIO
 
@@ -72,8 +73,7 @@ class Training:
         every = max(1, len(data.loader(0, self.workers)) // self.checks)
         model = Watched(points, every, self.network, self.lr, self.momentum, self.seed, schedule=self.schedule)
         saves = ModelCheckpoint(self.folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
-        trainer = pl.Trainer(
-            accelerator="cpu",
+        trainer = make_trainer(
             devices=self.workers,
             strategy=strategy,
             max_epochs=self.epochs,
@@ -82,11 +82,6 @@ class Training:
             callbacks=[saves] if self.curve else [],
             plugins=[AtomicCheckpointIO()],
             enable_checkpointing=self.curve,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            num_sanity_val_steps=0,
         )
         last = self.folder / "last.ckpt"
         if last.exists() and torch.load(last, weights_only=True, mmap=True)["epoch"] + 1 >= self.epochs:
@@ -196,7 +191,7 @@ def measure(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
 
 def evaluate(network: nn.Module, sets: Sets) -> dict[str, float]:
     """Return mean loss and accuracy on validation and test set, each as ``<set>_loss`` and ``<set>_accuracy``."""
-    result = {}
+    result: dict[str, float] = {}
     for name, part in (("validation", sets.validation), ("test", sets.test)):
         sums = [measure(network, *batch) for batch in TensorLoader(part, EVALUATION_BATCH)]
         loss, right, samples = torch.stack(sums).sum(0).tolist()

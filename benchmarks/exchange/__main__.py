@@ -1,10 +1,10 @@
 """What an exchange costs a step, beside Lightning's DDP and decent-dp: ranks on one host.
 
-    python benchmarks/exchange.py                                     # all models at 2, 4 and 8 ranks
-    python benchmarks/exchange.py --models mlp --ranks 4 --rounds 30  # one cell
-    python benchmarks/exchange.py --plot                              # the picture, from the rows that are there
+    python -m benchmarks.exchange                                     # all models at 2, 4 and 8 ranks
+    python -m benchmarks.exchange --models mlp --ranks 4 --rounds 30  # one cell
+    python -m benchmarks.exchange --plot                              # the picture, from the rows that are there
 
-Every set-up trains the same model in blocks of steps that take turns (`side_by_side.py`). Each block is a row in
+Every set-up trains the same model in blocks of steps that take turns (`shared/side_by_side.py`). Each block is a row in
 ``results/exchange.csv``; a round of blocks that is there already is not run again, so a run can be ended and continued.
 The table has the step time as a ratio to the same loop without communication, its quartiles over the rounds, bytes a
 step and rank, peak memory beyond that run in copies of the parameters, and where the training thread's time goes.
@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from command_line import Nobody
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -32,10 +32,12 @@ from benchmarks import RESULTS
 from benchmarks.exchange.plain_loop import DecentSetup, PlainDDPSetup, PlainSetup
 from benchmarks.exchange.plots import draw
 from benchmarks.exchange.summary import PARTS, print_table, summarize
+from benchmarks.shared import machine
 from benchmarks.shared.meters import InterfaceMeter, MemoryMeter, PartsMeter
-from benchmarks.shared.ranks import start_ranks
-from benchmarks.shared.rows import Row, append, find, read
-from benchmarks.shared.side_by_side import LightningSetup, Nobody, Plan, Setup, Values, run_rank
+from benchmarks.shared.options import at_least, listed, make_parser, one_of
+from benchmarks.shared.ranks import fork_ranks
+from benchmarks.shared.rows import append, find, read, rounds_missing
+from benchmarks.shared.side_by_side import LightningSetup, Plan, Setup, Values, run_rank
 from benchmarks.shared.workloads import TASKS
 from lightning_gossip import ElasticGossipStrategy
 from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
@@ -108,18 +110,15 @@ def make_setups() -> dict[str, Setup]:
         LightningSetup("ddp", lambda seed: DDPStrategy(process_group_backend="gloo", timeout=TIMEOUT)),
         PlainSetup("plain none"),
         PlainDDPSetup("plain ddp", "plain none"),
+        DecentSetup("decent-dp", "plain none"),
     ]
-    if importlib.util.find_spec("decent_dp"):
-        setups.append(DecentSetup("decent-dp", "plain none"))
-    else:
-        print("decent-dp is not installed (pip install decent-dp==0.2.3): left out", file=sys.stderr)
     return {setup.name: setup for setup in setups}
 
 
 def measure(model: str, ranks: int, setups: dict[str, Setup], rounds: Iterable[int], args: argparse.Namespace) -> None:
     """Run the rounds and append a row a block to ``args.out``."""
     task = TASKS[model]
-    parameters = sum(p.numel() * p.element_size() for p in task.model().parameters()) / 1e6
+    parameters = task.bytes / 1e6
 
     def report(setup: str, round_: int, values: Values) -> None:
         key = {"model": model, "ranks": ranks, "setup": setup, "round": round_, "steps": args.steps}
@@ -132,29 +131,15 @@ def measure(model: str, ranks: int, setups: dict[str, Setup], rounds: Iterable[i
         run_rank(list(setups.values()), task.model(), task.batch(), rounds, report, plan, meters, args.seconds)
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_name(f"{args.out.stem}_machine.txt").write_text(f"{machine()}\n")
-    start_ranks(ranks, rank, seconds=2 * args.seconds + 600)
-
-
-def machine() -> str:
-    """Return the machine in words."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores ({cpu}), {memory:.0f} GiB of memory; torch {torch.__version__}, 1 thread a rank"
-
-
-def rounds_missing(rows: Sequence[Row], model: str, ranks: int, setups: Iterable[str], rounds: int) -> list[int]:
-    """Return the rounds of which some block is not there."""
-    there = {(row["setup"], int(row["round"])) for row in find(rows, {"model": model, "ranks": ranks})}
-    return [round_ for round_ in range(rounds) if any((setup, round_) not in there for setup in setups)]
+    args.out.with_name(f"{args.out.stem}_machine.txt").write_text(f"{machine.in_words()}\n")
+    fork_ranks(ranks, rank, seconds=2 * args.seconds + 600)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__spec__, __doc__)
     add = parser.add_argument
-    add("--models", type=_names(TASKS), default=list(TASKS), help=f"some of {','.join(TASKS)}")
-    add("--ranks", type=_numbers, default=[2, 4, 8], help="for example 2,4,8")
+    add("--models", type=listed(one_of(TASKS)), default=list(TASKS), help=f"some of {','.join(TASKS)}")
+    add("--ranks", type=listed(at_least(2)), default=[2, 4, 8], help="for example 2,4,8")
     add("--setups", default=None, help="substrings of names, separated by ';'; the references always run")
     add("--rounds", type=int, default=20, help="of blocks, a model and number of ranks")
     add("--steps", type=int, default=16, help="counted, a block; a multiple of 8")
@@ -166,6 +151,9 @@ def main() -> None:
     if args.steps < WARM_UP or args.steps % WARM_UP:
         parser.error(f"--steps must be a multiple of {WARM_UP}, got {args.steps}")
     setups = make_setups()
+    if not (args.table or args.plot or importlib.util.find_spec("decent_dp")):
+        del setups["decent-dp"]
+        print("decent-dp is not installed (pip install decent-dp==0.2.3): left out", file=sys.stderr)
     if args.setups is not None:
         parts = args.setups.split(";")
         chosen = {name: s for name, s in setups.items() if any(part in name for part in parts)}
@@ -174,36 +162,18 @@ def main() -> None:
     compared = {name: setup.reference for name, setup in setups.items()}
     if args.plot:
         drawn = {name: reference for name, reference in compared.items() if name != reference}
-        draw(summarize(read(args.out), drawn), BARS, args.out.with_suffix(".png"))
+        if not (summaries := summarize(read(args.out), drawn)):
+            parser.error(f"--plot draws the rows of {args.out}, and there are none")
+        draw(summaries, BARS, args.out.with_suffix(".png"))
         return
     for model in args.models:
         for ranks in args.ranks:
-            missing = rounds_missing(read(args.out), model, ranks, setups, args.rounds)
+            cell = {"model": model, "ranks": ranks}
+            missing = rounds_missing(find(read(args.out), cell), setups, args.rounds)
             if missing and not args.table:
                 measure(model, ranks, setups, missing, args)
-            if summaries := summarize(find(read(args.out), {"model": model, "ranks": ranks}), compared):
+            if summaries := summarize(find(read(args.out), cell), compared):
                 print_table(summaries)
-
-
-def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
-    allowed = list(known)
-
-    def names(text: str) -> list[str]:
-        if unknown := [name for name in text.split(",") if name not in allowed]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(allowed)}")
-        return text.split(",")
-
-    return names
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(number) for number in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 2,4,8") from error
-    if min(numbers) < 2:
-        raise argparse.ArgumentTypeError(f"at least 2 ranks have to exchange, got {min(numbers)}")
-    return numbers
 
 
 if __name__ == "__main__":

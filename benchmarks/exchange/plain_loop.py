@@ -1,4 +1,4 @@
-"""Set-ups for `side_by_side.py` in a plain PyTorch loop: nothing, torch's DDP, and decent-dp, which needs one."""
+"""Set-ups in a plain PyTorch loop: nothing, torch's DDP, and decent-dp, which needs one."""
 
 from __future__ import annotations
 

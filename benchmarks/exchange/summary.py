@@ -1,4 +1,4 @@
-"""Rows of `exchange.py` made into medians: one summary a model, number of ranks and set-up."""
+"""Rows made into medians: one summary a model, number of ranks and set-up."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.shared.quartiles import ratios
 from benchmarks.shared.rows import Row
-from benchmarks.shared.side_by_side import ratios
+from benchmarks.shared.tables import show
 
 PARTS = ("snapshot_ms", "post_ms", "wait_ms", "mix_ms", "python_ms")
-"""Where the training thread's time goes; see `inside.py`."""
+"""Where the training thread's time goes; see :class:`benchmarks.shared.meters.PartsMeter`."""
 
 
 @dataclass(frozen=True)
@@ -96,21 +95,19 @@ def _summary(key: tuple[str, int, str], own: list[Row], reference: list[Row]) ->
 
 def print_table(summaries: Sequence[Summary]) -> None:
     """Print the summaries of one model and number of ranks."""
-    model, ranks = summaries[0].model, summaries[0].ranks
-    table = Table(title=f"{model}, {ranks} ranks; ms and MB a step and rank")
     titles = ("set-up", "rounds", "step", "ratio", "quartiles", "CPU", "helpers'", "sent", "copies")
-    parts = [part.removesuffix("_ms") for part in PARTS]
-    for title in (*titles, *parts, "idle, µs"):
-        table.add_column(title, justify="left" if title == "set-up" else "right")
-    for s in summaries:
-        low, median, high = s.ratio
-        cells = [
-            _text(s.step_ms, 1), _text(median, 3), f"{low:.2f}–{high:.2f}", _text(s.cpu_ms, 1),
-            _text(s.helper_cpu_ms, 1), _text(s.network_mb, 2), _text(s.copies, 2),
-            *(_text(value, 2) for value in s.parts.values()), _text(s.idle_us, 0),
-        ]  # fmt: skip
-        table.add_row(s.setup, str(s.rounds), *cells)
-    Console(width=165).print(table)
+    parts = (part.removesuffix("_ms") for part in PARTS)
+    title = f"{summaries[0].model}, {summaries[0].ranks} ranks; ms and MB a step and rank"
+    show(title, (*titles, *parts, "idle, µs"), map(_cells, summaries))
+
+
+def _cells(s: Summary) -> list[str]:
+    low, median, high = s.ratio
+    return [
+        s.setup, str(s.rounds), _text(s.step_ms, 1), _text(median, 3), f"{low:.2f}–{high:.2f}", _text(s.cpu_ms, 1),
+        _text(s.helper_cpu_ms, 1), _text(s.network_mb, 2), _text(s.copies, 2),
+        *(_text(value, 2) for value in s.parts.values()), _text(s.idle_us, 0),
+    ]  # fmt: skip
 
 
 def _text(value: float, digits: int) -> str:

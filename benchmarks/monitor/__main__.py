@@ -1,6 +1,6 @@
 """What GossipMonitor costs: blocks of steps with and without it, in turn, in one training of forked ranks.
 
-    python benchmarks/monitor.py
+    python -m benchmarks.monitor
 
 First pairs of blocks that both go without (A/A: what the machine's noise makes of no difference), then pairs with and
 without (A/B), the order within a pair alternating. A block is as long as the monitor's interval, so that every block
@@ -10,10 +10,9 @@ with it holds one step that is measured and logged. The model is the thesis' MNI
 from __future__ import annotations
 
 import argparse
-import csv
-import os
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -24,15 +23,22 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks import RESULTS
+from benchmarks.shared import machine
+from benchmarks.shared.options import make_parser
+from benchmarks.shared.quartiles import in_words
+from benchmarks.shared.rows import write
+from benchmarks.shared.trainer import make_trainer
 from benchmarks.shared.workloads import Model, SameBatch, perceptron
 from lightning_gossip import ElasticGossipStrategy, GossipMonitor, RankTensorBoardLogger
 from lightning_gossip.exchange import clock as exchange
 
 Times = NDArray[np.float64]
 """Seconds of each block, and those spent in the monitor and in measuring distances; shape ``(2, blocks)``."""
+COLUMNS = ("kind", "pair", "without_ms", "with_ms", "ratio", "inside_monitor_ms")
 
 
 class Switched(Callback):
@@ -57,15 +63,15 @@ class Switched(Callback):
         self.ends.append(time.perf_counter())
         measure = exchange._mean_distance
 
-        def timed(*args: Any) -> float:
+        def timed(own: Sequence[Tensor], received: Sequence[Sequence[Tensor]]) -> float:
             start = time.perf_counter()
-            distance = measure(*args)
+            distance = measure(own, received)
             self.inside[len(self.ends) - 1] += time.perf_counter() - start
             return distance
 
         exchange._mean_distance = timed
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         block = len(self.ends) - 1
         if self.on[block]:
             start = time.perf_counter()
@@ -83,30 +89,20 @@ def run(on: list[bool], args: argparse.Namespace) -> Times:
     model = Model(perceptron(), partial(torch.optim.SGD, lr=1e-3, momentum=0.9, nesterov=True, fused=True))
     batch = (torch.randn(args.batch_size, 784), torch.randint(10, (args.batch_size,)))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = pl.Trainer(
-            accelerator="cpu",
+        trainer = make_trainer(
             devices=args.devices,
             strategy=ElasticGossipStrategy(start_method="fork", timeout=timedelta(minutes=1)),
             logger=RankTensorBoardLogger(folder, name="logs"),
             callbacks=[Switched(on, args.every_n_steps, Path(folder))],
             max_steps=(len(on) + 1) * args.every_n_steps,
             log_every_n_steps=args.every_n_steps,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
         )
         trainer.fit(model, DataLoader(SameBatch(batch), batch_size=None))
         return np.mean([np.load(Path(folder) / f"{rank}.npy") for rank in range(args.devices)], axis=0)
 
 
-def quartiles(values: Times, form: str = "{:.3f}") -> str:
-    """Return median and quartiles in words."""
-    low, median, high = (form.format(value) for value in np.quantile(values, (0.25, 0.5, 0.75)))
-    return f"{median} (quartiles {low} to {high})"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = make_parser(__spec__, __doc__)
     parser.add_argument("--pairs", type=int, default=40, help="of blocks, with and without")
     parser.add_argument("--pairs-alike", type=int, default=20, help="of blocks, both without")
     parser.add_argument("--every-n-steps", type=int, default=50)
@@ -123,23 +119,18 @@ def main() -> None:
     without, with_ = np.where(second, seconds.T, seconds.T[::-1])
     cost = inside.sum(axis=1)
 
-    machine = f"{os.cpu_count()} cores, {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
     setting = f"{args.devices} ranks, batch {args.batch_size} a rank, every_n_steps {args.every_n_steps}"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        file.write(f"# {machine} of memory; {setting}; milliseconds a step, means over the ranks and a block\n")
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["kind", "pair", "without_ms", "with_ms", "ratio", "inside_monitor_ms"])
-        for row in zip(kinds, range(len(kinds)), without, with_, with_ / without, cost, strict=True):
-            writer.writerow([f"{value:.5g}" if isinstance(value, float) else value for value in row])
+    comment = f"{machine.in_words()}; {setting}; milliseconds a step, means over the ranks and a block"
+    values = zip(kinds, range(len(kinds)), without, with_, with_ / without, cost, strict=True)
+    write(args.out, COLUMNS, [dict(zip(COLUMNS, row, strict=True)) for row in values], digits=5, comment=comment)
 
-    print(f"{machine}; {setting}")
+    print(f"{machine.in_words()}; {setting}")
     for kind in dict.fromkeys(kinds):
         chosen = np.array([k == kind for k in kinds])
-        print(f"{kind}: step without {quartiles(without[chosen], '{:.1f}')} ms")
-        print(f"{kind}: ratio with / without {quartiles((with_ / without)[chosen])}")
+        print(f"{kind}: step without {in_words(without[chosen], '.1f')} ms")
+        print(f"{kind}: ratio with / without {in_words((with_ / without)[chosen])}")
     chosen = np.array([k == "A/B" for k in kinds])
-    print(f"inside the monitor and its measurement: {quartiles((cost / with_)[chosen], '{:.2%}')} of a step")
+    print(f"inside the monitor and its measurement: {in_words((cost / with_)[chosen], '.2%')} of a step")
 
 
 if __name__ == "__main__":

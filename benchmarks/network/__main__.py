@@ -1,39 +1,47 @@
 """Training over slow links: each rank in a network namespace of its own (root, iproute2; exits with 2 without).
 
-    python benchmarks/network.py [--rates 200 1000 50]   # steps/s and link use at rates in Mbit/s
-    python benchmarks/network.py --stalls                # every rank stalls now and then
-    python benchmarks/network.py --straggler 3           # one rank takes 3 times as long, for good
-    python benchmarks/network.py --table --plot          # of the rows that are there
+    python -m benchmarks.network [--rates 200 1000 50]   # steps/s and link use at rates in Mbit/s
+    python -m benchmarks.network --stalls                # every rank stalls now and then
+    python -m benchmarks.network --straggler 3           # one rank takes 3 times as long, for good
+    python -m benchmarks.network --table                 # of the rows that are there; --plot: their pictures
 
 Four ranks train the MNIST perceptron of 2.9 million parameters under no communication, Lightning's DDP, elastic gossip
-and Downpour, in blocks of steps that take turns (`side_by_side.py`); each rank's uplink and downlink has the rate. They
-share this host's processors. Downpour's server runs in rank 0's namespace: rank 0 reaches it over loopback, the others
-over rank 0's link. With --stalls and --straggler a step sleeps instead of computing, as if each rank had a processor of
-its own (a stalled rank on a shared one lends it to the others, which hides the loss), and links are not limited.
+and Downpour, in blocks of steps that take turns (`shared/side_by_side.py`); each rank's uplink and downlink has the
+rate. They share this host's processors. Downpour's server runs in rank 0's namespace: rank 0 reaches it over loopback,
+the others over rank 0's link. With --stalls and --straggler a step sleeps instead of computing, as if each rank had a
+processor of its own (a stalled rank on a shared one lends it to the others, which hides the loss), and links are not
+limited.
 
 Rows go to ``results/network*.csv``; rounds that are there are not measured again, so a run can be ended and continued.
-Time to 97 % on MNIST is the updates to reach it, from `network_accuracy.py`, times the step's time.
+Time to 97 % on MNIST is the updates to reach it, from ``python -m benchmarks.network.accuracy``, times the step's time.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import RESULTS
-from benchmarks.network import report as network_report
+from benchmarks import RESULTS, ROOT
+from benchmarks.network import report
 from benchmarks.network.schemes import FILES, SETUPS, STALLING
-from benchmarks.network.setups import torchrun_environment
 from benchmarks.shared.namespaces import INTERFACE, Network, NetworkUnavailable
-from benchmarks.shared.rows import Row, find, read
+from benchmarks.shared.options import make_parser
+from benchmarks.shared.ranks import environment, watch
+from benchmarks.shared.rows import find, read, rounds_missing
 
 RANKS = 4
 RATES = (200.0, 1000.0, 50.0)
-
-
+PORT = 29500
+"""Of rank 0; nobody else is in its namespace."""
+OWN_ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": INTERFACE,
+    "OMP_NUM_THREADS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns that these addresses have no names
+}
 STALL_FACTOR = 3.0
 """How many times as long a step takes that stalls."""
 
@@ -45,6 +53,7 @@ def measure(kind: str, rate: float, factor: float, rounds: Sequence[int], out: P
         RuntimeError: if a rank failed.
         NetworkUnavailable: if there can be no namespaces.
     """
+    out = out.resolve()  # the ranks begin where the package `benchmarks` is found
     options = ["--kind", kind, "--rate", f"{rate:g}", "--factor", f"{factor:g}", "--seconds", f"{seconds:g}"]
     options += ["--rounds", *map(str, rounds)]
     with Network(RANKS) as network:
@@ -53,27 +62,12 @@ def measure(kind: str, rate: float, factor: float, rounds: Sequence[int], out: P
             network.start(
                 rank,
                 [sys.executable, "-m", "benchmarks.network.rank", str(out), *options],
-                torchrun_environment(rank, RANKS, network.address(0), INTERFACE),
+                os.environ | environment(rank, RANKS, 1, network.address(0), PORT) | OWN_ENVIRONMENT,
+                cwd=ROOT,
             )
             for rank in range(RANKS)
         ]
-        limit = time.monotonic() + 2 * seconds + 600
-        while any(process.poll() is None for process in ranks):
-            if failed := [f"rank {k} with {p.returncode}" for k, p in enumerate(ranks) if p.poll() not in (None, 0)]:
-                time.sleep(5)  # for the others to say why
-                raise RuntimeError(f"ended: {', '.join(failed)}")
-            if time.monotonic() > limit:
-                raise RuntimeError(f"the ranks did not end within {2 * seconds + 600:.0f} s")
-            time.sleep(0.2)
-        if any(process.returncode for process in ranks):
-            raise RuntimeError(f"the ranks ended with {[process.returncode for process in ranks]}")
-
-
-def missing(rows: Sequence[Row], rate: float, factor: float, setups: Sequence[str], rounds: int) -> list[int]:
-    """Return the rounds of which some block is not there."""
-    key = {"rate_mbit": f"{rate:.4g}", "factor": f"{factor:.4g}", "ranks": RANKS}
-    there = {(row["setup"], row["round"]) for row in find(rows, key)}
-    return [round_ for round_ in range(rounds) if any((setup, str(round_)) not in there for setup in setups)]
+        watch(lambda: [process.poll() for process in ranks], 2 * seconds + 600)
 
 
 def positive(text: str) -> float:
@@ -84,7 +78,7 @@ def positive(text: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__spec__, __doc__)
     parser.add_argument("--rates", type=positive, nargs="+", default=list(RATES), help="Mbit/s")
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--stalls", action="store_true", help="instead: steps that stall")
@@ -103,10 +97,9 @@ def main() -> None:
     if not (args.table or args.plot):
         run(kind, args)
     if args.plot:
-        for file in network_report.draw(args.out):
-            print(file)
+        report.draw(args.out)
     else:
-        network_report.print_tables(args.out, [kind] if not args.table else list(FILES))
+        report.print_tables(args.out, [kind] if not args.table else list(FILES))
 
 
 def run(kind: str, args: argparse.Namespace) -> None:
@@ -115,16 +108,17 @@ def run(kind: str, args: argparse.Namespace) -> None:
     rates, setups = (args.rates, SETUPS) if kind == "rates" else ([0.0], STALLING)
     factor = {"rates": 1.0, "stalls": STALL_FACTOR, "straggler": args.straggler}[kind]
     for rate in rates:
-        rounds = missing(read(file), rate, factor, setups, args.rounds)
+        here = {"rate_mbit": f"{rate:.4g}", "factor": f"{factor:.4g}", "ranks": RANKS}
+        rounds = rounds_missing(find(read(file), here), setups, args.rounds)
         if not rounds or time.monotonic() >= end:
             continue
         try:
             measure(kind, rate, factor, rounds, file, min(end - time.monotonic(), 86_400))
         except NetworkUnavailable as error:
-            print(f"network.py: {error}", file=sys.stderr)
+            print(error, file=sys.stderr)
             sys.exit(2)
         except RuntimeError as error:
-            print(f"network.py: {error}", file=sys.stderr)
+            print(error, file=sys.stderr)
             sys.exit(1)
 
 

@@ -1,8 +1,7 @@
-"""One rank of `network.py`, which starts it in a network namespace."""
+"""One rank, which ``python -m benchmarks.network`` starts in a network namespace."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Sequence
@@ -15,12 +14,12 @@ from benchmarks.network.schemes import TIMEOUT
 from benchmarks.network.setups import (
     LinkMeter,
     TrafficMeter,
-    payload_bytes,
     rate_setups,
     sleeping_setups,
     sleeping_task,
 )
 from benchmarks.shared.meters import InterfaceMeter
+from benchmarks.shared.options import make_parser
 from benchmarks.shared.rows import append
 from benchmarks.shared.side_by_side import Meter, Plan, Setup, Values, run_rank
 from benchmarks.shared.workloads import TASKS
@@ -31,7 +30,7 @@ TASK = TASKS["mlp"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__spec__, __doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--kind", choices=("rates", "stalls", "straggler"), required=True)
     parser.add_argument("--rate", type=float, default=0.0, help="Mbit/s of the links; 0 for no limit")
@@ -42,7 +41,7 @@ def main() -> None:
     meters: Sequence[Meter] = (InterfaceMeter(ranks=1), TrafficMeter())
     setups: Sequence[Setup]
     if args.kind == "rates":
-        setups, meters = rate_setups(args.rate, payload_bytes(TASK)), (*meters, LinkMeter(args.rate))
+        setups, meters = rate_setups(args.rate, TASK.bytes), (*meters, LinkMeter(args.rate))
         model, batch = TASK.model(), TASK.batch()
     else:
         setups = sleeping_setups()

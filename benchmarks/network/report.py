@@ -1,24 +1,19 @@
-"""Tables and pictures of the rows that `network.py` and `network_accuracy.py` have left."""
+"""Tables and pictures of the rows that are there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.network.schemes import ACCURACY, ACCURACY_FILE, FILES, GOSSIP, SETUPS, STALLING
+from benchmarks.shared import plots
+from benchmarks.shared.plots import COLOURS, Axes, Figure
+from benchmarks.shared.quartiles import quartiles, ratios
 from benchmarks.shared.rows import Row, find, read
-from benchmarks.shared.side_by_side import ratios
-from lightning_gossip.monitoring.report_plots import COLOURS, DPI, STYLE
+from benchmarks.shared.tables import show
 
 _UNEVEN_LABELS = {
     "stalls": "Step, to a rank's own mean step",
@@ -54,33 +49,32 @@ def updates_to_accuracy(folder: Path) -> dict[str, int]:
 
 def print_tables(folder: Path, kinds: Iterable[str]) -> None:
     """Print what is there, a table a rate."""
-    console = Console(width=160)
     for kind in kinds:
         rows = read(folder / FILES[kind])
         for rate in rates_of(rows):
             at_rate = find(rows, {"rate_mbit": rate})
             steps = whole_rounds(at_rate, SETUPS if kind == "rates" else STALLING)
             if not len(steps["none"]):
-                console.print(f"{kind}: no whole round yet at {rate} Mbit/s")
+                print(f"{kind}: no whole round yet at {rate} Mbit/s")
             elif kind == "rates":
-                console.print(_rate_table(at_rate, steps, float(rate), updates_to_accuracy(folder)))
+                _show_rates(at_rate, steps, float(rate), updates_to_accuracy(folder))
+            elif kind == "stalls":
+                _show_stalls(steps)
             else:
-                console.print(_sleep_table(at_rate, steps, kind))
+                _show_straggler(at_rate, steps)
 
 
-def _rate_table(rows: Sequence[Row], steps: Steps, rate: float, updates: Mapping[str, int]) -> Table:
-    rounds = len(steps["none"])
+def _show_rates(rows: Sequence[Row], steps: Steps, rate: float, updates: Mapping[str, int]) -> None:
     payload, sent, use = (whole_rounds(rows, SETUPS, name) for name in ("payload_mb", "network_mb", "link_use"))
-    columns = ("set-up", "step, ms", "quartiles", "steps/s", "to none", "quartiles", "to DDP's")
-    table = _table(f"{rate:g} Mbit/s, {rounds} rounds: medians over rounds", columns)
-    for name in ("payload, MB", "link, %", "alone, %", "updates to 97 %", "s to 97 %"):
-        table.add_column(name, justify="right", no_wrap=True)
+    of_steps = ("step, ms", "quartiles", "steps/s", "to none", "quartiles", "to DDP's")
+    head = ("set-up", *of_steps, "payload, MB", "link, %", "alone, %", "updates to 97 %", "s to 97 %")
+    table = []
     for name in SETUPS:
-        low, step, high = np.quantile(steps[name], (0.25, 0.5, 0.75))
+        low, step, high = quartiles(steps[name])
         to_none = ratios(steps[name], steps["none"])
         share = sent[name] * 8e6 / (rate * 1e6) / (steps[name] / 1e3)
         alone = np.median(use[name])
-        table.add_row(
+        table.append([
             name, f"{step:.1f}", f"{low:.1f}–{high:.1f}", f"{1e3 / step:.2f}",
             f"{to_none[1]:.2f}", f"{to_none[0]:.2f}–{to_none[2]:.2f}",
             f"{ratios(steps['ddp'], steps[name])[1]:.2f}",
@@ -89,48 +83,43 @@ def _rate_table(rows: Sequence[Row], steps: Steps, rate: float, updates: Mapping
             "" if np.isnan(alone) else f"{100 * alone:.1f}",
             f"{updates[name]:,}" if name in updates else "",
             f"{updates[name] * step / 1e3:.0f}" if name in updates else "",
-        )  # fmt: skip
-    return table
+        ])  # fmt: skip
+    show(f"{rate:g} Mbit/s, {len(steps['none'])} rounds: medians over rounds", head, table)
 
 
-def _sleep_table(rows: Sequence[Row], steps: Steps, kind: str) -> Table:
-    rounds, ranks = len(steps["none"]), int(rows[0]["ranks"])
+def _show_stalls(steps: Steps) -> None:
+    table = []
+    for name in STALLING:
+        low, median, high = ratios(steps[name], steps["none"])
+        table.append([name, f"{np.median(steps[name]):.1f}", f"{median:.3f}", f"{low:.3f}–{high:.3f}"])
+    title = f"stalls, {len(steps['none'])} rounds: to a rank's own mean step (no communication, the same stalls)"
+    show(title, ("set-up", "step, ms", "to own mean", "quartiles"), table)
+
+
+def _show_straggler(rows: Sequence[Row], steps: Steps) -> None:
     slowest = whole_rounds(rows, STALLING, "step_max_ms")
-    if kind == "stalls":
-        title = f"stalls, {rounds} rounds: to a rank's own mean step (no communication, the same stalls)"
-        table = _table(title, ("set-up", "step, ms", "to own mean", "quartiles"))
-        for name in STALLING:
-            low, median, high = ratios(steps[name], steps["none"])
-            table.add_row(name, f"{np.median(steps[name]):.1f}", f"{median:.3f}", f"{low:.3f}–{high:.3f}")
-        return table
-    title = f"one rank is slow, {rounds} rounds: steps of the others, and to theirs without communication"
-    table = _table(title, ("set-up", "others, ms", "to own", "quartiles", "slow rank, ms"))
-    others = {name: (ranks * steps[name] - slowest[name]) / (ranks - 1) for name in STALLING}
+    others = of_others(rows, steps)
+    table = []
     for name in STALLING:
         low, median, high = ratios(others[name], others["none"])
-        table.add_row(
-            name, f"{np.median(others[name]):.1f}", f"{median:.2f}", f"{low:.2f}–{high:.2f}",
-            f"{np.median(slowest[name]):.1f}",
-        )  # fmt: skip
-    return table
+        slow = f"{np.median(slowest[name]):.1f}"
+        table.append([name, f"{np.median(others[name]):.1f}", f"{median:.2f}", f"{low:.2f}–{high:.2f}", slow])
+    title = f"one rank is slow, {len(steps['none'])} rounds: steps of the others, and to theirs without communication"
+    show(title, ("set-up", "others, ms", "to own", "quartiles", "slow rank, ms"), table)
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in columns:
-        table.add_column(column, justify="left" if column == "set-up" else "right", no_wrap=True)
-    return table
+def of_others(rows: Sequence[Row], steps: Steps) -> Steps:
+    """Return the mean steps of the ranks that are not the slow one."""
+    slowest, ranks = whole_rounds(rows, STALLING, "step_max_ms"), int(rows[0]["ranks"])
+    return {name: (ranks * steps[name] - slowest[name]) / (ranks - 1) for name in STALLING}
 
 
 def draw(folder: Path) -> list[Path]:
     """Draw what the rows are there for, and return the files."""
-    files = []
-    with rc_context(STYLE):
-        for name, figure in (("network.png", _rates_figure(folder)), ("network_uneven.png", _uneven_figure(folder))):
-            if figure is not None:
-                files.append(folder / name)
-                figure.savefig(files[-1], dpi=DPI)
-    return files
+    return plots.draw({
+        folder / "network.png": lambda: _rates_figure(folder),
+        folder / "network_uneven.png": lambda: _uneven_figure(folder),
+    })  # fmt: skip
 
 
 def _rates_figure(folder: Path) -> Figure | None:
@@ -139,8 +128,8 @@ def _rates_figure(folder: Path) -> Figure | None:
     at_rates = {rate: steps for rate, steps in at_rates.items() if len(steps["none"])}
     if not at_rates:
         return None
-    figure = Figure(figsize=(2.0 + 2.4 * len(at_rates), 3.4), layout="constrained")
-    for axes, (rate, steps) in zip(_panels(figure, len(at_rates)), at_rates.items(), strict=True):
+    figure = plots.new_figure(2.0 + 2.4 * len(at_rates), 3.4)
+    for axes, (rate, steps) in zip(plots.panels(figure, len(at_rates)), at_rates.items(), strict=True):
         shown = {name: 1e3 / steps[name] for name in SETUPS if name != "none again"}
         axes.set_title(f"{float(rate):,.0f} Mbit/s", fontsize="medium")
         _bars(axes, shown, "{:.1f}")
@@ -155,14 +144,13 @@ def _uneven_figure(folder: Path) -> Figure | None:
         steps = whole_rounds(rows, STALLING) if rows else {"none": np.zeros(0)}
         if not len(steps["none"]):
             continue
-        slowest, ranks = whole_rounds(rows, STALLING, "step_max_ms"), int(rows[0]["ranks"])
-        own = {n: v if kind == "stalls" else (ranks * v - slowest[n]) / (ranks - 1) for n, v in steps.items()}
+        own = steps if kind == "stalls" else of_others(rows, steps)
         shown = {name: own[name] / own["none"] for name in STALLING if not name.startswith("none")}
         panels.append((title, shown, _UNEVEN_LABELS[kind]))
     if not panels:
         return None
-    figure = Figure(figsize=(2.0 + 2.8 * len(panels), 2.8), layout="constrained")
-    for axes, (title, shown, label) in zip(_panels(figure, len(panels)), panels, strict=True):
+    figure = plots.new_figure(2.0 + 2.8 * len(panels), 2.8)
+    for axes, (title, shown, label) in zip(plots.panels(figure, len(panels)), panels, strict=True):
         axes.set_title(title, fontsize="medium")
         _bars(axes, shown, "{:.2f}")
         axes.axvline(1, color="0.3", linewidth=0.8)
@@ -170,16 +158,11 @@ def _uneven_figure(folder: Path) -> Figure | None:
     return figure
 
 
-def _panels(figure: Figure, count: int) -> list[Axes]:
-    axes: Any = figure.subplots(1, count, sharey=True, squeeze=False)
-    return list(axes[0])
-
-
 def _bars(axes: Axes, values: Steps, form: str) -> None:
     """Draw medians with quartiles, the first on top."""
     colours = {"none": "0.6", "ddp": COLOURS[1], "downpour": COLOURS[2]}
     for place, (name, value) in enumerate(values.items()):
-        low, median, high = np.quantile(value, (0.25, 0.5, 0.75))
+        low, median, high = quartiles(value)
         colour = COLOURS[0] if name in GOSSIP else colours[name]
         error = [[median - low], [high - median]]
         axes.barh(place, median, xerr=error, color=colour, height=0.7, error_kw={"elinewidth": 0.8})
@@ -187,5 +170,5 @@ def _bars(axes: Axes, values: Steps, form: str) -> None:
     labels = {"none": "no communication", "ddp": "DDP", "downpour": "Downpour"}
     axes.set_yticks(range(len(values)), [labels.get(name, f"gossip, {name}") for name in values])
     axes.set_ylim(len(values) - 0.4, -0.6)
-    axes.set_xlim(0, 1.18 * max(float(np.quantile(value, 0.75)) for value in values.values()))
+    axes.set_xlim(0, 1.18 * max(quartiles(value)[2] for value in values.values()))
     axes.grid(axis="y", visible=False)

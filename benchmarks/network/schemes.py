@@ -1,4 +1,4 @@
-"""The schemes that `network.py` compares, by name."""
+"""The schemes that are compared, by name."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from command_line import Nobody
 from lightning.pytorch.strategies import DDPStrategy
 
-from benchmarks.shared.side_by_side import Nobody
 from lightning_gossip import DownpourStrategy, ElasticGossipStrategy
 
 TIMEOUT = timedelta(minutes=2)

@@ -1,8 +1,7 @@
-"""The blocks, tasks and meters of `network.py`."""
+"""The blocks, tasks and meters of the ranks."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.network.schemes import DOWNPOUR, GOSSIP, SETUPS, STALLING, make_strategy
 from benchmarks.shared.namespaces import burst_bytes
 from benchmarks.shared.side_by_side import Block, LightningSetup, Meter, Setup, Values
-from benchmarks.shared.workloads import Batch, Model, Task, loss, nesterov
+from benchmarks.shared.workloads import Batch, Model, loss, nesterov
 from lightning_gossip import DownpourStrategy
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
 
@@ -26,7 +25,7 @@ STALL_PROBABILITY = 0.1
 
 
 class NetworkSetup(LightningSetup):
-    """One of :data:`~network_schemes.SETUPS`, with blocks of its own length.
+    """One of :data:`~benchmarks.network.schemes.SETUPS`, with blocks of its own length.
 
     Args:
         name: of it.
@@ -105,10 +104,6 @@ def sleeping_task(factor: float, straggler: int | None) -> tuple[Model, Batch]:
         return Sleeper(factor, straggler), (torch.randn(8, 64), torch.randint(10, (8,)))
 
 
-def payload_bytes(task: Task) -> int:
-    return sum(p.numel() * p.element_size() for p in task.model().parameters())
-
-
 class LinkMeter(Meter):
     """How much of a link's rate an exchange uses, all ranks exchanging and none computing; in set-ups of period 1.
 
@@ -176,19 +171,3 @@ class TrafficMeter(Meter):
         if isinstance(strategy, PairwiseStrategy) and strategy.exchange is not None:
             return strategy.exchange.stats.bytes_sent
         return 0
-
-
-def torchrun_environment(rank: int, ranks: int, address: str, interface: str) -> dict[str, str]:
-    """Return the environment of a rank that is a node of its own."""
-    return os.environ | {
-        "MASTER_ADDR": address,
-        "MASTER_PORT": "29500",  # nobody else is in the namespace
-        "RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-        "GROUP_RANK": str(rank),
-        "GLOO_SOCKET_IFNAME": interface,
-        "OMP_NUM_THREADS": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns that these addresses have no names
-    }

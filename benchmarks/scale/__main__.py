@@ -1,16 +1,15 @@
 """What does not run on one machine: consensus distance and wall time of 16 to 4,096 replicas, computed.
 
-    python benchmarks/scale.py            # computes the rows that are missing, and draws them
-    python benchmarks/scale.py --check    # compares the model with network.py's measurements and with mathematics
+    python -m benchmarks.scale            # computes the rows that are missing, and draws them
+    python -m benchmarks.scale --check    # compares the model with what benchmarks.network measured, and mathematics
 
-Who exchanges with whom and how replicas mix are the package's own code (scale_model.py); time is a model of a link
+Who exchanges with whom and how replicas mix are the package's own code (model.py); time is a model of a link
 (bandwidth, latency) and of computing (even, or with stalls: a step takes 3 times as long with probability 0.1). A ring
 all-reduce stands beside it: 2·N·(n − 1)/n bytes and 2·(n − 1) latencies, under the backward pass as far as it fits.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import statistics
@@ -21,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from benchmarks import RESULTS
 from benchmarks.network.schemes import FILES, GOSSIP
 from benchmarks.scale.model import Clocks, Machine, Replicas, Setting, all_reduce_step, growth, simulate
+from benchmarks.shared import plots
+from benchmarks.shared.options import make_parser
+from benchmarks.shared.plots import COLOURS, Axes, Figure
 from benchmarks.shared.rows import Row, append, find, read
-from lightning_gossip.monitoring.report_plots import COLOURS, DPI, STYLE
+from benchmarks.shared.workloads import TASKS
 from lightning_gossip.rules.mixing import ElasticMixing
 
 RANKS = (16, 64, 256, 1024, 4096)
@@ -41,8 +41,8 @@ NOISE_STEPS = 256
 """Simulated at period 1; longer periods get 4 times as many, for they have fewer rounds."""
 STALLS = 0.1
 
-MLP = 4 * 2_913_290
-"""Bytes of the thesis' MNIST network in float32."""
+MLP = TASKS["mlp"].bytes
+"""Of the thesis' MNIST network in float32."""
 LINKS = {
     "200 Mbit/s": Machine(compute=0.035, payload=MLP, bandwidth=200e6, latency=1e-4),
     "1 Gbit/s": Machine(compute=0.035, payload=MLP, bandwidth=1e9, latency=1e-4),
@@ -174,12 +174,12 @@ def check_measured(rows: Sequence[Row]) -> bool:
                 + ("" if abs(deviation) <= TOLERANCE else ": DIFFERS")
             )
     if not rows:
-        print("network.py has left no rows to compare with")
+        print("benchmarks.network has left no rows to compare with")
     return agree and bool(rows)
 
 
 def modelled_step(name: str, link: Machine, ranks: int) -> float:
-    """Return the seconds of a step of a set-up of `network.py`."""
+    """Return the seconds of a step of a set-up of `benchmarks.network`."""
     if name == "ddp":
         return all_reduce_step(link, ranks)
     arguments = GOSSIP[name]
@@ -191,43 +191,42 @@ def modelled_step(name: str, link: Machine, ranks: int) -> float:
     return growth(clocks.means)
 
 
-def draw(rows: Sequence[Row], folder: Path) -> Path:
-    """Draw distance and wall time against the number of ranks."""
-    with rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 4.8), layout="constrained")
-        axes: Any = figure.subplots(1, 3)
-        ranks = sorted({int(row["ranks"]) for row in rows})
-        for colour, peers in zip(COLOURS, PEERS, strict=False):
-            for style, period in (("-", 1), ("--", 8)):
-                line = _line(rows, _key(peers, 1.0, period, 0), LINKS_SHOWN[0], "distance_in_steps_of_noise", ranks)
-                axes[0].plot(ranks, line, style, color=colour, label=f"{peers}, period {period}")
-        axes[0].set(xscale="log", yscale="log", ylabel="Consensus distance, in steps of noise")
-        _legend_below(axes[0])
-        for panel, link in zip(axes[1:], LINKS_SHOWN, strict=True):
-            first = find(rows, _key("matching", 1.0, 1, 0) | {"link": link})
-            reduced = {int(row["ranks"]): float(row["all_reduce_ms_with_stalls"]) for row in first}
-            panel.plot(ranks, [reduced[n] for n in ranks], color=COLOURS[6], marker="s", label="ring all-reduce")
-            for colour, (peers, period, delay) in zip(COLOURS, SHOWN, strict=False):
-                line = _line(rows, _key(peers, 1.0, period, delay), link, "step_ms_with_stalls", ranks)
-                label = f"{peers}, period {period}" + (f", delay {delay}" if delay else "")
-                panel.plot(ranks, line, color=colour, marker="o", label=label)
-            own = 1e3 * replace(LINKS[link], stall_probability=STALLS).mean_step
-            panel.axhline(own, color="0.5", linestyle=":", label="a rank's own mean step")
-            panel.set(xscale="log", yscale="log", title=link, ylabel="Step with stalls (ms)")
-        _legend_below(axes[1])
-        for panel, ticks in zip(axes, ((1, 2, 5, 10), _MILLISECONDS, _MILLISECONDS), strict=True):
-            panel.set_xlabel("Ranks")
-            panel.set_xticks(ranks, [f"{n:,}" for n in ranks])
-            low, high = panel.get_ylim()
-            shown = [tick for tick in ticks if low <= tick <= high]
-            panel.set_yticks(shown, [f"{tick:,}" for tick in shown])
-            panel.minorticks_off()
-        file = folder / "scale.png"
-        figure.savefig(file, dpi=DPI)
-    return file
+def figure(rows: Sequence[Row]) -> Figure | None:
+    """Return a picture of distance and wall time against the number of ranks, None without rows."""
+    if not rows:
+        return None
+    picture = plots.new_figure(9.6, 4.8)
+    axes = plots.panels(picture, 3, share_y=False)
+    ranks = sorted({int(row["ranks"]) for row in rows})
+    for colour, peers in zip(COLOURS, PEERS, strict=False):
+        for style, period in (("-", 1), ("--", 8)):
+            line = _line(rows, _key(peers, 1.0, period, 0), LINKS_SHOWN[0], "distance_in_steps_of_noise", ranks)
+            axes[0].plot(ranks, line, style, color=colour, label=f"{peers}, period {period}")
+    axes[0].set(xscale="log", yscale="log", ylabel="Consensus distance, in steps of noise")
+    _legend_below(axes[0])
+    for panel, link in zip(axes[1:], LINKS_SHOWN, strict=True):
+        first = find(rows, _key("matching", 1.0, 1, 0) | {"link": link})
+        reduced = {int(row["ranks"]): float(row["all_reduce_ms_with_stalls"]) for row in first}
+        panel.plot(ranks, [reduced[n] for n in ranks], color=COLOURS[6], marker="s", label="ring all-reduce")
+        for colour, (peers, period, delay) in zip(COLOURS, SHOWN, strict=False):
+            line = _line(rows, _key(peers, 1.0, period, delay), link, "step_ms_with_stalls", ranks)
+            label = f"{peers}, period {period}" + (f", delay {delay}" if delay else "")
+            panel.plot(ranks, line, color=colour, marker="o", label=label)
+        own = 1e3 * replace(LINKS[link], stall_probability=STALLS).mean_step
+        panel.axhline(own, color="0.5", linestyle=":", label="a rank's own mean step")
+        panel.set(xscale="log", yscale="log", title=link, ylabel="Step with stalls (ms)")
+    _legend_below(axes[1])
+    for panel, ticks in zip(axes, ((1, 2, 5, 10), _MILLISECONDS, _MILLISECONDS), strict=True):
+        panel.set_xlabel("Ranks")
+        panel.set_xticks(ranks, [f"{n:,}" for n in ranks])
+        low, high = panel.get_ylim()
+        shown = [tick for tick in ticks if low <= tick <= high]
+        panel.set_yticks(shown, [f"{tick:,}" for tick in shown])
+        panel.minorticks_off()
+    return picture
 
 
-def _legend_below(axes: Any) -> None:
+def _legend_below(axes: Axes) -> None:
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=1)
 
 
@@ -242,7 +241,7 @@ def _line(rows: Sequence[Row], key: dict[str, Any], link: str, column: str, rank
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__spec__, __doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--check", action="store_true", help="compare only; ends with 1 where something differs")
     parser.add_argument("--plot", action="store_true", help="draw the rows that are there, and compute none")
@@ -253,7 +252,7 @@ def main() -> None:
     file = args.out / "scale.csv"
     if not args.plot:
         compute(file)
-    print(draw(read(file), args.out))
+    plots.draw({args.out / "scale.png": lambda: figure(read(file))})
 
 
 if __name__ == "__main__":

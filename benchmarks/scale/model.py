@@ -1,4 +1,4 @@
-"""Replicas and clocks of many ranks, moved by the package's own schedule and mixing rule (for scale.py).
+"""Replicas and clocks of many ranks, moved by the package's own schedule and mixing rule.
 
 No parameters are trained and nothing is sent: replicas are short random vectors, time is computed. Whatever the number
 of ranks, who exchanges with whom, and what is made of it, come from :mod:`lightning_gossip.rules.schedule` and
@@ -28,8 +28,8 @@ BACKWARD_SHARE = 2 / 3
 """Of a step's computing, the share in which gradients come out and an all-reduce can run."""
 
 SNAPSHOT_SHARE, MIXING_SHARE = 0.2, 0.4
-"""Of a rank's own time for an exchange over TCP (the parts in exchange.py's table): what comes before the transfer, and
-after it. The rest, copies into and out of the kernel, runs beside it."""
+"""Of a rank's own time for an exchange over TCP (the parts in the table of `benchmarks.exchange`): what comes before
+the transfer, and after it. The rest, copies into and out of the kernel, runs beside it."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Clocks:
             return
         sender, receiver, machine = edges.sender, edges.receiver, self._machine
         crowd = np.maximum(edges.sent[sender], edges.received[receiver])
-        own = machine.exchange * edges.received
+        own: Seconds = machine.exchange * edges.received.astype(np.float64)
         ready = self.now + SNAPSHOT_SHARE * own
         begun = np.maximum(ready[sender], ready[receiver])
         done = begun + machine.latency + machine.transfer * crowd

@@ -1,4 +1,4 @@
-"""What a step's time, bytes and memory go to: meters for `side_by_side.py`, around the package's own calls."""
+"""What a step's time, bytes and memory go to: meters for :mod:`.side_by_side`, around the package's own calls."""
 
 from __future__ import annotations
 

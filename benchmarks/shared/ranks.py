@@ -1,4 +1,9 @@
-"""Ranks as forked processes of this one, none of which outlives it."""
+"""The ranks of a benchmark: processes with torchrun's environment, watched until they end.
+
+Two ways to start them: forked from this process (:func:`fork_ranks`), or as commands in network namespaces
+(:mod:`benchmarks.shared.namespaces`). Where all that is compared is a strategy of the package, with itself, its own
+launcher does it (``start_method="fork"``).
+"""
 
 from __future__ import annotations
 
@@ -6,23 +11,45 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
-from types import FrameType
-from typing import NoReturn
+
+from benchmarks.shared.processes import exit_on
 
 _GRACE = 15.0
 """Seconds that ranks get to end by themselves, once one of them has failed."""
+_LOOK = 0.1
+"""Seconds from one look at the ranks to the next."""
 
 
-def start_ranks(world_size: int, function: Callable[[], None], seconds: float) -> None:
-    """Call ``function`` in ``world_size`` forked processes with torchrun's environment, and wait for them.
+def environment(rank: int, ranks: int, on_a_node: int, address: str, port: int) -> dict[str, str]:
+    """Return what torchrun sets for a rank.
 
     Args:
-        world_size: number of processes.
+        rank: of all.
+        ranks: number of them.
+        on_a_node: number of ranks on each node.
+        address: of rank 0.
+        port: on which rank 0 listens.
+    """
+    return {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank % on_a_node),
+        "LOCAL_WORLD_SIZE": str(on_a_node),
+        "GROUP_RANK": str(rank // on_a_node),
+    }
+
+
+def fork_ranks(ranks: int, function: Callable[[], None], seconds: float) -> None:
+    """Call ``function`` in ``ranks`` forked processes of one node, and wait for them; none outlives this process.
+
+    Args:
+        ranks: number of processes.
         function: what each does; it sees its rank in the environment.
         seconds: after which they are ended.
 
@@ -33,51 +60,54 @@ def start_ranks(world_size: int, function: Callable[[], None], seconds: float) -
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=_rank, args=(rank, world_size, port, function)) for rank in range(world_size)]
-    before = signal.signal(signal.SIGTERM, _exit)
+    environments = [environment(rank, ranks, ranks, "127.0.0.1", port) for rank in range(ranks)]
+    processes = [context.Process(target=_rank, args=(own, function)) for own in environments]
+    before = signal.signal(signal.SIGTERM, exit_on)
     try:
-        for process in ranks:
+        for process in processes:
             process.start()
-        _watch(ranks, time.monotonic() + seconds)
+        watch(lambda: [process.exitcode for process in processes], seconds)
     finally:
-        for process in ranks:
+        for process in processes:
             if process.is_alive():
                 process.kill()
-        for process in ranks:
+        for process in processes:
             if process.pid is not None:
                 process.join()
         signal.signal(signal.SIGTERM, before)
 
 
-def _watch(ranks: list[multiprocessing.context.ForkProcess], deadline: float) -> None:
-    """Wait until all have ended, or the time is up: of the whole, or of those left once one has failed."""
-    failure = None
-    while True:
-        running = [process for process in ranks if process.is_alive()]
-        if failure is None and (failed := [(rank, p.exitcode) for rank, p in enumerate(ranks) if p.exitcode]):
-            failure = "rank {} ended with exit code {}".format(*failed[0])
+def watch(exit_codes: Callable[[], Sequence[int | None]], seconds: float) -> None:
+    """Wait until all ranks have ended; once one has failed, for those left no longer than some seconds more.
+
+    Args:
+        exit_codes: returns each rank's, None while it runs.
+        seconds: that they may take.
+
+    Raises:
+        RuntimeError: naming the rank that failed first, or if they took longer; some may still run then.
+    """
+    deadline, failure = time.monotonic() + seconds, None
+    while None in (codes := exit_codes()):
+        if failure is None and (failure := _failure(codes)):
             deadline = min(deadline, time.monotonic() + _GRACE)
-        left = deadline - time.monotonic()
-        if not running or left <= 0:
+        if time.monotonic() > deadline:
             break
-        wait([process.sentinel for process in running], timeout=left)
-    if failure is not None:
+        time.sleep(_LOOK)
+    if failure := failure or _failure(codes):
         raise RuntimeError(failure)
-    if running:
-        raise RuntimeError("the ranks took too long and were ended")
+    if None in codes:
+        raise RuntimeError(f"the ranks did not end within {seconds:.0f} s")
 
 
-def _rank(rank: int, world_size: int, port: int, function: Callable[[], None]) -> None:
+def _failure(codes: Sequence[int | None]) -> str | None:
+    return next((f"rank {rank} ended with exit code {code}" for rank, code in enumerate(codes) if code), None)
+
+
+def _rank(own: dict[str, str], function: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-    }
+    os.environ |= own
     function()
 
 
@@ -86,7 +116,3 @@ def _end_with_parent() -> None:
     if parent is not None:
         wait([parent.sentinel])
         os._exit(1)
-
-
-def _exit(signum: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + signum)

@@ -7,8 +7,8 @@ order within a round is drawn anew, the same on all ranks. A set-up's ratio is t
 one set-up that repeats the reference (A/A) shows the noise.
 
 :func:`run_rank` is what one rank's process does. It needs torchrun's environment (``MASTER_ADDR``, ``MASTER_PORT``,
-``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``) and does not care who started it: `local_ranks.py`,
-torchrun, or `network.py`, which makes each rank a node of its own.
+``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``) and does not care who started it: `ranks.py`, torchrun,
+or `benchmarks.network`, which makes each rank a node of its own.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
-import logging
 import os
 import time
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -33,9 +31,9 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
-from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import DataLoader
 
+from benchmarks.shared.trainer import make_trainer, quieten
 from benchmarks.shared.workloads import Batch, Model, SameBatch
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
 
@@ -152,13 +150,6 @@ class Setup(ABC):
         """Train ``model`` for ``block.plan.total`` steps."""
 
 
-class Nobody:
-    """Peers that never choose: replicas that never talk."""
-
-    def choices(self, step: int, world_size: int) -> NDArray[np.int64]:
-        return np.full(world_size, -1)
-
-
 class LightningSetup(Setup):
     """A ``Trainer.fit``.
 
@@ -181,19 +172,13 @@ class LightningSetup(Setup):
 
     def train(self, model: Model, data: Iterable[Batch], block: Block) -> None:
         """See :meth:`Setup.train`."""
-        pl.Trainer(
-            accelerator="cpu",
+        make_trainer(
             devices=int(os.environ["LOCAL_WORLD_SIZE"]),
             num_nodes=dist.get_world_size() // int(os.environ["LOCAL_WORLD_SIZE"]),
             strategy=self.strategy(block.round),
             plugins=[TorchElasticEnvironment()],
             max_steps=block.plan.total,
             callbacks=[*(callback() for callback in self.callbacks), _Ticker(block)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
         ).fit(model, DataLoader(data, batch_size=None))  # type: ignore[arg-type]
 
 
@@ -257,7 +242,7 @@ def run_rank(
         seconds: after which no further round begins, by rank 0's clock.
     """
     began = time.monotonic()
-    _quieten()
+    quieten()
     torch.set_num_threads(1)
     gc.freeze()  # what is imported is not looked through before every block
     dist.init_process_group("gloo", timeout=plan.timeout)
@@ -295,18 +280,3 @@ def _release_memory() -> None:
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
-
-
-def _quieten() -> None:
-    """Keep Lightning from describing every one of some hundred trainings."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*not on a GPU.*", ".*LeafSpec.*"):
-        warnings.filterwarnings("ignore", message=message)
-    os.environ.setdefault("LOGURU_LEVEL", "ERROR")
-
-
-def ratios(times: ArrayLike, references: ArrayLike) -> tuple[float, float, float]:
-    """Return lower quartile, median and upper quartile of the ratios round by round."""
-    low, median, high = np.quantile(np.asarray(times) / np.asarray(references), (0.25, 0.5, 0.75))
-    return float(low), float(median), float(high)

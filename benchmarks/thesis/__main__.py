@@ -1,8 +1,8 @@
 """The tables and plots of arXiv:1812.02407 over again: its rows by the examples of ours, beside its numbers.
 
-    python benchmarks/thesis.py --table mnist-alpha0.5-w4 --data-dir ../shared/data
-    python benchmarks/thesis.py --rows EG-4-0.031,GS-4-0.031 --seeds 1235,1236 --data-dir ../shared/data
-    python benchmarks/thesis.py --plots-only     # from the committed results, without training
+    python -m benchmarks.thesis --table mnist-alpha0.5-w4 --data-dir ../shared/data
+    python -m benchmarks.thesis --rows EG-4-0.031,GS-4-0.031 --seeds 1235,1236 --data-dir ../shared/data
+    python -m benchmarks.thesis --plots-only     # from the committed results, without training
 
 A row is one run of ``examples/mnist.py`` or ``cifar10.py``, whose command line is printed. Rows in
 ``results/thesis_<experiment>.csv`` are not run again; one that was stopped goes on from its last epoch. The ResNet-18
@@ -16,16 +16,18 @@ import fcntl
 import json
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from benchmarks import EXAMPLES, RESULTS, ROOT
+from benchmarks.shared.options import at_least, listed, make_parser
+from benchmarks.shared.processes import exit_on
+from benchmarks.shared.processes import run as run_command
 from benchmarks.thesis import results as thesis_results
 from benchmarks.thesis.checks import check
 from benchmarks.thesis.plots import draw
@@ -33,42 +35,26 @@ from benchmarks.thesis.results import Key
 from benchmarks.thesis.rows import EXPERIMENTS, METHODS, SEED, TABLES, Experiment, Row, parse
 from benchmarks.thesis.table import as_markdown
 
-GRACE_SECONDS = 60.0
-"""That a run gets to end after it was told to."""
-
 
 class RowFailed(Exception):
     """A row whose run ended badly."""
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__spec__, __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--table", choices=TABLES, help="all rows of a table")
-    what.add_argument("--rows", type=_split(parse), metavar="ID,ID", help="rows by their ids, of --experiment")
+    what.add_argument("--rows", type=listed(parse), metavar="ID,ID", help="rows by their ids, of --experiment")
     what.add_argument("--plots-only", action="store_true", help="draw and check what is there, of all experiments")
     add = parser.add_argument
-    add("--experiment", choices=EXPERIMENTS, default="mnist", help="of --rows; default: %(default)s")
-    add("--seeds", type=_split(int), default=[SEED], help=f"default: {SEED}, the thesis'")
-    add("--epochs", type=int, help="in place of the thesis'; stands in the results")
+    add("--experiment", choices=EXPERIMENTS, default="mnist", help="of --rows")
+    add("--seeds", type=listed(int), default=[SEED], help="the thesis' by default")
+    add("--epochs", type=at_least(1), help="in place of the thesis'; stands in the results")
     add("--data-dir", type=Path, help="of the examples; without it they download the data")
     add("--work-dir", type=Path, default=ROOT / "logs" / "thesis", help="event files, checkpoints, output of the runs")
     add("--results", type=Path, default=RESULTS, help="folder of tables and plots")
-    add("--timeout", type=float, default=7200.0, help="of the examples, in seconds; default: %(default)g")
-    arguments = parser.parse_args()
-    if arguments.epochs is not None and arguments.epochs < 1:
-        parser.error(f"--epochs must be at least 1, got {arguments.epochs}")
-    return arguments
-
-
-def _split(convert: Any) -> Any:
-    def split(text: str) -> list[Any]:
-        try:
-            return [convert(part) for part in text.split(",")]
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return split
+    add("--timeout", type=float, default=7200.0, help="of the examples, in seconds")
+    return parser.parse_args()
 
 
 def command(
@@ -106,11 +92,7 @@ def train(experiment: Experiment, row: Row, key: Key, arguments: argparse.Namesp
     output = work_dir / f"{run_id(key)}.log"
     print(f"{run_id(key)}: {shlex.join(line)}", flush=True)
     with output.open("ab") as stream:
-        process = subprocess.Popen(line, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        try:
-            code = process.wait()
-        finally:
-            end(process)
+        code = run_command(line, stream)
     if code != 0:
         raise RowFailed(f"{run_id(key)} ended with exit code {code}; its output is in {output}")
     summary = json.loads(summary_file(work_dir, key).read_text())
@@ -132,20 +114,9 @@ def as_line(row: Row, key: Key, summary: dict[str, Any]) -> dict[str, object]:
     return dict(zip(thesis_results.COLUMNS, values, strict=True))
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a run that still goes on: its last epoch's checkpoint stays."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(GRACE_SECONDS)
-
-
 @contextmanager
 def only_one(work_dir: Path) -> Iterator[None]:
-    """Keep a second thesis.py from running in the same folder.
+    """Keep a second run of this benchmark from working in the same folder.
 
     Raises:
         SystemExit: where there is one.
@@ -155,7 +126,7 @@ def only_one(work_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.exit(f"another thesis.py is at work in {work_dir}: give another --work-dir and --results")
+            sys.exit(f"another run is at work in {work_dir}: give another --work-dir and --results")
         yield
 
 
@@ -170,8 +141,7 @@ def report(experiment: Experiment, folder: Path) -> None:
     if experiment.name == "mnist":
         for outcome in check(results, experiment.epochs):
             print(outcome)
-    for file in draw(experiment, results, folder):
-        print(file)
+    draw(experiment, results, folder)
 
 
 def check_gpus(experiment: Experiment, rows: Sequence[Row]) -> None:
@@ -200,13 +170,9 @@ def run(experiment: Experiment, rows: Sequence[Row], arguments: argparse.Namespa
     return good
 
 
-def _end(signum: int, frame: object) -> NoReturn:
-    sys.exit(128 + signum)
-
-
 def main() -> None:
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, exit_on)
     if arguments.plots_only:
         for experiment in EXPERIMENTS.values():
             report(experiment, arguments.results)

@@ -9,18 +9,17 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from benchmarks.shared import plots
+from benchmarks.shared.plots import COLOURS, Axes, Figure
 from benchmarks.thesis.results import Results
 from benchmarks.thesis.rows import DEFAULT_ALPHA, METHODS, SEED, Experiment, Row, parse
 from benchmarks.thesis.table import in_order, published
-from lightning_gossip.monitoring.report_plots import COLOURS, DPI, STYLE
 
 _METHOD_COLOURS = {"EG": COLOURS[0], "GS": COLOURS[1], "AR": COLOURS[6], "NC": "0.55"}
 _RATE_STYLES = {1 / 8: "-", 1 / 32: "--", 1 / 128: "-.", 1 / 512: ":"}
@@ -40,7 +39,7 @@ def draw(experiment: Experiment, results: Results, folder: Path) -> list[Path]:
     Returns:
         The files written.
     """
-    plots: dict[str, Callable[[Experiment, Results], Figure | None]] = {
+    pictures: dict[str, Callable[[Experiment, Results], Figure | None]] = {
         "table": _table,
         "evolution": _evolution,
         "all": _together,
@@ -48,14 +47,10 @@ def draw(experiment: Experiment, results: Results, folder: Path) -> list[Path]:
         "alpha": _alphas,
         "periods": _periods,
     }
-    files = []
-    with rc_context(STYLE):
-        for name, plot in plots.items():
-            figure = plot(experiment, results)
-            if figure is not None:
-                files.append(folder / f"thesis_{experiment.name}_{name}.png")
-                figure.savefig(files[-1], dpi=DPI)
-    return files
+    return plots.draw({
+        folder / f"thesis_{experiment.name}_{name}.png": partial(picture, experiment, results)
+        for name, picture in pictures.items()
+    })  # fmt: skip
 
 
 def _table(experiment: Experiment, results: Results) -> Figure | None:
@@ -64,7 +59,7 @@ def _table(experiment: Experiment, results: Results) -> Figure | None:
     if rows.empty:
         return None
     ids = list(dict.fromkeys(rows["id"]))
-    figure = Figure(figsize=(max(4.0, 0.55 * len(ids) + 1.5), 3.6), layout="constrained")
+    figure = plots.new_figure(max(4.0, 0.55 * len(ids) + 1.5), 3.6)
     axes = figure.add_subplot(ylabel="Test accuracy (%)")
     for place, row_id in enumerate(ids):
         seeds, gossips = rows[rows["id"] == row_id], parse(row_id).probability is not None
@@ -126,7 +121,7 @@ def _together(experiment: Experiment, results: Results) -> Figure | None:
     rows = _main_rows(results)
     if not rows:
         return None
-    figure = Figure(figsize=(6.0, 4.6), layout="constrained")
+    figure = plots.new_figure(6.0, 4.6)
     axes = figure.add_subplot(ylabel="Validation accuracy (%)")
     for row in rows:
         curve = _curve(results, row)
@@ -141,7 +136,7 @@ def _bytes(experiment: Experiment, results: Results) -> Figure | None:
     rows = _main_rows(results)
     if not any(row.rate for row in rows):
         return None
-    figure = Figure(figsize=(6.0, 4.6), layout="constrained")
+    figure = plots.new_figure(6.0, 4.6)
     axes = figure.add_subplot(ylabel="Validation accuracy (%)", xscale="log")
     for row in rows:
         curve = _curve(results, row)
@@ -239,7 +234,7 @@ def _curve(results: Results, row: Row, epochs: int | None = None) -> pd.DataFram
 def _panels(number: int) -> tuple[Figure, Sequence[Axes]]:
     columns = 1 if number == 1 else 2
     lines = math.ceil(number / columns)
-    figure = Figure(figsize=(max(5.6, 4.0 * columns), 2.8 * lines + 0.3), layout="constrained")
+    figure = plots.new_figure(max(5.6, 4.0 * columns), 2.8 * lines + 0.3)
     return figure, [figure.add_subplot(lines, columns, n + 1, ylabel="Validation accuracy (%)") for n in range(number)]
 
 

@@ -1,4 +1,4 @@
-"""The committed results of thesis.py: finished rows, their validation curves, and the published numbers.
+"""The results: finished rows, their validation curves, and the published numbers.
 
 ``thesis_<experiment>.csv`` has a line a finished row, ``thesis_<experiment>_curves.csv`` a line an epoch of each. A row
 is known by id, seed and epochs. Files are replaced whole, so that a kill leaves the old ones or the new ones.
@@ -6,7 +6,6 @@ is known by id, seed and epochs. Files are replaced whole, so that a kill leaves
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import pandas as pd
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 
 from benchmarks import RESULTS
+from benchmarks.shared.rows import read, write
 from lightning_gossip.monitoring.event_files import read_run
 
 KEY = ("id", "seed", "epochs")
@@ -67,7 +67,7 @@ def _table(file: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 def finished(folder: Path, experiment: str) -> set[Key]:
     """Return the keys of the rows that are there."""
-    return {_key(line) for line in _read(_files(folder, experiment)[0])}
+    return {_key(line) for line in read(_files(folder, experiment)[0])}
 
 
 def add(folder: Path, experiment: str, row: Line, curve: Sequence[Line]) -> None:
@@ -79,22 +79,12 @@ def add(folder: Path, experiment: str, row: Line, curve: Sequence[Line]) -> None
         row: a value for each of :data:`COLUMNS`.
         curve: for each epoch a value for each of :data:`CURVE_COLUMNS`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     rows_file, curves_file = _files(folder, experiment)
     for file, columns, lines in (
         (curves_file, CURVE_COLUMNS, curve),
         (rows_file, COLUMNS, [row]),
     ):  # the row comes last
-        others = [line for line in _read(file) if _key(line) != _key(row)]
-        temporary = file.with_name(f"{file.name}.{os.getpid()}")
-        try:
-            with temporary.open("w", newline="") as stream:
-                writer = csv.DictWriter(stream, columns, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows([*others, *lines])
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write(file, columns, [*(line for line in read(file) if _key(line) != _key(row)), *lines])
 
 
 def read_curve(folder: Path, key: Key, bytes_sent_per_rank: float) -> list[Line]:
@@ -134,13 +124,6 @@ def cut_torn_event_files(folder: Path) -> None:
 
 def _files(folder: Path, experiment: str) -> tuple[Path, Path]:
     return folder / f"thesis_{experiment}.csv", folder / f"thesis_{experiment}_curves.csv"
-
-
-def _read(file: Path) -> list[dict[str, str]]:
-    if not file.exists():
-        return []
-    with file.open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def _key(line: Line) -> Key:

@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from benchmarks.shared.rows import markdown
+from benchmarks.shared.tables import markdown
 from benchmarks.thesis.results import Results
 from benchmarks.thesis.rows import Experiment, parse
 
