@@ -46,6 +46,7 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
     add("--shards", type=int, default=1, help="processes of downpour's parameter server")
     add("--timeout", type=float, default=TIMEOUT.total_seconds(), help="seconds to wait for a rank that is silent")
     add("--accelerator", default="cpu", help="cpu or cuda")
+    add("--process-group-backend", choices=("gloo", "nccl"), help="by default gloo on the CPU, and NCCL on CUDA")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=20)
     add("--batch-size", type=int, default=128, help="over all devices")
@@ -183,8 +184,9 @@ def make_strategy(args: argparse.Namespace) -> Any:
     if args.strategy == "local":
         return "auto"
     if args.strategy == "all-reduce":
-        return DDPStrategy(timeout=timeout)
+        return DDPStrategy(timeout=timeout, process_group_backend=args.process_group_backend)
     common: dict[str, Any] = {"evaluate": "replica", "timeout": timeout}
+    common |= {"process_group_backend": args.process_group_backend}
     if args.strategy == "none":
         return ElasticGossipStrategy(peers=Nobody(), **common)
     if args.strategy == "downpour":

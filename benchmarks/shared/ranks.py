@@ -1,8 +1,8 @@
 """The ranks of a benchmark: processes with torchrun's environment, watched until they end.
 
-Two ways to start them: forked from this process (:func:`fork_ranks`), or as commands in network namespaces
-(:mod:`benchmarks.shared.namespaces`). Where all that is compared is a strategy of the package, with itself, its own
-launcher does it (``start_method="fork"``).
+Three ways to start them: forked from this process (:func:`fork_ranks`), as commands each of which is a node
+(:func:`run_as_nodes`), or as commands in network namespaces (:mod:`benchmarks.shared.namespaces`). Where all that is
+compared is a strategy of the package, with itself, its own launcher does it (``start_method="fork"``).
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
+from typing import IO, Any
 
 from benchmarks.shared.processes import exit_on
 
@@ -56,9 +58,7 @@ def fork_ranks(ranks: int, function: Callable[[], None], seconds: float) -> None
     Raises:
         RuntimeError: if one of them failed, or they took longer.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("fork")
     environments = [environment(rank, ranks, ranks, "127.0.0.1", port) for rank in range(ranks)]
     processes = [context.Process(target=_rank, args=(own, function)) for own in environments]
@@ -75,6 +75,44 @@ def fork_ranks(ranks: int, function: Callable[[], None], seconds: float) -> None
             if process.pid is not None:
                 process.join()
         signal.signal(signal.SIGTERM, before)
+
+
+def run_as_nodes(command: Sequence[str], ranks: int, output: IO[bytes], seconds: float) -> int:
+    """Run a command once a rank, each a node of its own to Lightning: so that several can share one device.
+
+    Args:
+        command: program and arguments.
+        ranks: number of processes.
+        output: of all streams.
+        seconds: after which they are ended.
+
+    Returns:
+        The exit code: 0 where all ended with it.
+    """
+    port = free_port()
+    processes = []
+    try:
+        for rank in range(ranks):
+            own = environment(rank, ranks, 1, "127.0.0.1", port) | {"TORCHELASTIC_RUN_ID": "as-nodes"}
+            streams: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+            processes.append(subprocess.Popen(command, env=os.environ | own, **streams))
+        watch(lambda: [process.poll() for process in processes], seconds)
+    except RuntimeError as error:
+        output.write(f"{error}\n".encode())
+        return 1
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    return 0
+
+
+def free_port() -> int:
+    """Return a port on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def watch(exit_codes: Callable[[], Sequence[int | None]], seconds: float) -> None:

@@ -51,6 +51,7 @@ class Plan:
         cool_down: steps after them, while slower ranks are still at theirs.
         seed: of the order of set-ups in each round.
         timeout: of every wait for another rank.
+        accelerator: ``"cpu"`` or ``"cuda"``; counted steps begin and end when the device has done those before.
     """
 
     steps: int = 16
@@ -58,6 +59,7 @@ class Plan:
     cool_down: int = 2
     seed: int = 0
     timeout: timedelta = timedelta(minutes=1)
+    accelerator: str = "cpu"
 
     @property
     def total(self) -> int:
@@ -108,6 +110,8 @@ class Block:
     def tick(self) -> None:
         """Note that a step has ended."""
         self._done += 1
+        if self.plan.accelerator == "cuda" and self._done in (self.plan.warm_up, self.plan.warm_up + self.plan.steps):
+            torch.cuda.synchronize()
         if self._done == self.plan.warm_up:
             dist.barrier()
             for meter in self.meters:
@@ -173,6 +177,7 @@ class LightningSetup(Setup):
     def train(self, model: Model, data: Iterable[Batch], block: Block) -> None:
         """See :meth:`Setup.train`."""
         make_trainer(
+            accelerator=block.plan.accelerator,
             devices=int(os.environ["LOCAL_WORLD_SIZE"]),
             num_nodes=dist.get_world_size() // int(os.environ["LOCAL_WORLD_SIZE"]),
             strategy=self.strategy(block.round),

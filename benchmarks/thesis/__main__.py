@@ -6,7 +6,7 @@
 
 A row is one run of ``examples/mnist.py`` or ``cifar10.py``, whose command line is printed. Rows in
 ``results/thesis_<experiment>.csv`` are not run again; one that was stopped goes on from its last epoch. The ResNet-18
-rows of CIFAR-10 need a GPU a worker.
+rows of CIFAR-10 need a GPU a worker, or share one (``--share-device``).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from benchmarks import EXAMPLES, RESULTS, ROOT
 from benchmarks.shared.options import at_least, listed, make_parser
 from benchmarks.shared.processes import exit_on
 from benchmarks.shared.processes import run as run_command
+from benchmarks.shared.ranks import run_as_nodes
 from benchmarks.thesis import results as thesis_results
 from benchmarks.thesis.checks import check
 from benchmarks.thesis.plots import draw
@@ -53,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--data-dir", type=Path, help="of the examples; without it they download the data")
     add("--work-dir", type=Path, default=ROOT / "logs" / "thesis", help="event files, checkpoints, output of the runs")
     add("--results", type=Path, default=RESULTS, help="folder of tables and plots")
+    add("--share-device", action="store_true", help="all ranks of a row on one GPU, over gloo")
     add("--timeout", type=float, default=7200.0, help="of the examples, in seconds")
     return parser.parse_args()
 
@@ -89,10 +91,15 @@ def train(experiment: Experiment, row: Row, key: Key, arguments: argparse.Namesp
     work_dir.mkdir(parents=True, exist_ok=True)
     thesis_results.cut_torn_event_files(logs)
     line = command(experiment, row, key, work_dir, arguments.data_dir, arguments.timeout)
+    if arguments.share_device:
+        line += ["--devices", "1", "--num-nodes", f"{row.workers}", "--process-group-backend", "gloo"]
     output = work_dir / f"{run_id(key)}.log"
     print(f"{run_id(key)}: {shlex.join(line)}", flush=True)
     with output.open("ab") as stream:
-        code = run_command(line, stream)
+        if arguments.share_device:
+            code = run_as_nodes(line, row.workers, stream, arguments.timeout)
+        else:
+            code = run_command(line, stream)
     if code != 0:
         raise RowFailed(f"{run_id(key)} ended with exit code {code}; its output is in {output}")
     summary = json.loads(summary_file(work_dir, key).read_text())
@@ -144,11 +151,12 @@ def report(experiment: Experiment, folder: Path) -> None:
     draw(experiment, results, folder)
 
 
-def check_gpus(experiment: Experiment, rows: Sequence[Row]) -> None:
+def check_gpus(experiment: Experiment, rows: Sequence[Row], share: bool) -> None:
     """End with a message where rows need more GPUs than there are."""
-    needed, there = max(row.workers for row in rows), torch.cuda.device_count()
+    needed, there = 1 if share else max(row.workers for row in rows), torch.cuda.device_count()
     if "cuda" in experiment.options and there < needed:
-        sys.exit(f"{experiment.title}: rows of {needed} workers need as many GPUs, and torch sees {there}")
+        how = "one GPU" if share else f"as many GPUs as workers, {needed}, or `--share-device`"
+        sys.exit(f"{experiment.title}: its rows need {how}, and torch sees {there}")
 
 
 def run(experiment: Experiment, rows: Sequence[Row], arguments: argparse.Namespace) -> bool:
@@ -179,7 +187,7 @@ def main() -> None:
         return
     name, ids = TABLES[arguments.table] if arguments.table else (arguments.experiment, [])
     rows = [parse(row_id) for row_id in ids] if arguments.table else arguments.rows
-    check_gpus(EXPERIMENTS[name], rows)
+    check_gpus(EXPERIMENTS[name], rows, arguments.share_device)
     if not run(EXPERIMENTS[name], rows, arguments):
         sys.exit(1)
 
