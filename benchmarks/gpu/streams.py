@@ -1,7 +1,8 @@
 """Snapshots of parameters that their stream has not written yet: two ranks as threads, each with a stream of its own.
 
 Before each exchange the stream gets work for a tenth of a second, and then the update. The host runs ahead of all of
-it, so whoever looked at the parameters' memory at once would send what they were before.
+it, so whoever looked at the parameters' memory at once would send what they were before. And it is left with writes to
+memory that is free again: whoever took that memory for what arrives, on another stream, would find it overwritten.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _rank(
     try:
         with streams.stream(streams.Stream()) if side else nullcontext():
             for step in range(1, _STEPS + 1):
-                _keep_busy(device)
+                _leave_writes_behind(device, parameters)
                 _add(parameters, rank + 1)  # part of θ(t): what the snapshot must hold
                 start = time.perf_counter()
                 exchange.begin()
@@ -126,6 +127,14 @@ def _replay() -> list[float]:
 def _add(parameters: dict[str, Tensor], value: float) -> None:
     for p in parameters.values():
         p += value  # a kernel each
+
+
+def _leave_writes_behind(device: torch.device, parameters: dict[str, Tensor]) -> None:
+    """Free memory that the stream has still to write: whoever gets it next must not use it on another stream."""
+    left = [torch.empty(sum(p.numel() for p in parameters.values()), device=device) for _ in range(3)]
+    _keep_busy(device)
+    for tensor in left:
+        tensor.fill_(float("nan"))
 
 
 def _keep_busy(device: torch.device) -> None:

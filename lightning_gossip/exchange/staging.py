@@ -64,9 +64,10 @@ class Staging:
 
     def land(self, number: int, payload: Tensor) -> Tensor:
         """See :meth:`Staged.land`; the calling thread waits for the copy."""
-        landed = self._landed[number]
         done = self._event()
+        # a new place too is this stream's: memory that training's has just freed may still be written there
         with self._streams.stream(self._stream):  # makes the device current too: a new thread's is the first
+            landed = self._landed[number]
             landed.copy_(payload, non_blocking=True)
         done.record(self._stream)
         done.synchronize()

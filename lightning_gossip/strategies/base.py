@@ -137,7 +137,7 @@ class ReplicaStrategy(ConsensusStrategy):
     def on_train_start(self) -> None:
         lengths = self.gather(self._require_trainer().num_training_batches)
         if len(set(lengths)) > 1 or lengths[0] == float("inf"):
-            if self.process_group_backend == "nccl":
+            if self.process_group_backend == "nccl" and self.world_size > 1:
                 raise lightning_compat.MisconfigurationException(
                     f"The ranks have unequal or unknown numbers of training batches, {lengths}, which is not supported"
                     " on NCCL. Give all ranks the same number, or set `process_group_backend='gloo'`."
