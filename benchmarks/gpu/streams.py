@@ -7,6 +7,7 @@ memory that is free again: whoever took that memory for what arrives, on another
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -64,6 +65,7 @@ def stress(device: torch.device, sizes: list[int], side: bool, shared_memory: bo
 
     The first step is not timed: there memory is page-locked and links are made.
     """
+    gc.collect()  # memory of the case before is given up now, and not within a call that is timed
     store = HashStore()
     found: dict[int, tuple[float, float]] = {}
     threads = [
@@ -101,7 +103,7 @@ def _rank(
                 start = time.perf_counter()
                 exchange.begin()
                 longest = max(longest, time.perf_counter() - start if step > 1 else 0.0)
-                _keep_busy(device)
+                _leave_writes_behind(device, parameters)
                 _add(parameters, 2 * rank + 1)  # u(t): what it must not hold
                 exchange.end()
         if device.type == "cuda":
