@@ -182,3 +182,7 @@ def run(args: argparse.Namespace, out: Path, curves: Path) -> None:
             append(out, [given | result | machine], digits=6)
             shutil.rmtree(folder, ignore_errors=True)  # there is none without checkpoints
     print_summary(read(out), [name for name in Setting.__annotations__ if name != "seed"])
+
+
+if __name__ == "__main__":
+    main()
