@@ -1,7 +1,8 @@
 """The benchmarks, one folder each: ``python -m benchmarks.NAME`` from the repository's root; see ``README.md``.
 
 What several of them need is in :mod:`benchmarks.shared`, their rows and pictures in ``results/``. A benchmark imports
-from its own folder, from ``shared``, and from the examples, whose modules go by their bare names, as in an example.
+from its own folder, from ``shared``, and from the examples, whose modules go by their bare names, as in an example;
+``scale`` also knows the schemes of ``network``, against whose rows it checks its model.
 """
 
 from __future__ import annotations

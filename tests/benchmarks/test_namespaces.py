@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks import ROOT
+from benchmarks.shared.namespaces import Network, NetworkUnavailable, burst_bytes, check_requirements, remove_leftovers
 
 HOLD = """
 import os, sys, time
@@ -49,8 +50,6 @@ with socket.create_server((sys.argv[1], 5000)) as server:
 @pytest.fixture
 def network() -> Iterator[Any]:
     """Two ranks; skipped without root or where namespaces are not allowed."""
-    from benchmarks.shared.namespaces import Network, NetworkUnavailable, check_requirements
-
     try:
         check_requirements()
     except NetworkUnavailable as error:
@@ -65,8 +64,6 @@ def own_namespaces(owner: int) -> list[str]:
 
 
 def test_a_transfer_takes_what_the_rate_says(network: Any) -> None:
-    from benchmarks.shared.namespaces import burst_bytes
-
     megabits, payload = 100, 2_000_000
     network.set_rate(megabits)
     command = [sys.executable, "-c"]
@@ -91,8 +88,6 @@ def test_ranks_reach_one_another_and_nobody_else(network: Any) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left(network: Any, number: signal.Signals) -> None:
-    from benchmarks.shared.namespaces import remove_leftovers
-
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", HOLD], env=environment, stdout=subprocess.PIPE) as owner:
         try:
@@ -125,8 +120,6 @@ def eventually(holds: Callable[[], bool]) -> bool:
 
 
 def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.shared.namespaces import Network, NetworkUnavailable
-
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(NetworkUnavailable, match="root"):
         Network(2).__enter__()
@@ -134,7 +127,5 @@ def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("ranks", [0, 1, 251])
 def test_ranks_out_of_range(ranks: int) -> None:
-    from benchmarks.shared.namespaces import Network
-
     with pytest.raises(ValueError, match=f"from 2 to 250, got {ranks}"):
         Network(ranks)

@@ -8,6 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.scale.model import (
+    TCP_SHARE,
+    Clocks,
+    Machine,
+    Replicas,
+    Seconds,
+    Setting,
+    all_reduce_step,
+    growth,
+    simulate,
+)
 from lightning_gossip.rules.mixing import ElasticMixing
 
 
@@ -17,8 +28,6 @@ def start(ranks: int, dimension: int = 8) -> torch.Tensor:
 
 @pytest.mark.parametrize("peers", ["matching", "uniform", "ring"])
 def test_mixing_all_ranks_at_once_is_the_rule(peers: str) -> None:
-    from benchmarks.scale.model import Replicas, Setting, simulate
-
     ranks, alpha, steps = 6, 0.3, 5
     setting = Setting(peers, alpha=alpha)
     replicas = Replicas(start(ranks), noise=0, rule=ElasticMixing(alpha))
@@ -36,8 +45,6 @@ def test_mixing_all_ranks_at_once_is_the_rule(peers: str) -> None:
 
 
 def test_exponential_peers_agree_after_log2_rounds() -> None:
-    from benchmarks.scale.model import Replicas, Setting, simulate
-
     replicas = Replicas(start(16), noise=0, rule=ElasticMixing(0.5))
     simulate(Setting("exponential"), 16, 4, [replicas])
     assert replicas.distances[2] > 0.1
@@ -45,8 +52,6 @@ def test_exponential_peers_agree_after_log2_rounds() -> None:
 
 
 def test_a_delayed_exchange_is_applied_when_it_is_due() -> None:
-    from benchmarks.scale.model import Replicas, Setting, simulate
-
     replicas = Replicas(start(2), noise=0, rule=ElasticMixing(0.5))
     simulate(Setting("matching", period=4, delay=2), 2, 8, [replicas])
     apart = [distance > 1e-12 for distance in replicas.distances]
@@ -62,8 +67,6 @@ def test_a_delayed_exchange_is_applied_when_it_is_due() -> None:
     ],
 )
 def test_clocks_of_two_ranks(period: int, delay: int, expected: float) -> None:
-    from benchmarks.scale.model import TCP_SHARE, Clocks, Machine, Setting, growth, simulate
-
     machine = Machine(compute=1.0, payload=2.0 / 8, bandwidth=1 / TCP_SHARE, latency=0.0)
     assert machine.transfer == pytest.approx(2.0)
     clocks = Clocks(2, machine)
@@ -72,8 +75,6 @@ def test_clocks_of_two_ranks(period: int, delay: int, expected: float) -> None:
 
 
 def test_a_rank_that_is_slow_for_good_sets_the_pace_of_all() -> None:
-    from benchmarks.scale.model import Clocks, Machine, Seconds, Setting, growth, simulate
-
     class Straggler(Machine):
         def step_times(self, ranks: int, rng: np.random.Generator) -> Seconds:
             return self.compute * np.where(np.arange(ranks) == 0, 3.0, 1.0)
@@ -86,8 +87,6 @@ def test_a_rank_that_is_slow_for_good_sets_the_pace_of_all() -> None:
 
 
 def test_synchronous_training_waits_for_the_slowest() -> None:
-    from benchmarks.scale.model import Machine, all_reduce_step
-
     machine = Machine(compute=1.0, payload=0.0, bandwidth=1.0, latency=0.0, stall_probability=0.1)
     stalls = 1 + 2 * (1 - 0.9**4)
     assert all_reduce_step(machine, 4, steps=20_000) == pytest.approx(stalls, rel=0.02)
@@ -95,7 +94,5 @@ def test_synchronous_training_waits_for_the_slowest() -> None:
 
 
 def test_ring_all_reduce_moves_twice_the_payload() -> None:
-    from benchmarks.scale.model import TCP_SHARE, Machine, all_reduce_step
-
     machine = Machine(compute=0.0, payload=1.0 / 8, bandwidth=1 / TCP_SHARE, latency=0.01)
     assert math.isclose(all_reduce_step(machine, 4), 2 * 3 / 4 + 6 * 0.01)

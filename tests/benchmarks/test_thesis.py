@@ -14,19 +14,31 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks import RESULTS, ROOT
+from benchmarks.thesis.checks import RATES, check
+from benchmarks.thesis.results import (
+    COLUMNS,
+    CURVE_COLUMNS,
+    Results,
+    add,
+    cut_torn_event_files,
+    finished,
+    load,
+    read_curve,
+)
+from benchmarks.thesis.rows import EXPERIMENTS, METHODS, TABLES, parse
+from benchmarks.thesis.table import as_markdown, published
+from lightning_gossip.monitoring.event_files import UnreadableRunError
 
 REFERENCES = sorted(RESULTS.glob("reference_thesis_*.csv"))
 
 
-def published(file: Path) -> list[dict[str, str]]:
+def lines_of(file: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(line for line in file.read_text().splitlines() if not line.startswith("#")))
 
 
 @pytest.mark.parametrize("file", REFERENCES, ids=lambda file: file.stem)
 def test_ids_mean_what_the_published_tables_say(file: Path) -> None:
-    from benchmarks.thesis.rows import METHODS, parse
-
-    lines = published(file)
+    lines = lines_of(file)
     assert len(lines) > 8
     for line in lines:
         row = parse(line["id"])
@@ -40,30 +52,22 @@ def test_ids_mean_what_the_published_tables_say(file: Path) -> None:
     "row_id", ["EG-4", "GS-4-0.3", "GS-4-0.125-0.5", "AR-4-0.125", "EG-4-0.125-1.5", "XX-4", "EG-0-0.5"]
 )
 def test_other_ids_are_refused(row_id: str) -> None:
-    from benchmarks.thesis.rows import parse
-
     with pytest.raises(ValueError, match=row_id):
         parse(row_id)
 
 
 def test_tables_hold_rows_and_known_experiments() -> None:
-    from benchmarks.thesis.rows import EXPERIMENTS, TABLES, parse
-
     for experiment, ids in TABLES.values():
         assert experiment in EXPERIMENTS
         assert len({parse(row_id) for row_id in ids}) == len(ids) > 0
 
 
 def result(row_id: str, mean: float, consensus: float, seed: int = 1234) -> dict[str, Any]:
-    from benchmarks.thesis.results import COLUMNS
-
     known = {"id": row_id, "seed": seed, "epochs": 100, "mean_over_ranks": mean, "consensus_test_accuracy": consensus}
     return dict.fromkeys(COLUMNS, 0) | known
 
 
 def test_rows_are_added_once_each_with_their_curves(tmp_path: Path) -> None:
-    from benchmarks.thesis.results import CURVE_COLUMNS, add, finished, load
-
     def curve(row: dict[str, Any], value: float) -> list[dict[str, Any]]:
         return [{name: row.get(name, value) for name in CURVE_COLUMNS} for _ in range(2)]
 
@@ -78,9 +82,6 @@ def test_rows_are_added_once_each_with_their_curves(tmp_path: Path) -> None:
 
 
 def test_curves_are_read_from_files_that_a_kill_tore(tmp_path: Path) -> None:
-    from benchmarks.thesis.results import cut_torn_event_files, read_curve
-    from lightning_gossip.monitoring.event_files import UnreadableRunError
-
     for rank, accuracy in enumerate((0.25, 0.75)):
         writer = SummaryWriter(str(tmp_path / f"rank_{rank}"))
         for step in (399, 799):
@@ -101,10 +102,6 @@ def test_curves_are_read_from_files_that_a_kill_tore(tmp_path: Path) -> None:
 
 def outcomes(changes: dict[str, float]) -> list[bool | None]:
     """Return what is claimed of the published numbers themselves, ``changes`` (points) added to the means of rows."""
-    from benchmarks.thesis.checks import RATES, check
-    from benchmarks.thesis.results import Results, load
-    from benchmarks.thesis.table import published
-
     reference = load(Path("none"), "mnist", "thesis_mnist")
     ids = ["AR-4", "NC-4", *(f"{method}-4-{rate}" for method in ("EG", "GS") for rate in RATES)]
     figures = {row_id: published(reference, row_id) for row_id in ids}
@@ -127,10 +124,6 @@ def test_claims_hold_of_the_published_numbers_and_fail_of_worse() -> None:
 
 
 def test_tables_name_the_thesis_only_beside_its_numbers() -> None:
-    from benchmarks.thesis.results import Results, load
-    from benchmarks.thesis.rows import EXPERIMENTS
-    from benchmarks.thesis.table import as_markdown
-
     for name, cells in (("mnist", 9), ("cifar10_alexnet", 5)):
         experiment = EXPERIMENTS[name]
         known = load(Path("none"), name, experiment.reference)
