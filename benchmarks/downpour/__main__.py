@@ -3,8 +3,8 @@
     python -m benchmarks.downpour [--seconds 8] [--step-ms 35] [--n-push 5]
 
 Real shard processes on this host; the workers are threads of one process that sleep for a step's time and hold the
-thesis' MNIST network (2.9 million float32 parameters), so that nothing but Downpour needs a
-core. One row a setting in ``results/downpour_server.csv``; those that are there already are not run again.
+thesis' MNIST network (2.9 million float32 parameters), so that nothing but Downpour needs a core. One row a setting in
+``results/downpour_server.csv``; those that are there already are not run again.
 
 What the server's model is worth, and what training sees of Downpour, say this benchmark's other parts: ``accuracy``,
 ``replay``, ``step`` and ``straggler``, each ``python -m benchmarks.downpour.PART``.

@@ -22,6 +22,7 @@ from typing import cast
 
 import lightning.pytorch as pl
 import torch
+from image_data import DataNotFoundError
 from shares import IndexSampler
 from tensor_data import Labelled, Sets, TensorLoader
 from torch import Tensor, nn
@@ -129,7 +130,10 @@ def main() -> None:
     add("--out", type=Path, default=RESULTS / "downpour_replay.csv")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    sets = EXPERIMENT.load(args.seed, args.data_dir)
+    try:
+        sets = EXPERIMENT.load(args.seed, args.data_dir)
+    except DataNotFoundError as error:
+        parser.error(str(error))
     for pull in args.pulls:
         setting = asdict(Setting(pull, args.workers, args.n_push, args.lr, args.passes, args.seed))
         if find(read(args.out), setting):
