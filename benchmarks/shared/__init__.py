@@ -2,5 +2,5 @@
 
 Reading order: ``options`` (a command line), ``machine``, ``rows`` (CSV files of results), ``quartiles``, ``tables`` and
 ``plots`` (what is made of them); ``workloads`` (what is trained) and ``trainer``; ``processes``, ``ranks`` and
-``namespaces`` (who starts it), ``side_by_side`` (blocks that take turns) and ``meters`` (what they measure beside time).
+``namespaces`` (who starts it), ``side_by_side`` (blocks in turn) and ``meters`` (what they measure beside time).
 """
