@@ -26,8 +26,8 @@ from lightning_gossip.monitoring.loggers import RankTensorBoardLogger
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_fork"])
 def test_every_rank_of_a_launched_run_has_its_values_in_one_folder(tmp_path: Path, strategy: str) -> None:
-    program = Path(__file__).parent / "programs" / "log_on_every_rank.py"
-    root = str(Path(__file__).parents[1])
+    program = Path(__file__).parents[1] / "programs" / "log_on_every_rank.py"
+    root = str(Path(__file__).parents[2])
     (tmp_path / "temporary").mkdir()
     inherited = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "NODE_RANK")}
     process = subprocess.Popen(
