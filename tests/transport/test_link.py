@@ -1,4 +1,4 @@
-"""Links among many ends: what they take from the run's store, and what becomes of them."""
+"""Links: what they take from the run's store, what becomes of them, and headers that do not fit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,3 +87,45 @@ def test_near_partners_give_their_link_up(shared_memory: bool) -> None:
         return now - before
 
     assert run_ranks(4, body) == [0 if shared_memory else 2] * 4
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        Header(Kind.SNAPSHOT, 2, 64, 7),  # another step
+        Header(Kind.SNAPSHOT, 1, 128, 7),  # larger than the buffer: gloo would abort the process
+        Header(99, 1, 64, 7),  # unknown kind
+        Header(Kind.SNAPSHOT, 1, 64, 8),  # another layout
+    ],
+)
+def test_a_header_that_does_not_fit_changes_nothing(sent: Header) -> None:
+    expected = Header(Kind.SNAPSHOT, 1, 64, 7)
+
+    def body(rank: Rank) -> Any:
+        link = rank.links.to(f"rank{1 - rank.rank}")
+        if rank.rank == 0:
+            link.submit(lambda: link.send(sent, torch.ones(sent.nbytes, dtype=torch.uint8))).result(10)
+            time.sleep(1)
+            return None
+        incoming = torch.zeros(64, dtype=torch.uint8)
+
+        def receive() -> None:
+            header = link.receive_header()
+            if header != expected:
+                raise LinkError(f"{header}")
+            link.receive(incoming)
+
+        with pytest.raises(LinkError, match="Header"):
+            link.submit(receive).result(10)
+        with pytest.raises(LinkError, match="is closed"):
+            link.submit(receive).result(10)
+        return incoming.sum().item()
+
+    assert run_ranks(2, body)[1] == 0
+
+
+def test_garbage_is_no_header() -> None:
+    with pytest.raises(LinkError, match="no header of this version"):
+        Header.from_tensor(torch.arange(8))
+    header = Header(1, 2, 3, 4, 5, 6)
+    assert Header.from_tensor(header.to_tensor()) == header

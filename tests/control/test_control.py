@@ -1,0 +1,84 @@
+"""The run's control by itself: who meets, who stops and why; every wait ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+from ranks import Rank, run_ranks
+from torch.distributed import HashStore
+
+from lightning_gossip.control.run import Control, RunStopped
+
+SHORT = timedelta(seconds=1.5)
+
+
+def test_a_slow_rank_is_waited_for_at_a_meeting_a_dead_one_is_not() -> None:
+    def slow(rank: Rank) -> None:
+        if rank.rank == 1:
+            time.sleep(2 * SHORT.total_seconds())
+        rank.control.meet("validation")
+
+    run_ranks(3, slow, timeout=SHORT)
+
+    store = HashStore()
+    alive = Control(lambda: store, 0, 2, SHORT)
+    with pytest.raises(RuntimeError, match="rank 0 waited at 'validation' for rank 1, which gave no sign of life"):
+        alive.meet("validation")
+    alive.close(grace=0)
+
+
+def test_ranks_that_meet_for_different_reasons_are_told() -> None:
+    errors = run_ranks(2, lambda rank: rank.control.meet(f"reason {rank.rank}"), expect_errors=True)
+    assert any("the ranks disagree on what comes next" in str(error) for error in errors)
+    assert all("'reason 0'" in str(error) and "'reason 1'" in str(error) for error in errors)
+
+
+def test_the_first_stop_word_holds_and_wakes_everybody() -> None:
+    def body(rank: Rank) -> float:
+        if rank.rank == 0:
+            time.sleep(0.3)
+            rank.control.stop("error", "first")
+            rank.control.stop("error", "second")
+            return time.monotonic()
+        with pytest.raises(RunStopped, match="rank 0 stopped at step 0: first"):
+            rank.control.wait(threading.Event(), time.monotonic() + 10)
+        return time.monotonic()
+
+    told, *heard = run_ranks(4, body)
+    assert max(heard) - told < 2
+
+
+def test_signals_end_other_ranks_as_they_would_end_the_own() -> None:
+    def body(rank: Rank) -> None:
+        if rank.rank == 0:
+            rank.control.stop("SIGINT", "it received SIGINT")
+        else:
+            rank.control.wait(threading.Event(), time.monotonic() + 10)
+
+    _, error = run_ranks(2, body, expect_errors=True)
+    assert isinstance(error, KeyboardInterrupt)
+
+
+def test_meetings_leave_no_keys_behind() -> None:
+    store = HashStore()
+
+    def body(rank: Rank) -> None:
+        for _ in range(50):
+            rank.control.meet("again")
+
+    def run(number: int, barrier: list[Control]) -> None:
+        for _ in range(50):
+            barrier[number].meet("again")
+
+    controls = [Control(lambda: store, rank, 2, SHORT) for rank in range(2)]
+    threads = [threading.Thread(target=run, args=(rank, controls)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert store.num_keys() < 20
+    for control in reversed(controls):
+        control.close(grace=1)
