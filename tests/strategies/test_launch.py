@@ -57,7 +57,7 @@ def _no_shared_temporary_files() -> Iterator[None]:
 # -- starts -----------------------------------------------------------------------------------------------------------
 
 
-@program("--strategy", "gossip", "elastic_gossip", "downpour", "--devices", 4, "--fits", 2)
+@program("--strategy", "gossip", "elastic_gossip", "downpour", "--devices", 4, "--fits", 2, script="train.py")
 def test_names_that_start_the_program_again_fit_and_test(ended: Ended) -> None:
     """Those that fork are in test_strategies.py."""
     assert ended.code == 0, ended.printed
@@ -70,7 +70,7 @@ def test_names_that_start_the_program_again_fit_and_test(ended: Ended) -> None:
             assert rank["accuracy"] > 0.9 or strategy == "downpour", "how well its workers learnt depends on timing"
 
 
-@program("--strategy", "gossip_spawn", "--devices", 2)
+@program("--strategy", "gossip_spawn", "--devices", 2, script="train.py")
 def test_gossip_spawn_fits_and_tests(ended: Ended) -> None:
     """Only the launching process lives on, and Lightning refuses a second fit."""
     assert_fitted_and_tested(ended, "gossip_spawn")
@@ -87,7 +87,7 @@ def assert_fitted_and_tested(ended: Ended, strategy: str) -> None:
     assert launching["accuracy"] > 0.9
 
 
-@program("--strategy", "elastic_gossip", "downpour", "--devices", 2, "--nodes", 2, nodes=2)
+@program("--strategy", "elastic_gossip", "downpour", "--devices", 2, "--nodes", 2, script="train.py", nodes=2)
 def test_torchrun_with_two_nodes_of_two_processes(ended: Ended) -> None:
     for strategy in ("elastic_gossip", "downpour"):
         ranks = ended.results(strategy)
@@ -97,7 +97,7 @@ def test_torchrun_with_two_nodes_of_two_processes(ended: Ended) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@program("--accelerator", "cuda", "--devices", 2)
+@program("--accelerator", "cuda", "--devices", 2, script="train.py")
 def test_nccl(ended: Ended) -> None:
     assert ended.code == 0, ended.printed
 
