@@ -1,4 +1,8 @@
-"""The one helper that starts `programs/train.py`, as it is or lean, and sees that nothing is left of it."""
+"""The one helper that starts `programs/train.py`, and sees that nothing is left of it.
+
+Most tests of launched programs are about how they end. Those programs are started cheaply: their processes import
+Lightning at half the cost (`programs/lean.py`), and the launching one is forked from a process that has it already.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -46,16 +53,16 @@ class Program:
 
     Attributes:
         arguments: of the command line, without the folder.
-        script: "train.py" imports what a user's script does; "lean_train.py" takes half the time, for what happens later.
-        nodes: started by torchrun on that many, where there are several.
+        as_a_user: started as users start it, and not cheaply.
+        nodes: started by torchrun on that many, where there are several; always as users do.
         after: called with the running program and its folder.
         linger: seconds for which its processes may outlive the first.
     """
 
     arguments: tuple[Any, ...]
-    script: str = "lean_train.py"
+    as_a_user: bool = False
     nodes: int = 1
-    after: Callable[[subprocess.Popen[str], Path], None] | None = None
+    after: Callable[[Any, Path], None] | None = None
     linger: float = 5
 
     def run(self, out: Path) -> Ended:
@@ -70,24 +77,99 @@ class Program:
 
     def _run(self, out: Path, launcher: tuple[str, ...]) -> Ended:
         (out / "tmp").mkdir(parents=True, exist_ok=True)
-        process = subprocess.Popen(
-            [sys.executable, *launcher, str(PROGRAMS / self.script), str(out), *map(str, self.arguments)],
-            env={**ENVIRONMENT, "TMPDIR": str(out / "tmp")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,  # so that what is left of it can be found and ended
-        )
-        try:
-            if self.after is not None:
-                self.after(process, out)
-            printed, _ = process.communicate(timeout=150)
-            assert_nothing_is_left(process.pid, out, self.linger, printed)
-        finally:
-            for pid in members(process.pid):
-                os.kill(pid, signal.SIGKILL)
-            process.communicate()
-        return Ended(out, process.returncode, printed)
+        environment = {**ENVIRONMENT, "TMPDIR": str(out / "tmp")}
+        arguments = [str(out), *map(str, self.arguments)]
+        with tempfile.NamedTemporaryFile("r", dir=out, prefix="printed_") as printed:
+            process: Process
+            if launcher or self.as_a_user:
+                command = [*launcher, str(PROGRAMS / "train.py"), *arguments]
+                process = Executed(command, environment, printed.name)
+            else:
+                process = Forked([str(PROGRAMS / "lean_train.py"), *arguments], environment, printed.name)
+            try:
+                if self.after is not None:
+                    self.after(process, out)
+                code = process.wait(150)
+                assert_nothing_is_left(process.pid, out, self.linger, printed.read())
+            finally:
+                for pid in members(process.pid):
+                    os.kill(pid, signal.SIGKILL)
+                process.wait(10)
+            printed.seek(0)
+            return Ended(out, code, printed.read())
+
+
+class Executed:
+    """`python command` in a session of its own, so that what is left of it can be found and ended."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], printed: str) -> None:
+        with open(printed, "a") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, *command],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """The exit code, or None."""
+        return self._process.poll()
+
+    def wait(self, seconds: float) -> int:
+        """The exit code."""
+        return self._process.wait(seconds)
+
+
+class Forked:
+    """As :class:`Executed`, forked from a process that has Lightning imported already (`programs/zygote.py`)."""
+
+    _idle: ClassVar[list[tuple[subprocess.Popen[bytes], Connection]]] = []
+
+    def __init__(self, command: list[str], environment: dict[str, str], printed: str) -> None:
+        self._zygote = self._idle.pop() if self._idle else self._start()
+        self._pipe = self._zygote[1]
+        self._pipe.send((command, environment, printed))
+        self.pid = int(self._receive(60))
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, or None."""
+        if self._code is None and self._pipe.poll():
+            self.wait(0)
+        return self._code
+
+    def wait(self, seconds: float) -> int:
+        """The exit code."""
+        if self._code is None:
+            self._code = self._receive(seconds)
+            self._idle.append(self._zygote)
+        return self._code
+
+    def _receive(self, seconds: float) -> int:
+        if not self._pipe.poll(seconds):
+            raise TimeoutError(f"the program did not start, or end, within {seconds} s")
+        return int(self._pipe.recv())
+
+    @staticmethod
+    def _start() -> tuple[subprocess.Popen[bytes], Connection]:
+        ours, theirs = Pipe()
+        command = [sys.executable, str(PROGRAMS / "zygote.py"), str(theirs.fileno())]
+        with theirs:
+            return subprocess.Popen(command, env=ENVIRONMENT, pass_fds=[theirs.fileno()]), ours
+
+    @classmethod
+    def end_all(cls) -> None:
+        """End the processes from which programs were forked."""
+        while cls._idle:
+            process, pipe = cls._idle.pop()
+            pipe.close()
+            process.wait(10)
+
+
+Process = Executed | Forked
 
 
 def free_port() -> int:
@@ -125,7 +207,7 @@ def assert_nothing_is_left(session: int, out: Path, linger: float, printed: str)
             files.load_replica(files.AtomicCheckpointIO(), path, entry["save_id"], rank, True)
 
 
-def wait_for(process: subprocess.Popen[str], path: Path) -> None:
+def wait_for(process: Process, path: Path) -> None:
     deadline = time.monotonic() + 60
     while not path.exists():
         assert process.poll() is None, "the program has ended"

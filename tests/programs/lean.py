@@ -1,7 +1,8 @@
-"""Lightning, imported at half the cost: what programs import first that tests start for how they end, not for how they start.
+"""Imports Lightning at half the cost, for programs that tests start for how they end, not for how they start.
 
 torchmetrics imports torchvision, SciPy and matplotlib wherever it finds them. Here it finds what `pip install
-lightning-gossip` brings, and these are not among it. Nor does the collector look for garbage among modules in the making.
+lightning-gossip` brings, and these are not among it. Nor does the collector look for garbage among modules in the
+making. Import it first.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _find_what_is_there(name: str) -> Distribution:
 sys.meta_path.insert(0, _Absent())
 Distribution.from_name = _find_what_is_there  # type: ignore[method-assign]  # lightning_utilities asks for versions
 gc.disable()
-import lightning.pytorch  # noqa: E402
+import lightning.pytorch  # noqa: E402, F401
 
 gc.freeze()
 gc.enable()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from launched import Ended, Program, wait_for
+from launched import Ended, Forked, Process, Program, wait_for
 
 
 def program(*arguments: Any, **options: Any) -> pytest.MarkDecorator:
@@ -39,6 +38,7 @@ def begun(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[dic
     with ThreadPoolExecutor(2) as pool:
         yield {each: pool.submit(each.run, tmp_path_factory.mktemp("program")) for each in programs}
         pool.shutdown(cancel_futures=True)
+    Forked.end_all()
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def _no_shared_temporary_files() -> Iterator[None]:
 # -- starts -----------------------------------------------------------------------------------------------------------
 
 
-@program("--strategy", "gossip", "elastic_gossip", "downpour", "--devices", 4, "--fits", 2, script="train.py")
+@program("--strategy", "gossip", "elastic_gossip", "downpour", "--devices", 4, "--fits", 2, as_a_user=True)
 def test_names_that_start_the_program_again_fit_and_test(ended: Ended) -> None:
     """Those that fork are in test_strategies.py."""
     assert ended.code == 0, ended.printed
@@ -70,7 +70,7 @@ def test_names_that_start_the_program_again_fit_and_test(ended: Ended) -> None:
             assert rank["accuracy"] > 0.9 or strategy == "downpour", "how well its workers learnt depends on timing"
 
 
-@program("--strategy", "gossip_spawn", "--devices", 2, script="train.py")
+@program("--strategy", "gossip_spawn", "--devices", 2, as_a_user=True)
 def test_gossip_spawn_fits_and_tests(ended: Ended) -> None:
     """Only the launching process lives on, and Lightning refuses a second fit."""
     assert_fitted_and_tested(ended, "gossip_spawn")
@@ -87,7 +87,7 @@ def assert_fitted_and_tested(ended: Ended, strategy: str) -> None:
     assert launching["accuracy"] > 0.9
 
 
-@program("--strategy", "elastic_gossip", "downpour", "--devices", 2, "--nodes", 2, script="train.py", nodes=2)
+@program("--strategy", "elastic_gossip", "downpour", "--devices", 2, "--nodes", 2, nodes=2)
 def test_torchrun_with_two_nodes_of_two_processes(ended: Ended) -> None:
     for strategy in ("elastic_gossip", "downpour"):
         ranks = ended.results(strategy)
@@ -97,7 +97,7 @@ def test_torchrun_with_two_nodes_of_two_processes(ended: Ended) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@program("--accelerator", "cuda", "--devices", 2, script="train.py")
+@program("--accelerator", "cuda", "--devices", 2, as_a_user=True)
 def test_nccl(ended: Ended) -> None:
     assert ended.code == 0, ended.printed
 
@@ -163,7 +163,7 @@ def test_sigint_to_one_rank_ends_all(ended: Ended) -> None:
     assert len(found) == 2
 
 
-def press_ctrl_c(process: subprocess.Popen[str], out: Path) -> None:
+def press_ctrl_c(process: Process, out: Path) -> None:
     """A terminal sends SIGINT to every process of the foreground group at once."""
     wait_for(process, out / "pid_1")
     time.sleep(1)
@@ -176,7 +176,7 @@ def test_ctrl_c_in_a_terminal_ends_all(ended: Ended) -> None:
     assert {ending["type"] for ending in ended.endings().values()} == {"KeyboardInterrupt"}
 
 
-def interrupt_the_first(process: subprocess.Popen[str], out: Path) -> None:
+def interrupt_the_first(process: Process, out: Path) -> None:
     wait_for(process, out / "pid_1")
     time.sleep(1)
     os.kill(process.pid, signal.SIGINT)
