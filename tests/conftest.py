@@ -1,10 +1,12 @@
-"""Fixtures that make one process look like the ranks of a run."""
+"""What starts processes is marked, and tried again; fixtures that make one process look like the ranks of a run."""
 
 from __future__ import annotations
 
 import gc
 import os
-from itertools import count
+import sys
+from collections.abc import Iterator
+from itertools import count, groupby
 from typing import Any
 
 import pytest
@@ -20,27 +22,69 @@ from lightning_gossip.monitoring.run_folder import GroupStore
 os.environ.setdefault("RES_OPTIONS", "attempts:0")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run what is marked `long`, too: trainings of minutes")
+
+
+def pytest_configure() -> None:
+    sys.addaudithook(see_process_starts)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests of real processes; run those that fork before those that start threads in this process.
+
+    A fork copies locks, not their holders. Tests of real processes are tried once more: on a crowded machine one in
+    some hundred is late. One that fails twice fails; pytest's summary names the others as rerun.
+    """
+    mark_processes(items)
+    for item in items:
+        if item.get_closest_marker("processes"):
+            item.add_marker(pytest.mark.flaky(reruns=1))
+    if not config.getoption("--long") and (long := [item for item in items if item.get_closest_marker("long")]):
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+    items.sort(key=lambda item: not forks(item.module))  # type: ignore[attr-defined]
+
+
 def pytest_collection_finish() -> None:
     """Spare the collector what was imported: in a forked rank, looking at it copies it."""
     gc.collect()
     gc.freeze()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run tests that fork before those that start threads in this process: a fork copies locks, not their holders.
-
-    Tests of real processes, forked ones among them, are tried once more: on a crowded machine one in some hundred is
-    late. One that fails twice fails; pytest's summary counts the others as rerun.
-    """
-    for item in items:
-        if forks(item) or {"subprocess", "multiprocessing"} & set(vars(item.module)):  # type: ignore[attr-defined]
-            item.add_marker(pytest.mark.flaky(reruns=1))
-    items.sort(key=lambda item: not forks(item))
+def mark_processes(items: list[pytest.Item]) -> None:
+    """Mark all tests of a module that starts processes as `processes`, but where it marks those that do itself."""
+    by_module = groupby(items, key=lambda item: item.module)  # type: ignore[attr-defined]
+    for module, tests in ((module, list(tests)) for module, tests in by_module):
+        starts = forks(module) or {"launched", "subprocess", "multiprocessing", "Program"} & set(vars(module))
+        if starts and not any(test.get_closest_marker("processes") for test in tests):
+            for test in tests:
+                test.add_marker(pytest.mark.processes)
 
 
-def forks(item: pytest.Item) -> bool:
-    """Whether the module of ``item`` forks ranks (forked.py)."""
-    return bool({"fit", "Linear"} & set(vars(item.module)))  # type: ignore[attr-defined]
+def forks(module: Any) -> bool:
+    """Whether the tests of ``module`` fork ranks (forked.py)."""
+    return bool({"fit", "Linear"} & set(vars(module)))
+
+
+running: list[pytest.Item] = []
+"""The test that runs, if any."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    running.append(item)
+    try:
+        return (yield)
+    finally:
+        running.clear()
+
+
+def see_process_starts(event: str, arguments: tuple[Any, ...]) -> None:
+    """Let no test fork, or start Python, that is not marked: `make test-quick` would run it."""
+    starts = event == "os.fork" or (event == "subprocess.Popen" and sys.executable in (arguments[0], *arguments[1]))
+    if starts and running and not running[0].get_closest_marker("processes"):
+        raise RuntimeError(f"{running[0].nodeid} starts a process, and is not marked `pytest.mark.processes`")
 
 
 @pytest.fixture

@@ -244,6 +244,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
     assert f"Nothing to resume: there is no {tmp_path}/logs/mnist/new/checkpoints/last.ckpt" in capsys.readouterr().out
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(400)
 def test_replicas_are_launched_and_summed_up(tmp_path: Path) -> None:
     """Real processes, as how a script launches its ranks, and what they tell rank 0, is what is tested."""

@@ -340,7 +340,7 @@ def test_a_missing_package_is_named_with_the_extra(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("report", "report_plots", "event_files"):
-        monkeypatch.delitem(sys.modules, f"lightning_gossip.{module}", raising=False)
+        monkeypatch.delitem(sys.modules, f"lightning_gossip.monitoring.{module}")
     monkeypatch.setitem(sys.modules, "tbparse", None)
     assert main(["report", str(tmp_path)]) == 1
     message = capsys.readouterr().err

@@ -181,6 +181,7 @@ def test_the_command_line_says_what_is_wrong(
         assert "no shard at" in capfd.readouterr().err
 
 
+@pytest.mark.processes
 def test_the_server_needs_torch_only() -> None:
     """It must start fast. The package itself is replaced: it registers strategies with Lightning."""
     folder = Path(lightning_gossip.__file__).parent
@@ -253,6 +254,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.processes
 def test_killed_workers_and_shards(capfd: pytest.CaptureFixture[str]) -> None:
     """A worker is killed: its link is dropped, the others are served on. A shard is killed: every worker says which."""
     two_shards = [ShardProcess(timeout=timedelta(seconds=10)) for _ in range(2)]
@@ -295,6 +297,7 @@ def launch(pipe: Connection, holds_pipe: bool) -> None:
     time.sleep(60)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("holds_pipe", [False, True])
 def test_no_shard_survives_its_launcher(holds_pipe: bool) -> None:
     ours, theirs = processes.Pipe()

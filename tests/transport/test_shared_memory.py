@@ -37,6 +37,7 @@ def descriptors() -> list[str]:
     return [text for text in (*links, *maps) if "memfd:lightning_gossip" in text]
 
 
+@pytest.mark.processes
 def test_another_process_reads_and_says_so() -> None:
     outbox = Outbox(100, readers=3)
     for slot, step in enumerate((7, 8)):
@@ -81,6 +82,7 @@ def test_what_can_not_be_seen_is_not_opened() -> None:
     assert Address.from_tensor(address.to_tensor()) == address
 
 
+@pytest.mark.processes
 def test_a_killed_owner_is_noticed_before_it_is_waited_for() -> None:
     """A killed process that nobody has reaped yet is a zombie: its number is still taken, its memory is not there."""
     program = (
