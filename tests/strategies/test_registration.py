@@ -1,0 +1,56 @@
+"""The strategies' names in Lightning's registry, in whichever order it and the package are imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_gossip.strategies.registration import register_with_lightning
+
+PROGRAMS = Path(__file__).parents[1] / "programs"
+REPORT = """
+import inspect
+import sys
+import lightning.pytorch as pl
+import lightning.pytorch.strategies as strategies
+registered = strategies.StrategyRegistry.available_strategies()
+print(*(name for name in registered if name.partition("_")[0] in ("gossip", "elastic", "downpour")))
+print("ddp" in registered, inspect.getsource(strategies)[:3] != "")
+print([finder for finder in sys.meta_path if "lightning_gossip" in type(finder).__module__])
+trainer = pl.Trainer(strategy="elastic_gossip_spawn", accelerator="cpu", devices=2, logger=False, barebones=True)
+print(type(trainer.strategy).__name__, trainer.strategy._start_method)
+"""
+NAMES = [
+    f"{name}{start}"
+    for name in ("downpour", "elastic_gossip", "gossip")
+    for start in ("", "_fork", "_notebook", "_spawn")
+]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("imports", ["import lightning_gossip\nimport lean", "import lean\nimport lightning_gossip"])
+def test_names_are_registered_in_whichever_order_the_two_are_imported(imports: str) -> None:
+    """`lean` imports Lightning. The finder that waited for it is gone afterwards, and Lightning's source is found."""
+    program = f"import sys\nsys.path.append({str(PROGRAMS)!r})\n{imports}\n{REPORT}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    names, lightnings, finders, made = done.stdout.splitlines()
+    assert sorted(names.split()) == NAMES
+    assert lightnings == "True True"
+    assert finders == "[]"
+    assert made == "ElasticGossipStrategy spawn"
+
+
+def waiting() -> int:
+    return sum("lightning_gossip" in type(finder).__module__ for finder in sys.meta_path)
+
+
+def test_one_finder_waits_for_lightning_however_often_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.delitem(sys.modules, "lightning.pytorch.strategies")
+    assert waiting() == 0
+    register_with_lightning()
+    register_with_lightning()
+    assert waiting() == 1
