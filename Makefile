@@ -1,4 +1,6 @@
 # `make demo` and `make test` set up everything they need; a second call installs nothing again.
+# `make test-quick` runs what starts no process of its own, in under a minute; `make test` begins with it;
+# `make test-long` runs what trains for minutes.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,13 +8,19 @@ INSTALLED := $(VENV)/.installed
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-quick test-long lint types clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/iris.py --devices 4 --strategy elastic-gossip
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest
+test: test-quick
+	$(BIN)/python -m pytest -m "processes or slow"
+
+test-quick: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not processes and not slow"
+
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest --long -m long || test $$? -eq 5  # no test is marked so
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

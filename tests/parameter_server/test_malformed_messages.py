@@ -246,6 +246,7 @@ def logged() -> Iterator[Counter[str]]:
     log.removeHandler(handler)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(170)
 def test_ten_thousand_malformed_messages_change_nothing(logged: Counter[str]) -> None:
     ends: Counter[str] = Counter()
