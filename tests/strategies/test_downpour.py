@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from forked import Linear, Recorder, fit, regression
+from forked import ForkedShard, Linear, Recorder, fit, regression
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     Callback,
@@ -27,12 +29,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gossip import DownpourStrategy, GossipMonitor
+from lightning_gossip.parameter_server import process
 from lightning_gossip.parameter_server.process import ShardProcess
 from lightning_gossip.strategies import checkpoint as files
 from lightning_gossip.strategies import downpour as downpour_strategy
 
 LR = 0.01
 State = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _shards_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that start as a user's do are in test_shard_endings.py and test_launch.py."""
+    monkeypatch.setattr(process, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": ForkedShard}))
 
 
 def downpour(**kwargs: Any) -> DownpourStrategy:
