@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from datetime import timedelta
 from typing import Any
@@ -26,11 +27,16 @@ def step(rank: Rank, size: int = 4, peers: Any = "matching") -> None:
 
 
 def test_a_silent_partner_is_named_with_the_step() -> None:
+    given_up = threading.Event()
+
     def body(rank: Rank) -> None:
         if rank.rank == 0:
-            step(rank)
+            try:
+                step(rank)
+            finally:
+                given_up.set()
         else:
-            time.sleep(SHORT.total_seconds() + 2.5)  # beyond the timeout, without a word
+            given_up.wait(10)  # beyond the timeout, without a word
 
     error, _ = run_ranks(2, body, timeout=SHORT, expect_errors=True)
     assert isinstance(error, PartnerLost)
@@ -40,15 +46,21 @@ def test_a_silent_partner_is_named_with_the_step() -> None:
 
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_a_lost_partner_is_noticed_at_once_and_both_ranks_named(shared_memory: bool) -> None:
+    noticed = threading.Event()
+
     def body(rank: Rank) -> float:
         parameters = {"theta": nn.Parameter(torch.ones(4))}
         exchange = rank.exchange(Schedule(), ElasticMixing(0.5), parameters, shared_memory)
         for _ in range(2):
-            exchange.begin()
-            exchange.end()
+            try:
+                exchange.begin()
+                exchange.end()
+            except PartnerLost:
+                noticed.set()
+                raise
             if rank.rank == 1:
                 exchange.close()  # links and outbox, as a killed process would
-                time.sleep(3)
+                noticed.wait(10)
                 return 0.0
         raise AssertionError("rank 0 did not notice")
 

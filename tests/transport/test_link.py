@@ -100,12 +100,13 @@ def test_near_partners_give_their_link_up(shared_memory: bool) -> None:
 )
 def test_a_header_that_does_not_fit_changes_nothing(sent: Header) -> None:
     expected = Header(Kind.SNAPSHOT, 1, 64, 7)
+    seen = threading.Event()
 
     def body(rank: Rank) -> Any:
         link = rank.links.to(f"rank{1 - rank.rank}")
         if rank.rank == 0:
             link.submit(lambda: link.send(sent, torch.ones(sent.nbytes, dtype=torch.uint8))).result(10)
-            time.sleep(1)
+            seen.wait(10)  # the link stays open
             return None
         incoming = torch.zeros(64, dtype=torch.uint8)
 
@@ -119,6 +120,7 @@ def test_a_header_that_does_not_fit_changes_nothing(sent: Header) -> None:
             link.submit(receive).result(10)
         with pytest.raises(LinkError, match="is closed"):
             link.submit(receive).result(10)
+        seen.set()
         return incoming.sum().item()
 
     assert run_ranks(2, body)[1] == 0
