@@ -12,6 +12,7 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,6 +20,8 @@ from datetime import timedelta
 from typing import NoReturn, TypeVar
 
 from torch.distributed import DistNetworkError, DistStoreError, Store
+
+from lightning_gossip.control.calls import Calls
 
 T = TypeVar("T")
 
@@ -114,6 +117,9 @@ class Control:
         timeout: how long a rank waits for one that gives no sign of life.
         clock: returns the step at which this rank is, for messages.
         raise_stop: raises what a :class:`Stop` should look like in this program.
+
+    Attributes:
+        calls: what ranks want all to do at the end of a step.
     """
 
     def __init__(
@@ -128,11 +134,13 @@ class Control:
         self.rank = rank
         self.world_size = world_size
         self.timeout = timeout
+        self.calls = Calls(rank, world_size, clock)
         self._clock = clock
         self.stopped: Stop | None = None
         self._end_asked_at = 0  # the meeting at which a rank waits that wants training to end
         self._raise_stop = raise_stop
         self._meetings = 0
+        self._waits: Counter[str] = Counter()  # calls of `await_all`
         self._lock = threading.Lock()
         self._store = connect()
         self._thread_store = connect()
@@ -208,7 +216,7 @@ class Control:
 
     # -- meeting ------------------------------------------------------------------------------------------------
 
-    def meet(self, reason: str, ending: bool = False) -> Meeting:
+    def meet(self, reason: str, ending: bool = False, follow: Callable[[str], bool] | None = None) -> Meeting:
         """Wait until every rank calls this with the same ``reason``: what comes before any collective.
 
         A rank that is slow but alive is waited for without limit; one without a sign of life for ``timeout`` is not.
@@ -217,24 +225,26 @@ class Control:
         Args:
             reason: in words.
             ending: whether this rank wants all to end training soon (see :attr:`asked_to_end`).
+            follow: called with the reason for which others meet, where it is another one: may meet for that first, and
+                says whether it did.
 
         Raises:
             RuntimeError: if ranks meet for different reasons, or a rank is dead.
             RunStopped: if some rank stops meanwhile.
         """
         self.check()
-        self._meetings += 1
         if self.world_size == 1:
+            self._meetings += 1
             return Meeting(self._clock(), skipped=False, ending=ending, number=self._meetings)
-        key = f"meet/{self._meetings}"
-        with self._reaching_store():
-            first = self._store.compare_set(f"{key}/reason", "", f"{self.rank}|{reason}").decode()
-            first_rank, _, first_reason = first.partition("|")
-            if first_reason != reason:
+        while (first := self.claim(reason))[1] != reason:
+            if follow is None or not follow(first[1]):
                 raise RuntimeError(
-                    f"the ranks disagree on what comes next: rank {first_rank} is at '{first_reason}',"
+                    f"the ranks disagree on what comes next: rank {first[0]} is at '{first[1]}',"
                     f" rank {self.rank} at '{reason}'"
                 )
+        self._meetings += 1
+        key = f"meet/{self._meetings}"
+        with self._reaching_store():
             if ending:
                 self._store.set(f"{key}/ending", "1")
                 self._store.set(_END, str(self._meetings))
@@ -243,13 +253,65 @@ class Control:
                 clock = max(self._whereabouts(rank)[1] for rank in range(self.world_size))
                 notes = [int(self._store.check([f"{key}/{note}"])) for note in ("skipped", "ending")]
                 self._store.set(f"{key}/go", ":".join(map(str, (clock, *notes))))
-            self._await_others(f"{key}/go", reason)
+            self._await(lambda: self._store.check([f"{key}/go"]) or None, self._meetings, reason)
             clock, skipped, some_ending = map(int, self._store.get(f"{key}/go").decode().split(":"))
             if self.rank == 0:
                 # everybody has left the meeting before this one
                 for field in ("reason", "count", "go", "skipped", "ending"):
                     self._store.delete_key(f"meet/{self._meetings - 1}/{field}")
         return Meeting(clock, bool(skipped), bool(some_ending), self._meetings)
+
+    def claim(self, reason: str) -> tuple[int, str]:
+        """Let ``reason`` be that of the next meeting, unless another is; return the rank that came first, and its.
+
+        Raises:
+            RunStopped: as :meth:`check`.
+        """
+        if self.world_size == 1:
+            return self.rank, reason
+        with self._reaching_store():
+            word = self._store.compare_set(f"meet/{self._meetings + 1}/reason", "", f"{self.rank}|{reason}").decode()
+        rank, _, first = word.partition("|")
+        return int(rank), first
+
+    def await_all(self, reason: str, follow: Callable[[str], None], ending: bool = False) -> Meeting:
+        """Wait until every rank calls this, and meet; until then take part in whatever the others meet for.
+
+        A rank that is slow but alive is waited for without limit, and partners skip this rank, as in :meth:`meet`.
+
+        Args:
+            reason: in words.
+            follow: called with the reason of a meeting to which another rank has come; has to meet for that.
+            ending: as for :meth:`meet`.
+
+        Raises:
+            RuntimeError: if a rank is dead.
+            RunStopped: if some rank stops meanwhile.
+        """
+        if self.world_size > 1:
+            self._waits[reason] += 1
+            arrivals = f"await/{reason}/{self._waits[reason]}"
+            with self._reaching_store():
+                self._store.add(arrivals, 1)
+            while (called := self._await_call(reason, arrivals, ending)) != reason:
+                follow(called)
+        return self.meet(reason, ending)
+
+    def _await_call(self, reason: str, arrivals: str, ending: bool) -> str:
+        """Return the reason of the next meeting, once a rank has come to it or all wait here."""
+        meeting = self._meetings + 1
+        key = f"meet/{meeting}/reason"
+
+        def look() -> str | None:
+            if self._store.check([key]):
+                return self._store.get(key).decode().partition("|")[2]
+            return reason if self._store.add(arrivals, 0) == self.world_size else None
+
+        with self._reaching_store():
+            if ending:
+                self._store.set(_END, str(meeting))
+            self._store.set(f"at/{self.rank}", f"{meeting}:{self._clock()}")
+            return self._await(look, meeting, reason)
 
     @property
     def asked_to_end(self) -> bool:
@@ -293,17 +355,19 @@ class Control:
         meeting, clock = map(int, self._store.get(key).decode().split(":"))
         return meeting, clock
 
-    def _await_others(self, key: str, reason: str) -> None:
+    def _await(self, look: Callable[[], T | None], meeting: int, reason: str) -> T:
+        """Call ``look`` until it finds something, as long as all who have not come to ``meeting`` are alive."""
         heartbeats = _Heartbeats(self._store)
         limit = self.timeout.total_seconds()
-        while not self.poll(lambda: self._store.check([key]) or None, time.monotonic() + min(2.0, limit / 4)):
+        while (found := self.poll(look, time.monotonic() + min(2.0, limit / 4))) is None:
             for rank in range(self.world_size):
-                late = rank != self.rank and self._whereabouts(rank)[0] < self._meetings
+                late = rank != self.rank and self._whereabouts(rank)[0] < meeting
                 if late and heartbeats.silence(rank) > limit:
                     raise RuntimeError(
                         f"rank {self.rank} waited at '{reason}' for rank {rank},"
                         f" which gave no sign of life for {limit:g} s"
                     )
+        return found
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -346,6 +410,7 @@ class Control:
                     self._receive(store.get(_STOP))
                 if store.check([_END]):
                     self._end_asked_at = int(store.get(_END))
+                self.calls.look(store)
                 looks += 1
                 if self._closing.wait(LOOK):
                     return

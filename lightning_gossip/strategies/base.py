@@ -19,8 +19,9 @@ from typing_extensions import override
 from lightning_gossip.arguments import check_choice, check_timeout
 from lightning_gossip.control.run import Control
 from lightning_gossip.exchange.models import check_models_agree, take_rank_zeros
-from lightning_gossip.strategies import lightning_compat
+from lightning_gossip.strategies import lightning_compat, lightning_counts
 from lightning_gossip.strategies.consensus import ConsensusStrategy, Evaluate
+from lightning_gossip.strategies.counting import Counting
 from lightning_gossip.strategies.meeting import TIMEOUT, StartMethod
 
 __all__ = ["TIMEOUT", "Evaluate", "ReplicaStrategy", "StartMethod"]
@@ -108,6 +109,8 @@ class ReplicaStrategy(ConsensusStrategy):
         self.model = self.precision_plugin.convert_module(module)
         self.model_to_device()
         lightning_compat.handle_sigterm(trainer, self._receive_sigterm)
+        lightning_compat.handle_requeue_signal(trainer, self._receive_requeue_signal)
+        lightning_counts.share_validation_lengths(trainer, self.gather)
         self._meet_in_metrics(module)
         fitting = lightning_compat.is_fitting(trainer)
         if fitting:
@@ -132,17 +135,16 @@ class ReplicaStrategy(ConsensusStrategy):
         lightning_compat.run_steps_within(trainer, self._step)
         lightning_compat.allow_skipped_steps(trainer)
         lightning_compat.share_monitored_metrics(trainer, self.broadcast)
+        name = type(self).__name__
+        counting = Counting(trainer, name, self.gather, self._await_all, self._acts, self._refuse_unequal_lengths)
+        counting.install(self._answer_call)
 
-    @override
-    def on_train_start(self) -> None:
-        lengths = self.gather(self._require_trainer().num_training_batches)
-        if len(set(lengths)) > 1 or lengths[0] == float("inf"):
-            if self.process_group_backend == "nccl" and self.world_size > 1:
-                raise lightning_compat.MisconfigurationException(
-                    f"The ranks have unequal or unknown numbers of training batches, {lengths}, which is not supported"
-                    " on NCCL. Give all ranks the same number, or set `process_group_backend='gloo'`."
-                )
-            lightning_compat.after_each_epoch(self._require_trainer(), lambda: self._meet("the end of an epoch"))
+    def _refuse_unequal_lengths(self, lengths: list[float]) -> None:
+        if self.process_group_backend == "nccl" and self.world_size > 1:
+            raise lightning_compat.MisconfigurationException(
+                f"The ranks have unequal or unknown numbers of training batches, {lengths}, which is not supported"
+                " on NCCL. Give all ranks the same number, or set `process_group_backend='gloo'`."
+            )
 
     def _require_trainer(self) -> pl.Trainer:
         return self._module.trainer
@@ -175,4 +177,5 @@ class ReplicaStrategy(ConsensusStrategy):
         self.end_training()
         if self._trainer is not None:
             lightning_compat.restore(self._trainer)
+            lightning_counts.restore(self._trainer)
         super().teardown()

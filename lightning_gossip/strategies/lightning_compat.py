@@ -8,6 +8,9 @@ strategy hook around the optimization of a batch. The functions here put attribu
 
 from __future__ import annotations
 
+import logging
+import os
+import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -24,6 +27,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed import Store, distributed_c10d
 
 from lightning_gossip.exchange.consensus import Consensus
+
+log = logging.getLogger(__name__)
 
 SIGKILL = _get_sigkill_signal()
 """What Lightning sends to its children after a KeyboardInterrupt."""
@@ -52,6 +57,40 @@ def handle_sigterm(trainer: pl.Trainer, handler: Callable[[], None]) -> None:
         handler()
 
     connector._sigterm_notifier_fn = notify  # type: ignore[method-assign]
+
+
+def handle_requeue_signal(trainer: pl.Trainer, handler: Callable[[], None]) -> None:
+    """Call ``handler`` when SLURM says that the job ends soon, in place of Lightning's, which saves where it stands."""
+
+    def note(*_: Any) -> None:
+        handler()
+
+    vars(trainer._signal_connector)["_slurm_sigusr_handler_fn"] = note
+
+
+def save_for_requeue(trainer: pl.Trainer) -> None:
+    """Save the checkpoint from which Lightning goes on in a requeued job; called on all ranks."""
+    for logger in trainer.loggers:
+        logger.finalize("finished")
+    trainer.save_checkpoint(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
+
+
+def requeue_slurm_job() -> None:
+    """Have SLURM run this job again, as Lightning does."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = os.environ.get("SLURM_JOB_ID") if array is None else f"{array}_{task}"
+    if job is None:
+        log.warning("SLURM_JOB_ID is not set: the job is not requeued")
+        return
+    try:
+        code = subprocess.run(["scontrol", "requeue", job], check=False).returncode
+    except OSError as error:
+        log.warning("requeueing SLURM job %s failed: %s", job, error)
+        return
+    if code == 0:
+        log.info("requeued SLURM job %s", job)
+    else:
+        log.warning("requeueing SLURM job %s failed with exit code %d", job, code)
 
 
 def run_steps_within(trainer: pl.Trainer, step: Callable[[], AbstractContextManager[None]]) -> None:
@@ -196,6 +235,7 @@ def restore(trainer: pl.Trainer) -> None:
         (trainer.fit_loop, "_load_combined_loader_states"),
         (trainer.fit_loop, "on_run_end"),
         (trainer._signal_connector, "_sigterm_notifier_fn"),
+        (trainer._signal_connector, "_slurm_sigusr_handler_fn"),
     ]
     changed += [(callback, "_monitor_candidates") for callback in trainer.checkpoint_callbacks]
     changed += [(callback, "_swap_models") for callback in weight_averages(trainer)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Literal, NoReturn
 
@@ -40,6 +42,8 @@ _START_TIMEOUT = timedelta(minutes=2)
 
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
+REQUEUE = "a checkpoint before SLURM's job is requeued"
+
 _SIGTERM_EXIT_CODE = 143  # 128 + 15, as a shell reports it
 _runs = itertools.count()  # calls of Trainer.fit, validate, test and predict in this process; the same on all ranks
 
@@ -52,8 +56,13 @@ class MeetingStrategy(DDPStrategy):
     """
 
     _control: Control | None = None
+    _acts: Mapping[str, Callable[[], None]] = {}  # what a rank may call for, by reason of the meeting for it
     _failed = False
     _gathering: tuple[Metric, ...] = ()
+    _requeued = False  # in this call of the Trainer
+
+    steps_go_together: bool = True
+    """Whether all ranks make their steps at one pace; else each has one of its own."""
 
     @property
     @abstractmethod
@@ -122,7 +131,8 @@ class MeetingStrategy(DDPStrategy):
                 " set `Trainer(accelerator='cpu')` or `'cuda'`."
             )
         super().setup_environment()
-        self._failed = False
+        self._failed = self._requeued = False
+        self._acts = {REQUEUE: self._save_and_requeue}
         prefix = f"lightning_gossip/{next(_runs)}"
         default_store = lightning_compat.run_store()
 
@@ -134,6 +144,7 @@ class MeetingStrategy(DDPStrategy):
         self._control = Control(
             connect, self.global_rank, self.world_size, timeout, clock=lambda: self.step, raise_stop=_raise_stop
         )
+        self._control.calls.together = self.steps_go_together
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -151,8 +162,11 @@ class MeetingStrategy(DDPStrategy):
         return super().predict_step(*args, **kwargs)
 
     def _check_stop(self) -> None:
+        """End if another rank did; called at every step of an evaluation."""
         if self._control is not None:
             self._control.check()
+            if self._control.calls.called == REQUEUE and not lightning_compat.is_fitting(self._trainer):
+                self._requeue()  # there is nothing to save
 
     # -- collectives: ranks meet first, where a slow one is waited for, and a dead one or a stop word is noticed ----
 
@@ -165,11 +179,46 @@ class MeetingStrategy(DDPStrategy):
         """Wait for all ranks, at the same point of the program."""
         if self._control is not None:
             self.before_meeting()
-            trainer = self._trainer
-            meeting = self._control.meet(reason, ending=trainer is not None and trainer.should_stop)
-            if trainer is not None and meeting.ending:
-                trainer.should_stop = True
-            self.on_meeting(meeting)
+            self._have_met(self._control.meet(reason, self._wants_to_end, self._follow_call))
+
+    def _await_all(self, reason: str, follow: Callable[[str], None]) -> None:
+        """Wait for all ranks, and take part in what the others meet for meanwhile."""
+        if self._control is not None:
+            self.before_meeting()
+            self._have_met(self._control.await_all(reason, follow, self._wants_to_end))
+
+    @property
+    def _wants_to_end(self) -> bool:
+        return self._trainer is not None and self._trainer.should_stop
+
+    def _have_met(self, meeting: Meeting) -> None:
+        if self._trainer is not None and meeting.ending:
+            self._trainer.should_stop = True
+        self.on_meeting(meeting)
+
+    def _follow_call(self, reason: str) -> bool:
+        """Do first what others meet for, if that is what a rank called for; return whether it was."""
+        act = self._acts.get(reason)
+        if act is not None:
+            act()
+        return act is not None
+
+    def _answer_call(self) -> None:
+        """Do what a rank called for, at the end of the step at which all do; called at the end of every batch."""
+        control = self.control
+        what = control.calls.due(self.step, self._await_agreement)
+        # where others meet for something else, which they do in the end only, they come back to it after that
+        if what is not None and control.claim(what)[1] == what:
+            self._acts[what]()
+
+    def _await_agreement(self, agreed: Callable[[], int | None]) -> int:
+        step = self.control.poll(agreed, time.monotonic() + self.timeout_seconds)
+        if step is None:
+            raise RuntimeError(
+                f"rank {self.global_rank} waited for {self.timeout_seconds:g} s at step {self.step} for the other ranks"
+                f" to say when all can stop, for '{self.control.calls.called}'"
+            )
+        return step
 
     def before_meeting(self) -> None:
         """Called before this rank waits for the others: what is under way with a partner has to come to its end."""
@@ -189,11 +238,11 @@ class MeetingStrategy(DDPStrategy):
         for metric in self._gathering:
             metric.dist_sync_fn = gather
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return the value of each rank; a collective."""
+    def gather(self, value: Any, reason: str = "gather") -> list[Any]:
+        """Return the value of each rank; a collective, before which all meet for ``reason``."""
         values: list[Any] = [value] * self.world_size
         if self.world_size > 1:
-            self._meet("gather")
+            self._meet(reason)
             dist.all_gather_object(values, value)
         return values
 
@@ -228,6 +277,22 @@ class MeetingStrategy(DDPStrategy):
         if self._control is not None:
             self._control.stop_locally("SIGTERM", "it received SIGTERM")
 
+    def _receive_requeue_signal(self) -> None:
+        """Handle the signal by which SLURM says that the job ends soon; ranks save at the end of a step."""
+        if self._control is not None and not self._requeued:
+            self._control.calls.note(REQUEUE)
+
+    def _save_and_requeue(self) -> None:
+        self._meet(REQUEUE)
+        self.control.calls.finish()
+        lightning_compat.save_for_requeue(self._module.trainer)
+        self._requeue()
+
+    def _requeue(self) -> None:
+        if self.is_global_zero and not self._requeued:
+            lightning_compat.requeue_slurm_job()
+        self._requeued = True
+
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
@@ -251,7 +316,7 @@ class MeetingStrategy(DDPStrategy):
 
     @override
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_control": None, "_connect": None, "_gathering": ()}
+        return super().__getstate__() | {"_control": None, "_connect": None, "_gathering": (), "_acts": {}}
 
 
 def _raise_stop(stop: Stop) -> NoReturn:

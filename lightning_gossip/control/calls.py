@@ -1,0 +1,100 @@
+"""What one rank wants all to do at the end of a step, agreed on without a message in a step (design §4, §11).
+
+A rank *calls* for something, at any moment: a signal handler may. The control threads of all ranks see it, and each
+promises for its rank not to go on past the step that follows the present one until it knows where all will stop: at
+the largest of the promised steps. So nobody is held up by one that is slow, and nobody has gone past that step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from torch.distributed import Store
+
+
+class Calls:
+    """One rank's view of what is called for; one thing at a time.
+
+    Args:
+        rank: of this process.
+        world_size: number of ranks.
+        clock: returns the step at which this rank is.
+
+    Attributes:
+        together: whether the ranks' clocks go together, and all stop at one step. Where each has a pace of its own,
+            every rank stops at the end of the step that follows its present one.
+    """
+
+    def __init__(self, rank: int, world_size: int, clock: Callable[[], int]) -> None:
+        self.together = True
+        self._rank = rank
+        self._world_size = world_size
+        self._clock = clock
+        self._lock = threading.Lock()  # between reading the clock and making the promise this rank must not go on
+        self._number = 0  # of the call
+        self._noted: str | None = None
+        self._called: str | None = None
+        self._promised = 0
+        self._agreed: int | None = None
+
+    def note(self, what: str) -> None:
+        """Call for ``what``, unless it is called for already: for signal handlers, so no more than an assignment."""
+        self._noted = what
+
+    @property
+    def called(self) -> str | None:
+        """What is called for, as far as this rank knows."""
+        return self._called
+
+    def due(self, step: int, wait: Callable[[Callable[[], int | None]], int]) -> str | None:
+        """Return what all do at the end of ``step``, if this is the one; None at most steps, at no cost.
+
+        Args:
+            step: that this rank has ended.
+            wait: calls what it is given until that returns a number, and returns it.
+        """
+        with self._lock:
+            called, promised = self._called, self._promised
+        if called is None or step < promised:
+            return None
+        return called if step >= wait(lambda: self._agreed) else None
+
+    def finish(self) -> None:
+        """Go on: what was called for is done."""
+        with self._lock:
+            if self._noted == self._called:
+                self._noted = None
+            self._called = self._agreed = None
+            self._number += 1
+
+    def look(self, store: Store) -> None:
+        """Look at the store, and answer what is there; for the control thread, on its own connection."""
+        number = self._number
+        key = f"call/{number}"
+        if self._called is None:
+            self._hear(store, number, key)
+        if self._called is not None and self._agreed is None and store.check([f"{key}/step"]):
+            agreed = int(store.get(f"{key}/step"))
+            with self._lock:
+                if number == self._number:
+                    self._agreed = agreed
+
+    def _hear(self, store: Store, number: int, key: str) -> None:
+        if not store.check([key]) and self._noted is not None:
+            store.compare_set(key, "", self._noted)
+        if not store.check([key]):
+            return
+        what = store.get(key).decode()
+        with self._lock:
+            if number != self._number:
+                return
+            self._promised = self._clock() + 1
+            self._called = what
+            if not self.together:
+                self._agreed = self._promised
+                return
+        store.set(f"{key}/at/{self._rank}", str(self._promised))
+        if store.add(f"{key}/count", 1) == self._world_size:
+            steps = [int(store.get(f"{key}/at/{rank}")) for rank in range(self._world_size)]
+            store.set(f"{key}/step", str(max(steps)))
