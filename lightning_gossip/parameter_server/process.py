@@ -21,6 +21,7 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
+from lightning_gossip.control.interpreter import module_command
 from lightning_gossip.parameter_server.server import ShardServer
 from lightning_gossip.parameter_server.shard_links import connect_store
 from lightning_gossip.transport.link import ProcessGroupGloo, gloo_device
@@ -72,7 +73,7 @@ class ShardProcess:
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, timeout: timedelta = timedelta(minutes=5)) -> None:
-        command = [sys.executable, "-m", "lightning_gossip.parameter_server", "--host", host, "--port", str(port)]
+        command = module_command("lightning_gossip.parameter_server", "--host", host, "--port", str(port))
         command += ["--timeout", str(timeout.total_seconds()), "--parent", str(os.getpid())]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._lines: list[str] = []

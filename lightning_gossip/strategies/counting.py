@@ -49,6 +49,7 @@ class Counting:
         self._refuse = refuse
         self._unequal = False
         self._all_are_last = False  # in this epoch
+        self._done: dict[str, tuple[int, int]] = {}  # counts at which each thing was done last
         self._taking_part = dict(also)
         self._taking_part["validation"] = partial(self._follow_decision, "validation", self._validate)
         for index, callback in enumerate(counts.step_checkpoints(trainer)):
@@ -90,13 +91,19 @@ class Counting:
             self._await_last_batches()
         if not self._all_are_last:
             return own() and self._ask(what, True) is not None
-        return self._ask(what, own()) is not None
+        # a rank that has ended its epoch in its middle may have called for it at this count
+        here = counts.counts_of(self._trainer)
+        again = self._done.get(what) == (here.batches, here.steps)
+        return self._ask(what, own() and not again) is not None
 
     def _ask(self, what: str, own: bool) -> tuple[counts.Counts, bool] | None:
         """Return the counts of the first rank that does ``what``, and whether its batch is the last; None for none."""
         here = counts.counts_of(self._trainer), self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         votes = self._gather((own, here), what)
-        return next((there for wants, there in votes if wants), None)
+        agreed = next((there for wants, there in votes if wants), None)
+        if agreed is not None:
+            self._done[what] = agreed[0].batches, agreed[0].steps
+        return agreed
 
     def _follow(self, what: str) -> None:
         if what not in self._taking_part:
@@ -128,6 +135,7 @@ class Counting:
             self._await_last_batches()
             self._await_all(END_OF_EPOCH, self._follow)
             self._all_are_last = False
+            self._done.clear()
             self._count_most(counts.counts_of(self._trainer), logged=True)
 
     def _count_most(self, own: counts.Counts, logged: bool) -> None:

@@ -21,12 +21,20 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from typing_extensions import override
 
+from lightning_gossip.control.interpreter import path_in_environment
 from lightning_gossip.strategies.lightning_compat import SIGKILL
+from lightning_gossip.strategies.ownership import own_parameters
 
 log = logging.getLogger(__name__)
 
 _POLL = 0.2
 """Seconds between looks at the children."""
+
+_started: list[subprocess.Popen] = []
+"""The further ranks of this script: the launcher of its first Trainer starts them, those of others find them there."""
+
+_running: list[ReplicaSubprocessLauncher] = []
+"""Whose call of the Trainer goes on, the innermost last: who is told when one of them fails."""
 
 
 class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
@@ -34,7 +42,7 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
 
     Args:
         cluster_environment, num_processes, num_nodes: as Lightning's launcher.
-        report: called with a rank and a text when a child failed; tells the run.
+        report: called with a rank and a text when a child failed; tells the run, and returns whether there was one.
         timeout: seconds after a child's failure at which a call of the Trainer that has not ended is hanging.
     """
 
@@ -43,19 +51,21 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
         cluster_environment: ClusterEnvironment,
         num_processes: int,
         num_nodes: int,
-        report: Callable[[int, str], None],
+        report: Callable[[int, str], bool],
         timeout: float,
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
         self.report = report
         self.timeout = timeout
-        self.running = threading.Event()
 
     @override
     def _call_children_scripts(self) -> None:
-        super()._call_children_scripts()
+        with path_in_environment():
+            super()._call_children_scripts()
+        _started.extend(self.procs)
         atexit.register(end_processes, self.procs, grace_of(self.timeout))
-        _Observer(self).start()
+        first_rank = self.cluster_environment.node_rank() * self.num_processes
+        _Observer(self.procs, first_rank + 1).start()
 
     @override
     def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
@@ -64,11 +74,12 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
         if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
         _set_num_threads_if_needed(num_processes=self.num_processes)
-        self.running.set()
+        self.procs = list(_started)
+        _running.append(self)
         try:
             return function(*args, **kwargs)
         finally:
-            self.running.clear()
+            _running.remove(self)
 
     @override
     def kill(self, signum: Any) -> None:
@@ -95,6 +106,15 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
             end_processes(self.procs, self.grace)
 
     @override
+    def _wrapping_function(
+        self, process_idx: int, trainer: Any, function: Callable, args: Any, kwargs: Any, *rest: Any
+    ) -> None:
+        callbacks = [] if trainer is None else [vars(callback) for callback in vars(trainer)["callbacks"]]
+        own_parameters([*args, *kwargs.values(), *callbacks])
+        self._start_method = "fork"  # or Lightning, which does so after a spawn, takes apart what shares a storage
+        super()._wrapping_function(process_idx, trainer, function, args, kwargs, *rest)
+
+    @override
     def _recover_results_in_main_process(self, worker_output: Any, trainer: Any) -> None:
         super()._recover_results_in_main_process(worker_output, trainer)
         if worker_output.weights_path is not None:
@@ -102,34 +122,47 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
 
 
 class _Observer(threading.Thread):
-    """Tells the run when a child failed, and kills a launching process that hangs in spite of that."""
+    """Tells whoever runs now when a child failed, and kills a launching process that hangs in spite of that.
 
-    def __init__(self, launcher: ReplicaSubprocessLauncher) -> None:
+    Args:
+        procs: the children.
+        first_rank: of the first of them.
+    """
+
+    def __init__(self, procs: Sequence[subprocess.Popen], first_rank: int) -> None:
         super().__init__(daemon=True, name="child-observer")
-        self._launcher = launcher
+        self._procs = procs
+        self._first_rank = first_rank
         self._pause = threading.Event()
 
     @override
     def run(self) -> None:
-        launcher = self._launcher
         while (failed := self._failed()) is None:
-            if all(proc.returncode == 0 for proc in launcher.procs):
+            if all(proc.returncode == 0 for proc in self._procs):
                 return
             self._pause.wait(_POLL)
         self._pause.wait(1.0)  # the rank's own word, or its partners', says more
-        first_rank = launcher.cluster_environment.node_rank() * launcher.num_processes
-        launcher.report(first_rank + 1 + failed, _ending(launcher.procs[failed]))
-        deadline = time.monotonic() + launcher.timeout
-        while time.monotonic() < deadline:
-            if not launcher.running.is_set():
-                return  # whoever called the Trainer has the exception now
+        told: ReplicaSubprocessLauncher | None = None
+        reported = False
+        deadline = 0.0
+        while True:
+            launcher = _running[-1] if _running else None
+            if launcher is not told:  # whoever called the Trainer before has the exception now
+                told, reported = launcher, False
+                deadline = time.monotonic() + (0.0 if launcher is None else launcher.timeout)
+            if launcher is not None:
+                reported = reported or launcher.report(self._first_rank + failed, _ending(self._procs[failed]))
+                if time.monotonic() > deadline:
+                    break
             self._pause.wait(_POLL)
-        log.error("the launching process hangs since a child failed %.0f s ago; killing it", launcher.timeout)
-        end_processes(launcher.procs, 0)
+        log.error(
+            "the launching process hangs since a child failed, for %.0f s; killing it", told.timeout if told else 0
+        )
+        end_processes(self._procs, 0)
         os.kill(os.getpid(), SIGKILL)
 
     def _failed(self) -> int | None:
-        codes = [proc.poll() for proc in self._launcher.procs]
+        codes = [proc.poll() for proc in self._procs]
         return next((index for index, code in enumerate(codes) if code), None)
 
 

@@ -110,9 +110,12 @@ class MeetingStrategy(DDPStrategy):
             launcher.grace = grace_of(self.timeout_seconds)
             self._launcher = launcher
 
-    def _report_child(self, rank: int, how: str) -> None:
-        if (control := self._control) is not None and control.stopped is None:
+    def _report_child(self, rank: int, how: str) -> bool:
+        if (control := self._control) is None:
+            return False
+        if control.stopped is None:
             control.stop("error", f"rank {rank} is gone: {how}", lost=rank)
+        return True
 
     @override
     def setup_distributed(self) -> None:

@@ -76,14 +76,14 @@ class LinkTransport(Transport):
         return self._outbox.slots[self._slot][:nbytes]
 
     def _make_outbox(self, nbytes: int) -> Outbox | None:
-        outbox = Outbox(nbytes, self._control.world_size)
-        if self._pins:
+        outbox = Outbox.where_possible(nbytes, self._control.world_size)
+        if outbox is not None and self._pins:
             try:
                 outbox.pin()
             except PinningError as error:
                 log.warning("rank %d sends over links, not through shared memory: %s", self._control.rank, error)
-                self._shares = False
-                return None
+                outbox = None
+        self._shares = outbox is not None
         return outbox
 
     def _await_slot(self, outbox: Outbox) -> int:

@@ -11,6 +11,8 @@ interpreter's lock changes hands, which orders the two for other processors.
 
 from __future__ import annotations
 
+import errno
+import logging
 import mmap
 import os
 import secrets
@@ -22,6 +24,8 @@ import torch
 from torch import Tensor
 
 from lightning_gossip.transport.link import Header
+
+log = logging.getLogger(__name__)
 
 AVAILABLE = hasattr(os, "memfd_create")
 
@@ -107,10 +111,15 @@ class Outbox:
     Args:
         nbytes: of the largest snapshot; pages that are never written take no memory.
         readers: number of ranks.
+
+    Raises:
+        OSError: where the operating system has no such memory for this process; see :meth:`where_possible`.
     """
 
     def __init__(self, nbytes: int, readers: int) -> None:
         slot_bytes = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        if not hasattr(os, "memfd_create"):
+            raise OSError(errno.ENOSYS, "this platform has no memfd_create")
         descriptor = os.memfd_create(_NAME)
         self.close = weakref.finalize(self, os.close, descriptor)
         """Let nobody else find the outbox; who has, keeps the memory."""
@@ -120,6 +129,15 @@ class Outbox:
         self.address = Address(os.getpid(), descriptor, token, slot_bytes)
         self._lent: list[dict[int, int]] = [{} for _ in range(SLOTS)]
         self.pin = self._mapped.pin
+
+    @classmethod
+    def where_possible(cls, nbytes: int, readers: int) -> Outbox | None:
+        """Return an outbox, or None where there can be none: in a sandbox, under a limit, on an old kernel."""
+        try:
+            return cls(nbytes, readers)
+        except OSError as error:
+            log.info("snapshots travel on links, also on this host: shared memory can not be had (%s)", error)
+            return None
 
     @property
     def slots(self) -> tuple[Tensor, ...]:
@@ -169,6 +187,8 @@ class Inbox:
             if os.fstat(descriptor).st_size != _total_bytes(address.slot_bytes, readers):
                 return None
             mapped = _Mapped(descriptor, address.slot_bytes, readers)
+        except OSError:
+            return None
         finally:
             os.close(descriptor)
         return cls(address, mapped) if int(mapped.words[_TOKEN]) == address.token else None
