@@ -7,6 +7,7 @@ Shards cut tensors anywhere, so that only optimizers that treat every element by
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,10 @@ class ServerOptimizer:
     keywords: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        allowed = f"one of {', '.join(ELEMENT_WISE)}, or a functools.partial of one with JSON-able keywords"
+        allowed = (
+            f"one of {', '.join(ELEMENT_WISE)}, its import path, a functools.partial of one with JSON-able keywords, or"
+            " a mapping with `class_path` and `init_args`"
+        )
         if self.path not in ELEMENT_WISE:
             why = "shards cut tensors, so that it has to be element-wise"
             raise ValueError(f"`server_optimizer` must be {allowed} ({why}), got {self.path}")
@@ -85,10 +89,14 @@ class ServerOptimizer:
 
     @classmethod
     def of(cls, server_optimizer: Any) -> ServerOptimizer:
-        """Return what describes an optimizer class, or a :class:`functools.partial` of one.
+        """Return what describes an optimizer, whichever way it is given.
+
+        Args:
+            server_optimizer: a class; a :class:`functools.partial` of one; the import path of a class; or, as in a
+                configuration file, a mapping with ``class_path`` and, where there are keywords, ``init_args``.
 
         Raises:
-            ValueError: if it is neither, not element-wise, or its keywords are not JSON.
+            ValueError: if it is none of these, not element-wise, or its keywords are not JSON.
         """
         keywords: dict[str, Any] = {}
         optimizer = server_optimizer
@@ -96,8 +104,24 @@ class ServerOptimizer:
             if optimizer.args:
                 raise ValueError(f"`server_optimizer` must have keywords only, got arguments {optimizer.args!r}")
             keywords, optimizer = optimizer.keywords, optimizer.func
-        paths = [path for path, known in ELEMENT_WISE.items() if known is optimizer]
-        path = paths[0] if paths else getattr(optimizer, "__qualname__", repr(optimizer))
+        if hasattr(optimizer, "class_path"):  # as jsonargparse reads such a mapping
+            optimizer = vars(optimizer)
+        if isinstance(optimizer, Mapping):
+            fits = isinstance(optimizer.get("class_path"), str) and set(optimizer) <= {"class_path", "init_args"}
+            arguments = optimizer.get("init_args") or {}
+            arguments = vars(arguments) if hasattr(arguments, "__dict__") else arguments
+            if not fits or not isinstance(arguments, Mapping):
+                raise ValueError(
+                    "`server_optimizer`, where it is a mapping, must have `class_path`, an import path, and at most"
+                    f" `init_args` beside it, a mapping of keywords; got {dict(optimizer)}"
+                )
+            keywords, optimizer = dict(arguments), optimizer["class_path"]
+        if isinstance(optimizer, str):
+            path = _by_other_names().get(optimizer, optimizer)
+            keywords = _without_defaults(path, keywords)
+        else:
+            paths = [path for path, known in ELEMENT_WISE.items() if known is optimizer]
+            path = paths[0] if paths else getattr(optimizer, "__qualname__", repr(optimizer))
         try:
             as_json = json.loads(json.dumps(keywords, allow_nan=False))
         except (TypeError, ValueError) as error:
@@ -127,3 +151,21 @@ class ServerOptimizer:
                 raise ValueError(f"its state '{name}' is not kept element by element")
             found.append(StateTensor(name, value.dtype, value.dim() == 0))
         return found
+
+
+def _by_other_names() -> dict[str, str]:
+    """Return the paths of :data:`ELEMENT_WISE` by the module in which the class is written, as a saved one may say."""
+    return {f"{known.__module__}.{known.__name__}": path for path, known in ELEMENT_WISE.items()}
+
+
+def _without_defaults(path: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what differs from the class' defaults: a configuration that is saved names all, ``params`` among them."""
+    if path not in ELEMENT_WISE:
+        return dict(keywords)
+    defaults: dict[str, Any] = {"params": None}
+    for name, parameter in inspect.signature(ELEMENT_WISE[path]).parameters.items():
+        if name != "params":
+            value = parameter.default
+            defaults[name] = list(value) if isinstance(value, tuple) else value
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in keywords.items()}
+    return {name: value for name, value in plain.items() if name not in defaults or defaults[name] != value}

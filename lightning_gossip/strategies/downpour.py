@@ -50,8 +50,9 @@ class DownpourStrategy(ReplicaStrategy):
             on the node of rank 0 first and over the nodes in turn, for one ``fit``.
         shard_addresses: ``host:port`` of shards started by hand (``python -m lightning_gossip.parameter_server``), the
             same on all ranks; none is started then. They serve one ``fit`` and end.
-        server_optimizer: an element-wise ``torch.optim`` class, or a :class:`functools.partial` of one with JSON-able
-            keywords; None adds.
+        server_optimizer: an element-wise ``torch.optim`` class, a :class:`functools.partial` of one with JSON-able
+            keywords, its import path, or a mapping with ``class_path`` and ``init_args``, as in the configuration file
+            of a LightningCLI; None adds.
         max_staleness: a worker known to be more updates of others behind the server than this waits for a pull; None
             never waits.
         warmup_steps: for which rank 0 trains alone before the others begin, from the server's parameters. It ends early
