@@ -175,6 +175,15 @@ class Exchange:
             exchange.posted.release()
             exchange.posted = None
 
+    def drop(self) -> None:
+        """Give up what is in flight, on all ranks alike: the parameters to which it belongs are replaced.
+
+        Raises:
+            PartnerLost, RunStopped: as :meth:`end`.
+        """
+        self.arrive()
+        self._in_flight = None
+
     def settle(self) -> None:
         """Apply what is in flight at once: at the end of training.
 

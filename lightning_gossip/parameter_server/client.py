@@ -14,7 +14,7 @@ Usable from any training loop::
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -102,6 +102,11 @@ class DownpourClient:
         return self._traffic is not None
 
     @property
+    def names(self) -> Collection[str]:
+        """Of the parameters that are on the server, in a training."""
+        return self._running().displacement.cut.layout.shapes.keys()
+
+    @property
     def connected(self) -> bool:
         """Whether the shards know this worker: between the first :meth:`start` and :meth:`close`."""
         return self._links is not None
@@ -111,6 +116,21 @@ class DownpourClient:
     def continue_from(self, step: int) -> None:
         """Set the clock with which the next :meth:`start` begins; there is no warm-up then, unless it is 0."""
         self.step = step
+
+    def start_again(self, parameters: Mapping[str, Tensor]) -> None:
+        """Let everybody, the server included, go on from worker 0's ``parameters``; clock and counts stand.
+
+        What was made and not pushed is given up, and so is the state of the server's optimizer. Let all :meth:`drain`,
+        and meet, before it.
+
+        Raises:
+            ShardLost, RunStopped: as :meth:`start`.
+        """
+        counts = self.stats
+        self.abandon()
+        self.start(parameters)
+        self._running().count_in(counts)
+        self.stats = counts
 
     def start(self, parameters: Mapping[str, Tensor], server_state: Mapping[str, Any] | None = None) -> None:
         """Begin a training; called while one is under way, begin another on the same shards, with the clock at 0.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 import torch
@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_gossip.exchange.consensus import Consensus, squares_to
-from lightning_gossip.exchange.flat import FlatBuffer
+from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
 
 
 class Server(Protocol):
     """Where the server's parameters come from: a :class:`DownpourClient`, or :class:`KeptParameters`."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of the parameters that the server holds; the same on all ranks."""
 
     def drain(self) -> None:
         """Wait until what this worker sent is on the server."""
@@ -28,10 +32,12 @@ class KeptParameters:
     """What the server held at the end of a training.
 
     Args:
-        parameters: by name.
+        names: of its parameters.
+        parameters: by name, where they are to be pulled.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, names: Collection[str], parameters: Mapping[str, Tensor]) -> None:
+        self.names = names
         self._parameters = parameters
 
     def drain(self) -> None:
@@ -39,16 +45,16 @@ class KeptParameters:
 
     def pull_now(self, into: Mapping[str, Tensor]) -> None:
         """See :meth:`Server.pull_now`."""
-        for name, value in self._parameters.items():
-            into[name].copy_(value)
+        for name in self.names:
+            into[name].copy_(self._parameters[name])
 
 
 class ServerConsensus(Consensus):
     """The server's parameters, with the mean of the workers' floating-point buffers.
 
     All that was sent is on the server when rank 0 asks for its parameters, once for all ranks. What the server does not
-    hold (frozen parameters) and buffers without a mean are rank 0's. Where there is no server, it is the mean of the
-    replicas, as under gossip.
+    hold, such as a momentum encoder's parameters, is averaged; buffers without a mean are rank 0's. Where there is no
+    server, it is the mean of the replicas, as under gossip.
 
     Args:
         module: this worker's replica.
@@ -76,18 +82,35 @@ class ServerConsensus(Consensus):
         server = self._server()
         if server is None:
             return super()._build(parameters)
-        replica = {name: p.data for name, p in self._module.named_parameters()}
         server.drain()
         self._meet("all pushes are on the server")
+        views: dict[str, Tensor] = {}
+        for segment, flat in zip(parameters.layout.segments, parameters.segments, strict=True):
+            views |= zip(segment.names, parameters.layout.views(segment, flat), strict=True)
         if self._rank == 0:
-            server.pull_now(replica)
-        held = FlatBuffer.empty(parameters.layout, parameters.storage.device)
-        held.pack(replica)
+            values = {name: p.data.clone() for name, p in self._module.named_parameters() if name in server.names}
+            server.pull_now(values)
+        else:
+            values = views
         self._meet("the server's parameters are here")  # so that nobody waits in a collective for a shard
+        own, held = (_packed(tensors, views, server.names) for tensors in (views, values))
         squares = torch.zeros(2, dtype=torch.float64)
-        for own, consensus in zip(parameters.segments, held.segments, strict=True):
+        for replica, consensus in zip(own.segments, held.segments, strict=True):
             if self._world_size > 1:
                 dist.broadcast(consensus.view(torch.uint8), src=0)
-            squares += squares_to(own, consensus)
-            own.copy_(consensus)
+            squares += squares_to(replica, consensus)
+        held.copy_to({name: view for name, view in views.items() if name in server.names})
+        rest = {name: view for name, view in views.items() if name not in server.names}
+        averaged = _packed(rest, rest, rest)
+        squares += super()._build(averaged)
+        averaged.copy_to(rest)
         return squares
+
+
+def _packed(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], names: Collection[str]) -> FlatBuffer:
+    """Return copies of those of ``tensors`` that have these names, in the order of ``like``."""
+    chosen = {name: tensors[name] for name in like if name in names}
+    device = next((tensor.device for tensor in like.values()), torch.device("cpu"))
+    buffer = FlatBuffer.empty(FlatLayout(chosen), device)
+    buffer.pack(chosen)
+    return buffer

@@ -111,6 +111,10 @@ class Traffic:
         """Whether no pull is under way."""
         return self._pull is None
 
+    def count_in(self, stats: DownpourStats) -> None:
+        """Go on counting in ``stats``."""
+        self._stats = stats
+
     def take_over(self, parameters: Mapping[str, Tensor], step: int) -> None:
         """Wait for the server's parameters and make ``parameters`` exactly them.
 

@@ -98,6 +98,36 @@ class ReplicaStrategy(ConsensusStrategy):
     def end_training(self) -> None:
         """Release what :meth:`start_training` made, on every ending; may be called twice."""
 
+    @abstractmethod
+    def give_up(self) -> None:
+        """Give up what is under way: the replicas are about to be replaced. Called on all ranks, who have met."""
+
+    def begin_anew(self) -> None:
+        """Go on from the module's present parameters, which all ranks share."""
+
+    def adopt_rank_zero(self) -> None:
+        """Make every rank's module, and what a server holds, rank 0's present parameters and buffers.
+
+        Call it on all ranks at the same point of a ``fit``, between two steps: in a hook of a batch's or an epoch's
+        start or end, say after rank 0 has gone back to weights that it kept, or has initialised a layer anew. Exchanges
+        under way are dropped. Optimizers keep their state, but for the one on a server, which begins anew.
+
+        Raises:
+            RuntimeError: outside ``fit``, and within a validation, whose module holds the consensus model.
+        """
+        if self._consensus is None:
+            raise RuntimeError("adopt_rank_zero() is for the middle of a `fit`; after it, call adopt_consensus()")
+        if self._consensus.holds:
+            raise RuntimeError(
+                "adopt_rank_zero() was called within a validation, where the module holds the consensus model for the"
+                " moment: call it in a hook of training, such as `on_train_epoch_end`"
+            )
+        self._meet("adopt_rank_zero")
+        self.give_up()
+        self._meet("nothing is under way")
+        take_rank_zeros(self._module, self.world_size)
+        self.begin_anew()
+
     # -- set-up -------------------------------------------------------------------------------------------------
 
     @override

@@ -40,8 +40,10 @@ class DownpourStrategy(ReplicaStrategy):
     learning-rate schedule. Shards obey whoever reaches their port, and a payload larger than its header announces
     aborts them inside gloo: for trusted networks only.
 
-    What requires a gradient when training begins is the server's to the end. A parameter that begins to later on is
-    refused at that step; gossip lets it travel from then on.
+    The server holds what optimizers own and requires a gradient when training begins. A parameter of theirs that begins
+    to later on is refused at that step; gossip lets it travel from then on. Every change of what the server holds, by
+    whomever, is a worker's work, and is added up over workers: do not load or set weights on all ranks in mid-training,
+    but on rank 0, and call :meth:`adopt_rank_zero` on all.
 
     Args:
         n_push: steps from one push to the next, at least 1.
@@ -72,6 +74,8 @@ class DownpourStrategy(ReplicaStrategy):
 
         Trainer(accelerator="cpu", devices=4, strategy=DownpourStrategy(n_push=5, n_pull=5, shards=2))
     """
+
+    steps_go_together = False
 
     def __init__(
         self,
@@ -113,6 +117,8 @@ class DownpourStrategy(ReplicaStrategy):
         self._last_step = 0  # of the client's clock, after `fit`
         self._finished: dict[str, Tensor] = {}  # this replica, when all that it made was on the server
         self._final: dict[str, Tensor] | None = None  # the server's parameters at the end of `fit`, on rank 0
+        self._held: tuple[str, ...] = ()  # names of the parameters that the server held then
+        self._owned: tuple[int, set[int]] = (-1, set())  # number of parameters in optimizers, and which they are
         super().__init__(
             evaluate=evaluate,
             timeout=timeout,
@@ -154,7 +160,7 @@ class DownpourStrategy(ReplicaStrategy):
 
     @override
     def start_training(self, trainer: pl.Trainer, control: Control, store: Store) -> None:
-        self._final = None
+        self._final, self._owned = None, (-1, set())
         self._client = DownpourClient(
             self.shard_addresses or self._start_shards(),
             control,
@@ -201,7 +207,7 @@ class DownpourStrategy(ReplicaStrategy):
         """
         super().on_train_start()
         if not self._running.running:
-            self._running.start(self._parameters())
+            self._running.start(self._trained())
 
     @property
     def _running(self) -> DownpourClient:
@@ -212,13 +218,27 @@ class DownpourStrategy(ReplicaStrategy):
     def _parameters(self) -> dict[str, Tensor]:
         return dict(self._module.named_parameters())
 
+    def _trained(self) -> dict[str, Tensor]:
+        """Return the parameters that optimizers own, or all where Lightning knows of no optimizer.
+
+        What else changes, such as a momentum encoder, is no work of a worker's that could be added up.
+        """
+        groups = [group["params"] for optimizer in self.optimizers for group in optimizer.param_groups]
+        if not groups:
+            return self._parameters()
+        count = sum(map(len, groups))
+        if count != self._owned[0]:  # at the start, and where a group is added
+            self._owned = count, {id(p) for group in groups for p in group}
+        owned = self._owned[1]
+        return {name: p for name, p in self._module.named_parameters() if id(p) in owned}
+
     @override
     def make_consensus(self, module: pl.LightningModule) -> ServerConsensus:
         return ServerConsensus(module, self.global_rank, self.world_size, self._server, self._meet)
 
     def _server(self) -> Server | None:
         """Return what knows the server's parameters: the client in a training, after it what was kept of them."""
-        kept = None if self._final is None else KeptParameters(self._final)
+        kept = None if self._final is None else KeptParameters(self._held, self._final)
         return self._under_way() or kept
 
     def _under_way(self) -> DownpourClient | None:
@@ -232,12 +252,24 @@ class DownpourStrategy(ReplicaStrategy):
 
     @override
     def end_step(self) -> None:
-        self._running.end_step(self._parameters())
+        self._running.end_step(self._trained())
 
     @override
     def before_meeting(self) -> None:
         if (client := self._under_way()) is not None:
-            client.end_warmup(self._parameters())
+            client.end_warmup(self._trained())
+
+    # -- adopting ---------------------------------------------------------------------------------------------------
+
+    @override
+    def give_up(self) -> None:
+        if (client := self._under_way()) is not None:
+            client.drain()
+
+    @override
+    def begin_anew(self) -> None:
+        if (client := self._under_way()) is not None:
+            client.start_again(self._trained())
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -258,7 +290,7 @@ class DownpourStrategy(ReplicaStrategy):
         client.abandon()
         if "worker" in state:
             client.load_state_dict(state["worker"])
-            client.start(self._parameters(), state.get("server"))
+            client.start(self._trained(), state.get("server"))
         else:
             client.continue_from(state["step"])
 
@@ -266,7 +298,7 @@ class DownpourStrategy(ReplicaStrategy):
 
     def _finish(self) -> None:
         """Push what is left, before callbacks replace this replica at the end of training."""
-        self._running.finish(self._parameters())
+        self._running.finish(self._trained())
         self._finished = self._replica()
 
     def _replica(self) -> dict[str, Tensor]:
@@ -298,6 +330,7 @@ class DownpourStrategy(ReplicaStrategy):
         """Keep the server's parameters, in place of this copy, on rank 0 where the replicas remain: the shards end."""
         if self.evaluate == "replica":
             self._final = {}
+            self._held = tuple(self._running.names)
             if self.global_rank == 0:
                 self._final = replica
                 self._running.pull_now(replica)
@@ -326,7 +359,12 @@ class DownpourStrategy(ReplicaStrategy):
 
     @override
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_client": None, "_processes": [], "_final": None}
+        return super().__getstate__() | {
+            "_client": None,
+            "_processes": [],
+            "_final": None,
+            "_owned": (-1, set()),
+        }
 
 
 def _own_address(peer: str) -> str:

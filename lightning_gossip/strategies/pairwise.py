@@ -151,6 +151,10 @@ class PairwiseStrategy(ReplicaStrategy):
         self._running.settle()
 
     @override
+    def give_up(self) -> None:
+        self._running.drop()
+
+    @override
     def end_training(self) -> None:
         if self._exchange is not None:
             self._last_step = self._exchange.step
