@@ -10,15 +10,17 @@ from typing import Any
 import torch
 
 
-def check_number(name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False) -> float:
-    """Return ``value`` as a float if it is a finite real number in ``[low, high]`` (``(low, high]`` if ``open_low``).
+def check_number(
+    name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False
+) -> float:
+    """Return ``value`` as a float if it is a finite real number from ``low`` to ``high``, open ends left out.
 
     Raises:
         ValueError: if it is not.
     """
-    allowed = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
+    allowed = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or math.isinf(high) else ']'}"
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not low <= value <= high or (open_low and value == low):
+    if not is_number or not low <= value <= high or (open_low and value == low) or (open_high and value == high):
         raise ValueError(f"`{name}` must be {allowed}, got {value!r}")
     return float(value)
 

@@ -1,0 +1,152 @@
+"""That gossip with an outer step settles, whoever mixes with whom: the rule alone, on stacked replicas (design §12).
+
+Replicas drift by noise and by a weak spring to optima of their own, and exchange once a round. Beside the rule: the
+momentum mixed as the parameters are, at twice the bytes (what the rule is measured by), and all that mixing moved told
+to the momentum in place of a part (what must not be done).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_gossip.rules.mixing import ElasticMixing
+from lightning_gossip.rules.outer import OuterStep
+from lightning_gossip.rules.schedule import Schedule
+
+ALPHA, SIZE, SPRING, NOISE = 0.5, 24, 0.05, 1.0
+BOUND = 1e6
+
+
+class Replicas:
+    """Stacked replicas: every tensor has shape (replicas, size)."""
+
+    def __init__(self, count: int, outer: OuterStep, scheme: str, apart: float, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.count, self.outer, self.scheme = count, outer, scheme
+        self.optima = apart * self.noise((count, SIZE))
+        self.theta, self.start, self.velocity = (torch.zeros(count, SIZE, dtype=torch.float64) for _ in range(3))
+
+    def noise(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def train(self, rows: slice) -> None:
+        theta = self.theta[rows]
+        theta += SPRING * (self.optima[rows] - theta) + NOISE * self.noise(tuple(theta.shape))
+
+    def round(self, choices: Tensor) -> None:
+        """Everybody's round at once: the outer step, then mixing of those whose choices are not -1."""
+        self.train(slice(None))
+        self.propose(slice(None))
+        self.mix(slice(None), laplacian_of(choices))
+
+    def asynchronous_round(self) -> None:
+        """One replica's round, at a moment of its own: its partner, in mid-round, gives what it is (design §11)."""
+        i, k = sorted(torch.randperm(self.count, generator=self.generator)[:2].tolist())
+        asker = i if torch.rand((), generator=self.generator) < 0.5 else k
+        self.train(slice(asker, asker + 1))
+        self.propose(slice(asker, asker + 1))
+        self.mix(slice(i, k + 1, k - i), torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64))
+
+    def propose(self, rows: slice) -> None:
+        proposal = self.outer.propose(self.theta[rows], self.start[rows], self.velocity[rows])
+        self.theta[rows] = proposal
+        self.start[rows] = proposal
+
+    def mix(self, rows: slice, laplacian: Tensor) -> None:
+        theta, start, velocity = self.theta[rows], self.start[rows], self.velocity[rows]
+        mixed = -ALPHA * laplacian @ theta
+        if self.scheme == "rule":
+            self.outer.absorb(mixed, theta, start, velocity)
+            return
+        self.outer.absorb(mixed, theta, start, None)
+        velocity += -ALPHA * laplacian @ velocity if self.scheme == "mixed" else mixed / self.outer.lr
+
+    def distance(self) -> float:
+        """Root mean square over replicas and elements of a_i − ā."""
+        return float((self.start - self.start.mean(dim=0)).square().mean().sqrt())
+
+
+def laplacian_of(choices: Tensor) -> Tensor:
+    count = len(choices)
+    laplacian = torch.zeros(count, count, dtype=torch.float64)
+    for rank in range(count):
+        for partner in ElasticMixing(ALPHA).transfers(choices.numpy(), rank).receive_from:
+            laplacian[rank, partner] -= 1
+            laplacian[rank, rank] += 1
+    return laplacian
+
+
+def settled(
+    scheme: str, count: int, peers: str, probability: float, gamma: float, apart: float, rounds: int
+) -> tuple[float, float]:
+    """Return the distance over the middle and over the last third of the rounds; infinite once it is beyond BOUND."""
+    replicas = Replicas(count, OuterStep(0.7, gamma), scheme, apart)
+    schedule = Schedule(peers, probability) if peers != "asynchronous" else None
+    seen: list[float] = []
+    for number in range(1, rounds + 1):
+        if schedule is not None:
+            replicas.round(torch.from_numpy(schedule.choices(number, count)))
+        else:
+            for _ in range(count):
+                replicas.asynchronous_round()
+        seen.append(replicas.distance())
+        if not seen[-1] < BOUND:
+            return float("inf"), float("inf")
+    thirds = torch.tensor(seen).square().tensor_split(3)
+    return float(thirds[1].mean().sqrt()), float(thirds[2].mean().sqrt())
+
+
+SCHEDULES = ("matching", "ring", "exponential", "uniform")
+CASES = [
+    (count, peers, probability, gamma)
+    for peers in SCHEDULES
+    for count, probability in ((4, 1.0), (4, 0.5), (8, 1.0), (32, 0.1), (32, 1.0), (128, 0.02))
+    for gamma in (0.5, 0.9, 0.99)
+] + [(count, "asynchronous", 1.0, gamma) for count in (4, 32) for gamma in (0.5, 0.9, 0.99)]
+
+
+@pytest.mark.parametrize("apart", [0.0, 5.0], ids=["optima agree", "optima differ"])
+@pytest.mark.parametrize(("count", "peers", "probability", "gamma"), CASES)
+def test_the_distance_settles(count: int, peers: str, probability: float, gamma: float, apart: float) -> None:
+    """A hundredth of a momentum's memory, or fifty rounds between exchanges, are long: the rounds outlast both."""
+    rounds = 900 if count < 128 else 1200
+    middle, last = settled("rule", count, peers, probability, gamma, apart, rounds)
+    assert last < 1.35 * middle, "it still grows"
+    assert last < 60, "it settles far from where noise and springs alone would hold the replicas"
+
+
+@pytest.mark.parametrize(("apart", "allowed"), [(0.0, 1.2), (5.0, 2.0)], ids=["optima agree", "optima differ"])
+@pytest.mark.parametrize(
+    ("count", "probability"), [(4, 1.0), (4, 0.5), (8, 1.0), (8, 0.5), (32, 1.0), (32, 0.1), (128, 0.02)]
+)
+def test_replicas_stay_about_as_near_as_with_twice_the_bytes(
+    count: int, probability: float, apart: float, allowed: float
+) -> None:
+    ours, mixed = (settled(scheme, count, "matching", probability, 0.9, apart, 900)[1] for scheme in ("rule", "mixed"))
+    assert ours < allowed * mixed
+
+
+@pytest.mark.parametrize(
+    ("count", "peers", "probability"),
+    [(4, "matching", 0.5), (32, "matching", 0.1), (32, "exponential", 1.0), (4, "uniform", 1.0), (32, "uniform", 1.0)],
+)
+def test_with_all_that_mixing_moved_told_to_the_momentum_replicas_run_apart(
+    count: int, peers: str, probability: float
+) -> None:
+    assert settled("whole", count, peers, probability, 0.9, 0.0, 900)[1] == float("inf")
+    assert settled("rule", count, peers, probability, 0.9, 0.0, 900)[1] < 60
+
+
+def test_a_mixing_moves_a_replica_over_all_its_future_by_less_than_it_gave_to_the_momentum() -> None:
+    """The docstring's sum: (γ² + γ³ + …)(1 − γ) c = γ² c, of a replica that drifts no more and mixes no more."""
+    for gamma in (0.5, 0.9, 0.99):
+        outer = OuterStep(0.7, gamma)
+        theta, start, velocity, mixed = (torch.full((1,), x, dtype=torch.float64) for x in (0.0, 0.0, 0.0, 1.0))
+        outer.absorb(mixed, theta, start, velocity)
+        for _ in range(5000):
+            proposal = outer.propose(theta, start, velocity)
+            theta.copy_(proposal)
+            start.copy_(proposal)
+        torch.testing.assert_close(theta, 1 + gamma**2 * mixed, rtol=0, atol=1e-9)
