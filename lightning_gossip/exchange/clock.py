@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from typing import Any
 
@@ -21,8 +21,10 @@ from torch import Tensor
 
 from lightning_gossip.arguments import check_integer
 from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
+from lightning_gossip.exchange.outer_gossip import OuterGossip
 from lightning_gossip.exchange.staging import Staging
 from lightning_gossip.rules.mixing import CHUNK, MixingRule, Transfers, mix
+from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Schedule
 from lightning_gossip.transport.interface import Posted, Staged, Transport
 from lightning_gossip.transport.link import Header, Kind
@@ -37,7 +39,8 @@ class ExchangeStats:
         bytes_sent: bytes of payload sent.
         wait_seconds: that training waited for payloads in the last step.
         mix_seconds: that snapshots and mixing took in the last step.
-        partner: smallest rank exchanged with in the exchange applied in the last step, -1 for none.
+        partner: smallest rank exchanged with in the exchange applied in the last step, -1 for none; None where all
+            exchange with all.
         partner_distance: ‖s_i − s_k‖ / ‖s_i‖ of the exchange applied in the last step, mean over its partners; None
             where there was none, or :attr:`Exchange.measure` was off.
     """
@@ -46,7 +49,7 @@ class ExchangeStats:
     bytes_sent: int = 0
     wait_seconds: float = 0.0
     mix_seconds: float = 0.0
-    partner: int = -1
+    partner: int | None = -1
     partner_distance: float | None = None
 
 
@@ -62,6 +65,8 @@ class _InFlight:
         posted: the transfers; None where what arrived is this rank's own: copied, or from a checkpoint.
         received: what arrived, in ascending rank, shaped as ``own``; None while it is on the wire.
         partner: smallest rank exchanged with, -1 for none; known once it arrived.
+        proposal: what this rank's own outer step led to; None without one. There is a snapshot then, and it falls due,
+            also where the round brought no partner.
     """
 
     step: int
@@ -71,6 +76,7 @@ class _InFlight:
     posted: Posted | None
     received: list[Tensor] | None = None
     partner: int = -1
+    proposal: FlatBuffer | None = None
 
 
 class Exchange:
@@ -86,6 +92,9 @@ class Exchange:
             those that require a gradient when an exchange is posted travel.
         delay: steps from posting to applying, from 0 to ``schedule.period - 1``, so that at most one is in flight.
         wire_dtype: snapshots are rounded to it, on both sides, where it is narrower than the parameter.
+        outer: the step that every rank makes in each round with what it drifted since the last, before it exchanges
+            what the step leads to (:mod:`~lightning_gossip.rules.outer`; with :class:`ElasticMixing`, whose mixing sums
+            to zero); None exchanges the replicas as they are.
 
     Raises:
         ValueError: if ``delay`` or the world size does not suit the schedule.
@@ -101,6 +110,7 @@ class Exchange:
         parameters: Callable[[], Mapping[str, Tensor]],
         delay: int = 0,
         wire_dtype: torch.dtype | None = None,
+        outer: OuterStep | None = None,
     ) -> None:
         check_integer("delay", delay, low=0, high=schedule.period - 1, why="at most period - 1")
         schedule.check_world_size(world_size)
@@ -115,6 +125,7 @@ class Exchange:
         self._parameters = parameters
         self._delay = delay
         self._wire_dtype = wire_dtype
+        self._outer = None if outer is None else OuterGossip(outer)
         self._drawn: dict[int, Transfers] = {}  # by step
         self._in_flight: _InFlight | None = None
         self._layout: FlatLayout | None = None
@@ -137,9 +148,12 @@ class Exchange:
         self.stats.partner_distance = None
         if self._in_flight is not None and self.step > self._in_flight.step + self._delay:
             self._apply()  # it fell due when the clock was set forward
-        if self.world_size == 1 or not self._schedule.is_round(self.step):
+        if self._outer is not None:
+            self._outer.follow(_travelling(self._parameters()))
+        if not self._schedule.is_round(self.step):
             return
-        if transfers := self._transfers():
+        transfers = self._transfers()
+        if transfers or self._outer is not None:
             self._post(transfers)
 
     def end(self) -> None:
@@ -200,7 +214,9 @@ class Exchange:
         """
         self.arrive()
         state: dict[str, Any] = {"step": self.step, "stats": asdict(self.stats), "in_flight": None}
-        if (exchange := self._in_flight) is not None and exchange.received:
+        if self._outer is not None:
+            state["outer"] = self._outer.state_dict()
+        if (exchange := self._in_flight) is not None and (exchange.received or exchange.proposal is not None):
             state["in_flight"] = {
                 "step": exchange.step,
                 "partner": exchange.partner,
@@ -208,6 +224,10 @@ class Exchange:
                 "layout": exchange.layout.fingerprint,
                 "own": exchange.own.clone(),
                 "received": exchange.received,
+                # where the wire rounds nothing the snapshot is the proposal
+                "proposal": exchange.proposal.storage.clone()
+                if exchange.proposal and exchange.layout.narrows
+                else None,
             }
         return state
 
@@ -223,9 +243,17 @@ class Exchange:
         self._transport.rewind()
         self.step = int(state["step"])
         self.stats = ExchangeStats(**state["stats"])
-        if (saved := state["in_flight"]) is None:
-            return
         parameters = self._parameters()
+        saved = state["in_flight"]
+        if self._outer is not None and "outer" in state:
+            self._outer.load_state_dict(state["outer"], parameters)
+        if saved is None:
+            return
+        if (self._outer is None) != ("outer" not in state):
+            raise ValueError(
+                "an exchange was in flight, with an outer step on one side of the checkpoint and without on the other:"
+                " `outer_lr` and `outer_momentum` have to be as they were"
+            )
         missing = [name for name in saved["names"] if name not in parameters]
         if missing:
             raise ValueError(f"an exchange was in flight for parameters that this model does not have: {missing}")
@@ -240,7 +268,10 @@ class Exchange:
         device = next(iter(travelling.values())).device
         own, *received = (payload.to(device) for payload in (saved["own"], *saved["received"]))
         partner = int(saved.get("partner", -1))
-        self._in_flight = _InFlight(int(saved["step"]), travelling, layout, own, None, received, partner)
+        proposal = None
+        if self._outer is not None:
+            proposal = FlatBuffer(layout.unrounded, saved["proposal"].to(device) if layout.narrows else own)
+        self._in_flight = _InFlight(int(saved["step"]), travelling, layout, own, None, received, partner, proposal)
 
     def close(self) -> None:
         """Give up what is in flight and release the transport."""
@@ -263,7 +294,7 @@ class Exchange:
 
     def _post(self, transfers: Transfers) -> None:
         parameters = self._parameters()
-        travelling = {name: p for name, p in parameters.items() if p.requires_grad}
+        travelling = _travelling(parameters)
         if not travelling:
             return
         start = time.perf_counter()
@@ -272,10 +303,12 @@ class Exchange:
             self._most_bytes = FlatLayout(parameters, self._wire_dtype).nbytes
         room = self._transport.room(layout.nbytes, self._most_bytes)
         ready = time.perf_counter()
-        own, staged = self._snapshot(layout, travelling, room)
-        header = Header(Kind.SNAPSHOT, self.step, layout.nbytes, layout.fingerprint)
-        posted = self._transport.post(header, transfers.send_to, transfers.receive_from, staged)
-        self._in_flight = _InFlight(self.step, travelling, layout, own, posted)
+        own, proposal, staged = self._snapshot(layout, travelling, room)
+        self._in_flight = _InFlight(self.step, travelling, layout, own, None, [], proposal=proposal)
+        if transfers:
+            header = Header(Kind.SNAPSHOT, self.step, layout.nbytes, layout.fingerprint)
+            posted = self._transport.post(header, transfers.send_to, transfers.receive_from, staged)
+            self._in_flight = replace(self._in_flight, posted=posted, received=None)
         self.stats.wait_seconds += ready - start
         self.stats.mix_seconds += time.perf_counter() - ready
 
@@ -290,24 +323,30 @@ class Exchange:
 
     def _snapshot(
         self, layout: FlatLayout, tensors: Mapping[str, Tensor], room: Tensor
-    ) -> tuple[Tensor, Staged | None]:
-        """Copy ``tensors`` to ``room``; return the snapshot on their device (1-D, uint8).
+    ) -> tuple[Tensor, FlatBuffer | None, Staged | None]:
+        """Copy ``tensors``, or what an outer step makes of them, to ``room``.
 
-        Where the room is on the host and they are not, it is copied beside training: the second value tells when.
+        Returns:
+            The snapshot on their device (1-D, uint8); what an outer step led to before it was rounded; and, where the
+            room is on the host and they are not, what tells when it has been copied there, beside training.
         """
         device = next(iter(tensors.values())).device
-        address = room.data_ptr() if room.device == device else 0
+        stages = room.device != device
+        address = 0 if stages else room.data_ptr()
         if (snapshot := self._snapshots.get(address)) is None:
-            snapshot = FlatBuffer.empty(layout, device) if room.device != device else FlatBuffer(layout, room)
+            snapshot = FlatBuffer.empty(layout, device) if stages else FlatBuffer(layout, room)
             self._snapshots[address] = snapshot
-        if room.device == device:
-            snapshot.pack(tensors)
-            return snapshot.storage, None
-        if self._staging is None:
+        if stages and self._staging is None:
             self._staging = Staging(device)
-        self._staging.before_packing()
-        snapshot.pack(tensors)
-        return snapshot.storage, self._staging.stage(snapshot.storage, room)
+        if self._staging is not None:
+            self._staging.before_packing()
+        proposal = None
+        if self._outer is None:
+            snapshot.pack(tensors)
+        else:
+            proposal = self._outer.propose(tensors, snapshot)
+        staged = self._staging.stage(snapshot.storage, room) if self._staging is not None else None
+        return snapshot.storage, proposal, staged
 
     def _scratch_of(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Return room for differences that a CPU's cache holds; a GPU mixes all at once."""
@@ -342,7 +381,12 @@ class Exchange:
                 layout.split(exchange.own), [layout.split(payload) for payload in received]
             )
             start = time.perf_counter()  # measuring is no part of mixing
-        if received:
+        if self._outer is not None and exchange.proposal is not None:
+            own, *others = (FlatBuffer(layout, storage) for storage in (exchange.own, *(received or ())))
+            weight = self._rule.weight(len(others)) if others else 0.0
+            self._outer.apply(exchange.parameters, exchange.proposal, own, others, weight)
+            self.stats.exchanges += len(others)
+        elif received:
             weight = self._rule.weight(len(received))
             for segment in layout.segments:
                 targets = [exchange.parameters[name] for name in segment.names]
@@ -358,6 +402,10 @@ class Exchange:
         if exchange.posted is not None:
             exchange.posted.release()
         self.stats.mix_seconds += time.perf_counter() - start
+
+
+def _travelling(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
 
 
 def _mean_distance(own: Sequence[Tensor], received: Sequence[Sequence[Tensor]]) -> float:

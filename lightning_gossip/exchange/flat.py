@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -65,6 +66,20 @@ class FlatLayout:
         described = repr([(s, [tuple(self.shapes[name]) for name in s.names]) for s in self.segments])
         self.fingerprint = int.from_bytes(hashlib.blake2b(described.encode(), digest_size=7).digest(), "big")
 
+    @property
+    def narrows(self) -> bool:
+        """Whether some tensor is rounded in the buffer."""
+        return any(segment.wire_dtype != segment.dtype for segment in self.segments)
+
+    @cached_property
+    def unrounded(self) -> FlatLayout:
+        """The layout of the same tensors, each in its own dtype."""
+        if not self.narrows:
+            return self
+        dtypes = {name: segment.dtype for segment in self.segments for name in segment.names}
+        shaped = {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in self.shapes.items()}
+        return FlatLayout(shaped)
+
     def split(self, storage: Tensor) -> list[Tensor]:
         """Return the segments of ``storage`` (1-D, uint8), each a 1-D view of its ``wire_dtype``."""
         return [segment.of(storage) for segment in self.segments]
@@ -89,6 +104,12 @@ class FlatBuffer:
         self.storage = storage
         self.segments = layout.split(storage)
         self._views = [layout.views(s, flat) for s, flat in zip(layout.segments, self.segments, strict=True)]
+
+    @property
+    def views(self) -> dict[str, Tensor]:
+        """By name, where each tensor lies: of its shape, in the wire's dtype."""
+        pairs = zip(self.layout.segments, self._views, strict=True)
+        return {name: view for segment, views in pairs for name, view in zip(segment.names, views, strict=True)}
 
     @classmethod
     def empty(cls, layout: FlatLayout, device: torch.device) -> FlatBuffer:

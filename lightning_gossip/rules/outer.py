@@ -6,8 +6,8 @@ momentum with it; with η = 1 and γ = 0 it is **LocalSGD** (Stich 2019, arXiv:1
 
     Δ = mean over replicas of (a − θ_i);   v ← γ v + Δ;   a ← a − η (Δ + γ v)
 
-Under **elastic gossip** every replica takes that step by itself, then mixes its result with its partners', and tells the
-momentum a part of what mixing moved:
+Under **elastic gossip** every replica takes that step by itself, then mixes its result with its partners', and tells
+the momentum a part of what mixing moved:
 
     Δ_i = θ_i − a_i;   v_i ← γ v_i + Δ_i;   y_i = a_i + η (Δ_i + γ v_i)                              propose
     c_i = −α Σ_k (y_i − y_k);   θ_i ← y_i + c_i;   a_i ← y_i + c_i;   v_i ← v_i + (1 − γ) c_i / η    absorb

@@ -47,6 +47,9 @@ class Kind(IntEnum):
     NEAR = 3
     """``number`` 1: the sender of this can read the other's outbox; 0: it can not."""
 
+    REDUCTION = 4
+    """Of an all-reduce (:mod:`~lightning_gossip.transport.all_reduce`); ``number``: which part of the model."""
+
 
 class LinkError(RuntimeError):
     """A link failed or was closed; it carries nothing any more."""

@@ -68,12 +68,12 @@ def test_a_room_is_sent_only_once_it_holds_the_snapshot(
     copies: list[SlowCopy] = []
     monkeypatch.setattr(shared_memory._Mapped, "pin", lambda self: None)
 
-    def snapshot(self: Exchange, layout: Any, tensors: Any, room: Tensor) -> tuple[Tensor, Staged]:
+    def snapshot(self: Exchange, layout: Any, tensors: Any, room: Tensor) -> tuple[Tensor, None, Staged]:
         own = clock.FlatBuffer.empty(layout, HOST)
         own.pack(tensors)
         room.zero_()
         copies.append(SlowCopy(own.storage.clone(), room))
-        return own.storage, copies[-1]
+        return own.storage, None, copies[-1]
 
     monkeypatch.setattr(Exchange, "_snapshot", snapshot)
 
