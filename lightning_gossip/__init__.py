@@ -14,27 +14,33 @@ if TYPE_CHECKING:
     from lightning_gossip.monitoring.loggers import RankTensorBoardLogger
     from lightning_gossip.monitoring.monitor import GossipMonitor
     from lightning_gossip.rules.schedule import WeightedPeers
+    from lightning_gossip.strategies.diloco import DiLoCoStrategy
     from lightning_gossip.strategies.downpour import DownpourStrategy
     from lightning_gossip.strategies.elastic_gossip import ElasticGossipStrategy
     from lightning_gossip.strategies.gossip import GossipStrategy
+    from lightning_gossip.strategies.local_sgd import LocalSGDStrategy
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DiLoCoStrategy",
     "DownpourStrategy",
     "ElasticGossipStrategy",
     "GossipMonitor",
     "GossipStrategy",
+    "LocalSGDStrategy",
     "RankTensorBoardLogger",
     "WeightedPeers",
     "__version__",
 ]
 
 _HOMES = {
+    "DiLoCoStrategy": "strategies.diloco",
     "DownpourStrategy": "strategies.downpour",
     "ElasticGossipStrategy": "strategies.elastic_gossip",
     "GossipMonitor": "monitoring.monitor",
     "GossipStrategy": "strategies.gossip",
+    "LocalSGDStrategy": "strategies.local_sgd",
     "RankTensorBoardLogger": "monitoring.loggers",
     "WeightedPeers": "rules.schedule",
 }

@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_gossip.arguments import check_number
 from lightning_gossip.control.run import Control
 from lightning_gossip.rules.mixing import ElasticMixing
+from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Chooser, Peers, stability_limit
 from lightning_gossip.strategies.base import TIMEOUT, Evaluate, StartMethod
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
@@ -26,6 +27,12 @@ class ElasticGossipStrategy(PairwiseStrategy):
     """Elastic gossip: partners move towards each other by the same amount, so that the replicas' mean stays.
 
     θ_i ← θ_i + u_i − α Σ_{k ∈ K_i} (s_i − s_k), K_i the rank that i chose and those that chose i.
+
+    With an outer step, for rare exchanges (``period`` of 25 and more): every replica takes what it drifted since its
+    last round for a gradient, makes a step of SGD with Nesterov momentum with it, as DiLoCo does with the mean, and
+    exchanges the result (:mod:`~lightning_gossip.rules.outer`). The mean of the replicas then follows DiLoCo's rule,
+    with pairs in place of an all-reduce. It keeps two copies of the parameters that travel: where the round began,
+    and the momentum; with a narrower ``wire_dtype`` a third one, of about the size that the wire saves.
 
     Args:
         alpha: α in (0, 1]: ½ makes a pair meet in the middle. A warning at set-up says where it exceeds the schedule's
@@ -46,6 +53,8 @@ class ElasticGossipStrategy(PairwiseStrategy):
             rank waits for one that gives no sign of life.
         shared_memory: whether ranks on one host read each other's snapshots where they were written, instead of
             sending them over loopback; found out for each pair by itself. Linux, parameters on the CPU.
+        outer_lr: η, above 0, of the outer step; DiLoCo's 0.7 is a good start where there is momentum.
+        outer_momentum: γ, at least 0 and below 1, of the outer step; DiLoCo's is 0.9. 1 and 0 are plain elastic gossip.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             start_method: as for Lightning's ``DDPStrategy``.
 
@@ -69,6 +78,8 @@ class ElasticGossipStrategy(PairwiseStrategy):
         seed: int = 0,
         timeout: timedelta = TIMEOUT,
         shared_memory: bool = True,
+        outer_lr: float = 1.0,
+        outer_momentum: float = 0.0,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -78,8 +89,11 @@ class ElasticGossipStrategy(PairwiseStrategy):
         start_method: StartMethod = "popen",
     ) -> None:
         self.alpha = check_number("alpha", alpha, low=0, high=1, open_low=True)
+        step = OuterStep(outer_lr, outer_momentum)
+        self.outer_lr, self.outer_momentum = float(outer_lr), float(outer_momentum)
         super().__init__(
             rule=ElasticMixing(self.alpha),
+            outer=None if step.is_plain else step,
             probability=probability,
             period=period,
             peers=peers,
@@ -101,7 +115,8 @@ class ElasticGossipStrategy(PairwiseStrategy):
     @property
     @override
     def hyperparameters(self) -> dict[str, Any]:
-        return {"alpha": self.alpha, **super().hyperparameters}
+        outer = {"outer_lr": self.outer_lr, "outer_momentum": self.outer_momentum}
+        return {"alpha": self.alpha, **outer, **super().hyperparameters}
 
     @override
     def start_training(self, trainer: pl.Trainer, control: Control, store: Store) -> None:

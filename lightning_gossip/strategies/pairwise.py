@@ -12,19 +12,19 @@ from torch.distributed import Store
 from typing_extensions import override
 
 from lightning_gossip.arguments import check_choice, check_integer, check_wire_dtype
-from lightning_gossip.control.run import Control, Meeting
+from lightning_gossip.control.run import Control
 from lightning_gossip.exchange.clock import Exchange
 from lightning_gossip.rules.mixing import MixingRule
+from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Chooser, Peers, Schedule
-from lightning_gossip.strategies import lightning_compat
-from lightning_gossip.strategies.base import ReplicaStrategy
+from lightning_gossip.strategies.clocked import ClockedStrategy
 from lightning_gossip.transport.interface import Transport
 from lightning_gossip.transport.link import Links
 from lightning_gossip.transport.link_transport import LinkTransport, end_of_rank
 from lightning_gossip.transport.nccl import NcclTransport
 
 
-class PairwiseStrategy(ReplicaStrategy):
+class PairwiseStrategy(ClockedStrategy[Exchange]):
     """Replicas exchange snapshots by a schedule and mix by a rule.
 
     Args:
@@ -34,6 +34,7 @@ class PairwiseStrategy(ReplicaStrategy):
         wire_dtype: ``torch.bfloat16``, ``torch.float16``, ``torch.float32`` or its name: snapshots are rounded to it
             where it is narrower than the parameter; None sends them as they are.
         shared_memory: whether ranks on one host read each other's snapshots where they were written.
+        outer: the step that a rank makes with a round's drift before it exchanges; None without.
         launch: see :class:`~lightning_gossip.strategies.base.ReplicaStrategy`.
 
     Raises:
@@ -52,6 +53,7 @@ class PairwiseStrategy(ReplicaStrategy):
         seed: int,
         timeout: timedelta,
         shared_memory: bool,
+        outer: OuterStep | None = None,
         **launch: Any,
     ) -> None:
         self.schedule = Schedule(peers, probability, period, seed)
@@ -59,20 +61,9 @@ class PairwiseStrategy(ReplicaStrategy):
         self.wire_dtype = check_wire_dtype("wire_dtype", wire_dtype)
         self.shared_memory = check_choice("shared_memory", shared_memory, (True, False))
         self.rule = rule
+        self.outer = outer
         self._peers_argument = peers
-        self._exchange: Exchange | None = None
-        self._last_step = 0
         super().__init__(timeout=timeout, **launch)
-
-    @property
-    @override
-    def step(self) -> int:
-        return self._exchange.step if self._exchange is not None else self._last_step
-
-    @property
-    def exchange(self) -> Exchange | None:
-        """This rank's exchanges, with their counts and times in ``exchange.stats``; None outside ``fit``."""
-        return self._exchange
 
     @property
     @override
@@ -90,9 +81,8 @@ class PairwiseStrategy(ReplicaStrategy):
         }
 
     @override
-    def start_training(self, trainer: pl.Trainer, control: Control, store: Store) -> None:
-        module = self._module
-        self._exchange = Exchange(
+    def make_exchange(self, module: pl.LightningModule, control: Control, store: Store) -> Exchange:
+        return Exchange(
             self.global_rank,
             self.world_size,
             self.schedule,
@@ -101,15 +91,8 @@ class PairwiseStrategy(ReplicaStrategy):
             parameters=lambda: dict(module.named_parameters()),
             delay=self.delay,
             wire_dtype=self.wire_dtype,
+            outer=self.outer,
         )
-        if trainer.global_step > 0:  # a further `fit` of one training
-            self.continue_from(self._last_step)
-        # before callbacks put averages of their own in place of the replicas
-        lightning_compat.before_training_ends(trainer, self.settle)
-
-    @override
-    def continue_from(self, step: int) -> None:
-        self._running.align(step)
 
     def _make_transport(self, control: Control, store: Store) -> Transport:
         if self.process_group_backend == "nccl" and self.world_size > 1:
@@ -117,52 +100,3 @@ class PairwiseStrategy(ReplicaStrategy):
             return NcclTransport(group, self.root_device)
         links = Links(store, end_of_rank(self.global_rank), control.timeout)
         return LinkTransport(links, control, self.shared_memory, pin_memory=self.root_device.type != "cpu")
-
-    @override
-    def before_meeting(self) -> None:
-        if self._exchange is not None:
-            self._exchange.arrive()
-
-    @override
-    def on_meeting(self, meeting: Meeting) -> None:
-        if self._exchange is not None:
-            self._exchange.align(meeting.clock)
-            if meeting.skipped:
-                self._exchange.reset_links(meeting.number)
-
-    @override
-    def training_state(self) -> dict[str, Any]:
-        return self._running.state_dict()
-
-    @override
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        self._running.load_state_dict(state)
-
-    @override
-    def begin_step(self) -> None:
-        self._running.begin()
-
-    @override
-    def end_step(self) -> None:
-        self._running.end()
-
-    @override
-    def settle(self) -> None:
-        self._running.settle()
-
-    @override
-    def give_up(self) -> None:
-        self._running.drop()
-
-    @override
-    def end_training(self) -> None:
-        if self._exchange is not None:
-            self._last_step = self._exchange.step
-            self._exchange.close()
-            self._exchange = None
-
-    @property
-    def _running(self) -> Exchange:
-        if self._exchange is None:
-            raise RuntimeError(f"{type(self).__name__} is not in `fit`")
-        return self._exchange

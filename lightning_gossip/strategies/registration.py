@@ -21,6 +21,8 @@ _REGISTRY_HOME = "lightning.pytorch.strategies"
 _STRATEGIES = {
     "gossip": ("lightning_gossip.strategies.gossip", "GossipStrategy"),
     "elastic_gossip": ("lightning_gossip.strategies.elastic_gossip", "ElasticGossipStrategy"),
+    "local_sgd": ("lightning_gossip.strategies.local_sgd", "LocalSGDStrategy"),
+    "diloco": ("lightning_gossip.strategies.diloco", "DiLoCoStrategy"),
     "downpour": ("lightning_gossip.strategies.downpour", "DownpourStrategy"),
 }
 """Module and class by name."""

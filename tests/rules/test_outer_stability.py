@@ -150,3 +150,26 @@ def test_a_mixing_moves_a_replica_over_all_its_future_by_less_than_it_gave_to_th
             theta.copy_(proposal)
             start.copy_(proposal)
         torch.testing.assert_close(theta, 1 + gamma**2 * mixed, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("peers", [*SCHEDULES, "asynchronous"])
+def test_mixing_leaves_the_sums_over_the_replicas(peers: str) -> None:
+    """Whoever mixes with whom, in whichever order: so the mean makes DiLoCo's step on the mean drift."""
+    replicas = Replicas(8, OuterStep(0.7, 0.9), "rule", 5.0)
+    mix, errors = replicas.mix, []
+
+    def watched(rows: slice, laplacian: Tensor) -> None:
+        tensors = (replicas.theta, replicas.start, replicas.velocity)
+        before = [tensor.sum(dim=0) for tensor in tensors]
+        mix(rows, laplacian)
+        errors.extend((tensor.sum(dim=0) - sums).abs().max() for tensor, sums in zip(tensors, before, strict=True))
+
+    replicas.mix = watched  # type: ignore[method-assign]
+    schedule = Schedule(peers, 0.7) if peers != "asynchronous" else None
+    for number in range(1, 101):
+        if schedule is None:
+            replicas.asynchronous_round()
+        else:
+            replicas.round(torch.from_numpy(schedule.choices(number, 8)))
+    assert len(errors) == 300
+    assert max(errors) < 1e-12 * float(replicas.start.abs().max()) * 8

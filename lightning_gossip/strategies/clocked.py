@@ -1,0 +1,120 @@
+"""The Lightning glue of schemes with an exchange clock: a step begins and ends with it, checkpoints hold its state."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Generic, Protocol, TypeVar
+
+import lightning.pytorch as pl
+from torch.distributed import Store
+from typing_extensions import override
+
+from lightning_gossip.control.run import Control, Meeting
+from lightning_gossip.exchange.clock import ExchangeStats
+from lightning_gossip.strategies import lightning_compat
+from lightning_gossip.strategies.base import ReplicaStrategy
+
+
+class Clock(Protocol):
+    """What the clocks of the ``exchange`` room have in common; see :class:`~lightning_gossip.exchange.clock.Exchange`."""
+
+    step: int
+    stats: ExchangeStats
+    measure: bool
+
+    def begin(self) -> None: ...  # noqa: D102
+    def end(self) -> None: ...  # noqa: D102
+    def align(self, clock: int) -> None: ...  # noqa: D102
+    def reset_links(self, generation: int) -> None: ...  # noqa: D102
+    def arrive(self) -> None: ...  # noqa: D102
+    def settle(self) -> None: ...  # noqa: D102
+    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+
+
+C = TypeVar("C", bound=Clock)
+
+
+class ClockedStrategy(ReplicaStrategy, Generic[C]):
+    """Replicas whose exchanges a clock posts and applies, around every step.
+
+    Args:
+        launch: see :class:`~lightning_gossip.strategies.base.ReplicaStrategy`.
+    """
+
+    def __init__(self, **launch: Any) -> None:
+        self._exchange: C | None = None
+        self._last_step = 0
+        super().__init__(**launch)
+
+    @abstractmethod
+    def make_exchange(self, module: pl.LightningModule, control: Control, store: Store) -> C:
+        """Return this rank's clock for a ``fit``; ``store`` is a connection that nobody blocks."""
+
+    @property
+    @override
+    def step(self) -> int:
+        return self._exchange.step if self._exchange is not None else self._last_step
+
+    @property
+    def exchange(self) -> C | None:
+        """This rank's exchanges, with their counts and times in ``exchange.stats``; None outside ``fit``."""
+        return self._exchange
+
+    @override
+    def start_training(self, trainer: pl.Trainer, control: Control, store: Store) -> None:
+        self._exchange = self.make_exchange(self._module, control, store)
+        if trainer.global_step > 0:  # a further `fit` of one training
+            self.continue_from(self._last_step)
+        # before callbacks put averages of their own in place of the replicas
+        lightning_compat.before_training_ends(trainer, self.settle)
+
+    @override
+    def continue_from(self, step: int) -> None:
+        self._running.align(step)
+
+    @override
+    def before_meeting(self) -> None:
+        if self._exchange is not None:
+            self._exchange.arrive()
+
+    @override
+    def on_meeting(self, meeting: Meeting) -> None:
+        if self._exchange is not None:
+            self._exchange.align(meeting.clock)
+            if meeting.skipped:
+                self._exchange.reset_links(meeting.number)
+
+    @override
+    def training_state(self) -> dict[str, Any]:
+        return self._running.state_dict()
+
+    @override
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        self._running.load_state_dict(state)
+
+    @override
+    def begin_step(self) -> None:
+        self._running.begin()
+
+    @override
+    def end_step(self) -> None:
+        self._running.end()
+
+    @override
+    def settle(self) -> None:
+        self._running.settle()
+
+    @override
+    def end_training(self) -> None:
+        if self._exchange is not None:
+            self._last_step = self._exchange.step
+            self._exchange.close()
+            self._exchange = None
+
+    @property
+    def _running(self) -> C:
+        if self._exchange is None:
+            raise RuntimeError(f"{type(self).__name__} is not in `fit`")
+        return self._exchange

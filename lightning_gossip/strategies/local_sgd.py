@@ -1,0 +1,78 @@
+"""LocalSGD (Stich 2019, "Local SGD Converges Fast and Communicates Little", arXiv:1805.09767)."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+
+from lightning_gossip.rules.outer import OuterStep
+from lightning_gossip.strategies.all_reduced import AllReducedStrategy
+from lightning_gossip.strategies.base import TIMEOUT, Evaluate, StartMethod
+
+
+class LocalSGDStrategy(AllReducedStrategy):
+    """LocalSGD: replicas train for ``period`` steps on their own, then all begin the next round from their mean.
+
+    Any optimizer works on the replicas. A rank that is out of batches makes the others drop the rounds that are left of
+    the epoch. One copy of the parameters that travel is kept, the start of the round, beside what is sent and received.
+
+    Args:
+        period: steps from one round to the next, at least 1.
+        delay: steps from posting a round to applying it, from 0 to ``period - 1``: more time for slow links. Steps made
+            meanwhile are kept.
+        fragments: parts of the model, by layers, each with rounds of its own, period / fragments steps apart, so that
+            traffic has as low a peak (Streaming DiLoCo, Douillard et al. 2025, arXiv:2501.18512); from 1 to ``period``,
+            and no more than the model has layers.
+        wire_dtype: dtype (or its name) in which a replica's drift travels where it is narrower than the parameter's;
+            ``torch.bfloat16`` and ``torch.float16`` halve the bytes of float32.
+        evaluate: ``"consensus"`` or ``"replica"``; what validation and test run on, and what remains after ``fit``.
+        timeout: how long a round may take, the wait for its slowest rank included: one that takes longer ends the run.
+            At a validation, a checkpoint or the end, where all meet: how long a rank waits for one that gives no sign
+            of life.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
+            start_method: as for Lightning's ``DDPStrategy``; the backend is gloo.
+
+    Raises:
+        ValueError: for an argument that is not allowed.
+
+    Example::
+
+        Trainer(accelerator="cpu", devices=4, strategy=LocalSGDStrategy(period=32))
+    """
+
+    def __init__(
+        self,
+        period: int = 32,
+        delay: int = 0,
+        fragments: int = 1,
+        wire_dtype: torch.dtype | str | None = None,
+        evaluate: Evaluate = "consensus",
+        timeout: timedelta = TIMEOUT,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        start_method: StartMethod = "popen",
+    ) -> None:
+        super().__init__(
+            outer=OuterStep(),
+            period=period,
+            delay=delay,
+            fragments=fragments,
+            wire_dtype=wire_dtype,
+            evaluate=evaluate,
+            timeout=timeout,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            start_method=start_method,
+        )
