@@ -13,11 +13,17 @@ from lightning.pytorch.strategies import DDPStrategy
 from numpy.typing import NDArray
 from shares import DATA_SHARES
 
-from lightning_gossip import DownpourStrategy, ElasticGossipStrategy, GossipStrategy
+from lightning_gossip import (
+    DiLoCoStrategy,
+    DownpourStrategy,
+    ElasticGossipStrategy,
+    GossipStrategy,
+    LocalSGDStrategy,
+)
 from lightning_gossip.rules.schedule import SELECTORS
 from lightning_gossip.strategies.base import TIMEOUT
 
-STRATEGIES = ("local", "none", "all-reduce", "gossip", "elastic-gossip", "downpour")
+STRATEGIES = ("local", "none", "all-reduce", "gossip", "elastic-gossip", "local-sgd", "diloco", "downpour")
 NO_REPLICAS = ("local", "all-reduce")
 
 
@@ -41,6 +47,9 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
     add("--period", type=int, default=1, help="steps between rounds")
     add("--peers", choices=tuple(SELECTORS), default="matching", help="who exchanges with whom")
     add("--delay", type=int, default=0, help="steps from posting an exchange to applying it")
+    add("--outer-lr", type=float, help="of diloco (0.7) and elastic gossip (1: none) once a round")
+    add("--outer-momentum", type=float, help="likewise: of diloco (0.9) and elastic gossip (0: none)")
+    add("--fragments", type=int, default=1, help="parts of the model with rounds of their own: local-sgd, diloco")
     add("--n-push", type=int, default=5, help="steps between pushes of downpour")
     add("--n-pull", type=int, default=5, help="steps between pulls of downpour")
     add("--shards", type=int, default=1, help="processes of downpour's parameter server")
@@ -59,7 +68,8 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
         choices=DATA_SHARES,
         default="fixed",
         help="fixed: each worker keeps one disjoint, even share; reshuffled: a new one in each epoch"
-        " (DistributedSampler); whole: each walks through all samples in each epoch, in an order of its own",
+        " (DistributedSampler); whole: each walks through all samples in each epoch, in an order of its own; contiguous:"
+        " as fixed, of samples that stand beside each other: as uneven as the data are",
     )
     add(
         "--non-iid",
@@ -191,13 +201,14 @@ def make_strategy(args: argparse.Namespace) -> Any:
         return ElasticGossipStrategy(peers=Nobody(), **common)
     if args.strategy == "downpour":
         return DownpourStrategy(n_push=args.n_push, n_pull=args.n_pull, shards=args.shards, **common)
-    common |= {
-        "probability": args.probability,
-        "period": args.period,
-        "peers": args.peers,
-        "delay": args.delay,
-        "seed": args.seed,
-    }
+    common |= {"period": args.period, "delay": args.delay}
+    given = {"outer_lr": args.outer_lr, "outer_momentum": args.outer_momentum}
+    outer = {name: value for name, value in given.items() if value is not None}
+    if args.strategy == "local-sgd":
+        return LocalSGDStrategy(fragments=args.fragments, **common)
+    if args.strategy == "diloco":
+        return DiLoCoStrategy(fragments=args.fragments, **common, **outer)
+    common |= {"probability": args.probability, "peers": args.peers, "seed": args.seed}
     if args.strategy == "gossip":
         return GossipStrategy(variant=args.variant, **common)
-    return ElasticGossipStrategy(alpha=args.alpha, **common)
+    return ElasticGossipStrategy(alpha=args.alpha, **common, **outer)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler, Sampler
 
-DATA_SHARES = ("fixed", "reshuffled", "whole")
+DATA_SHARES = ("fixed", "reshuffled", "whole", "contiguous")
 
 
 class IndexSampler(Sampler[int]):
@@ -59,7 +59,8 @@ def make_sampler(
 
     Args:
         scheme: ``"fixed"``: one disjoint, even share for the whole training; ``"reshuffled"``: a new one in each epoch,
-            by torch's ``DistributedSampler``; ``"whole"``: all samples, in an order of its own.
+            by torch's ``DistributedSampler``; ``"whole"``: all samples, in an order of its own; ``"contiguous"``: as
+            fixed, of samples that stand beside each other.
         labels: of the training set, shape ``(samples,)``.
         rank, world_size: of the worker.
         seed: the same on all ranks.
@@ -70,6 +71,9 @@ def make_sampler(
         return DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
     if scheme == "whole":
         return IndexSampler(torch.arange(len(labels)), seed, rank)
+    if scheme == "contiguous":
+        size = len(labels) // world_size
+        return IndexSampler(torch.arange(rank * size, (rank + 1) * size), seed, rank)
     shares = (
         deal(len(labels), world_size, seed) if non_iid is None else deal_unevenly(labels, world_size, seed, non_iid)
     )

@@ -94,20 +94,26 @@ class EpochLines(Callback):
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            metrics = ", ".join(f"{name} {trainer.callback_metrics[name]:.4f}" for name in ("val_accuracy", "val_loss"))
+            seen = trainer.callback_metrics
+            metrics = ", ".join(f"{name} {seen[name]:.4f}" for name in ("val_accuracy", "val_loss") if name in seen)
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {metrics} (rank 0)", flush=True)
 
 
 def train_and_test(
-    args: argparse.Namespace, name: str, model: pl.LightningModule, data: pl.LightningDataModule
+    args: argparse.Namespace,
+    name: str,
+    model: pl.LightningModule,
+    data: pl.LightningDataModule,
+    metric: str = "test_accuracy",
 ) -> None:
     """Fit, test every replica and the consensus model on the whole test set, and report on rank 0.
 
     Args:
         args: of :func:`command_line.parse`.
         name: of the example, for the log folder.
-        model: logs ``test_accuracy`` in its test step.
+        model: logs ``metric`` in its test step.
         data: gives each rank its share for training and the whole sets for validation and test.
+        metric: what is reported of each replica and of the consensus model.
     """
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")  # of Lightning's own calls
     warnings.filterwarnings("ignore", message=".*sync_dist=True")  # each replica's metrics are its own
@@ -118,7 +124,7 @@ def train_and_test(
     trainer = make_trainer(args, logger, costs)
     trainer.fit(model, data, ckpt_path=last)
     [tested] = trainer.test(model, data, verbose=False)
-    accuracies = gather(tested["test_accuracy"], trainer.world_size)
+    of_replicas = gather(tested[metric], trainer.world_size)
     bytes_sent = gather(costs.bytes_sent, trainer.world_size)
     if isinstance(trainer.strategy, ReplicaStrategy):
         trainer.strategy.adopt_consensus()
@@ -137,13 +143,13 @@ def train_and_test(
         "seed": args.seed,
         "epochs": args.epochs,
         "updates": trainer.global_step,
-        "test_accuracy": accuracies,
-        "consensus_test_accuracy": tested["test_accuracy"],
+        metric: of_replicas,
+        f"consensus_{metric}": tested[metric],
         "seconds": costs.seconds,
         "bytes_sent_per_rank": sum(bytes_sent) / len(bytes_sent),
         "version": lightning_gossip.__version__,
     }
-    print_table(summary)
+    print_table(summary, metric)
     # not `trainer.log_dir`: that is a broadcast, and the other ranks are not here
     print(f"Curves of every rank: tensorboard --logdir {shlex.quote(logger.log_dir)}")
     if args.summary is not None:
@@ -221,16 +227,16 @@ def gather(value: float, world_size: int) -> list[float]:
     return values
 
 
-def print_table(summary: dict[str, Any]) -> None:
-    """Print test accuracy, a row a replica and one for the consensus model, and what the training cost."""
-    accuracies = summary["test_accuracy"]
+def print_table(summary: dict[str, Any], metric: str) -> None:
+    """Print ``metric``, a row a replica and one for the consensus model, and what the training cost."""
+    values = summary[metric]
     table = Table()
     table.add_column("model")
-    table.add_column("test accuracy", justify="right")
-    for rank, accuracy in enumerate(accuracies):
-        table.add_row(f"replica of rank {rank}", f"{accuracy:.4f}", end_section=rank == len(accuracies) - 1)
-    table.add_row("consensus", f"{summary['consensus_test_accuracy']:.4f}")
-    print(f"{summary['example']}, {summary['strategy']}, {len(accuracies)} replicas, {summary['epochs']} epochs")
+    table.add_column(metric.replace("_", " "), justify="right")
+    for rank, value in enumerate(values):
+        table.add_row(f"replica of rank {rank}", f"{value:.4f}", end_section=rank == len(values) - 1)
+    table.add_row("consensus", f"{summary[f'consensus_{metric}']:.4f}")
+    print(f"{summary['example']}, {summary['strategy']}, {len(values)} replicas, {summary['epochs']} epochs")
     Console(file=sys.stdout).print(table)
     print(f"{summary['seconds']:.1f} s of training, {summary['bytes_sent_per_rank'] / 1e6:,.1f} MB sent a rank")
 

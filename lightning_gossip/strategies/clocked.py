@@ -16,7 +16,7 @@ from lightning_gossip.strategies.base import ReplicaStrategy
 
 
 class Clock(Protocol):
-    """What the clocks of the ``exchange`` room have in common; see :class:`~lightning_gossip.exchange.clock.Exchange`."""
+    """What clocks of the ``exchange`` room have in common (:class:`~lightning_gossip.exchange.clock.Exchange`)."""
 
     step: int
     stats: ExchangeStats

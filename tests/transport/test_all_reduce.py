@@ -61,18 +61,19 @@ def test_when_a_rank_is_through_early_all_drop_the_rounds_that_are_left(early: i
         rounds.arrive()
         meeting = rank.control.meet("the end of an epoch")
         rounds.align(meeting.clock)
-        before = rounds.stats.exchanges
-        assert before == 2, "steps 4 and 8"
+        assert rounds.stats.exchanges + rounds.in_flight == 2, (
+            "steps 4 and 8, which is still in flight on the early one"
+        )
         if meeting.skipped:
             rounds.reset_links(meeting.number)
         steps(rank, rounds, parameter, 13)
         rounds.settle()
-        return rounds.starts["a.p"].clone(), rounds.stats.exchanges - before, meeting.skipped
+        return rounds.starts["a.p"].clone(), rounds.stats.exchanges, meeting.skipped
 
     results = run_ranks(4, body)
     for start, exchanges, skipped in results:
         assert torch.equal(start, results[0][0])
-        assert exchanges == results[0][1] >= 3
+        assert exchanges == results[0][1] >= 5
         assert skipped
 
 
