@@ -68,8 +68,8 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
         choices=DATA_SHARES,
         default="fixed",
         help="fixed: each worker keeps one disjoint, even share; reshuffled: a new one in each epoch"
-        " (DistributedSampler); whole: each walks through all samples in each epoch, in an order of its own; contiguous:"
-        " as fixed, of samples that stand beside each other: as uneven as the data are",
+        " (DistributedSampler); whole: each walks through all samples in each epoch, in an order of its own;"
+        " contiguous: as fixed, of samples that stand beside each other: as uneven as the data are",
     )
     add(
         "--non-iid",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -106,7 +107,7 @@ class LanguageModel(pl.LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.log("test_loss", self._loss(batch), batch_size=len(batch[0]))
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> Any:
         parameters = list(self.parameters())
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},

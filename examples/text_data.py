@@ -1,4 +1,4 @@
-"""Text as bytes in one memory-mapped file, cut into windows; which of them a worker walks through is up to its share."""
+"""Text as bytes in one memory-mapped file, cut into windows; a worker walks through those of its share."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class WindowLoader:
     ) -> None:
         self.data, self.windows, self.context, self.batch_size = data, windows, context, batch_size
         self.in_order = sampler is None
-        self.sampler = SequentialSampler(windows) if sampler is None else sampler  # type: ignore[arg-type]
+        self.sampler = SequentialSampler(windows) if sampler is None else sampler
         self.batch_sampler = None  # Lightning asks whether it shuffles
         if len(self) == 0:
             raise ValueError(

@@ -61,7 +61,7 @@ class Switched(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.monitor.on_train_start(trainer, pl_module)
         self.ends.append(time.perf_counter())
-        measure = exchange._mean_distance
+        measure = exchange.mean_distance
 
         def timed(own: Sequence[Tensor], received: Sequence[Sequence[Tensor]]) -> float:
             start = time.perf_counter()
@@ -69,7 +69,7 @@ class Switched(Callback):
             self.inside[len(self.ends) - 1] += time.perf_counter() - start
             return distance
 
-        exchange._mean_distance = timed
+        exchange.mean_distance = timed
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         block = len(self.ends) - 1

@@ -22,6 +22,7 @@ from typing import NoReturn, TypeVar
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
 from lightning_gossip.control.calls import Calls
+from lightning_gossip.control.stop import Stop, raise_stop
 
 T = TypeVar("T")
 
@@ -35,28 +36,6 @@ LOOK = 0.2
 
 _STOP = "stop"
 _END = "end"
-
-
-@dataclass(frozen=True)
-class Stop:
-    """Why a run ends before its time.
-
-    Attributes:
-        kind: ``"error"``, ``"SIGTERM"`` or ``"SIGINT"``.
-        rank: that wrote it, -1 where nobody could (the store is gone).
-        step: of that rank's exchange clock.
-        cause: in words.
-        lost: the rank whose loss was the cause, -1 where it was something else.
-    """
-
-    kind: str
-    rank: int
-    step: int
-    cause: str
-    lost: int = -1
-
-    def __str__(self) -> str:
-        return self.cause if self.rank < 0 else f"rank {self.rank} stopped at step {self.step}: {self.cause}"
 
 
 @dataclass(frozen=True)
@@ -74,22 +53,6 @@ class Meeting:
     skipped: bool
     ending: bool
     number: int
-
-
-class RunStopped(RuntimeError):
-    """Another rank stopped; :attr:`stop` says which, when and why."""
-
-    def __init__(self, stop: Stop) -> None:
-        super().__init__(str(stop))
-        self.stop = stop
-
-
-def _raise_stop(stop: Stop) -> NoReturn:
-    if stop.kind == "SIGINT":
-        raise KeyboardInterrupt(str(stop))
-    if stop.kind == "SIGTERM":
-        raise SystemExit(143)
-    raise RunStopped(stop)
 
 
 class _Heartbeats:
@@ -129,7 +92,7 @@ class Control:
         world_size: int,
         timeout: timedelta,
         clock: Callable[[], int] = lambda: 0,
-        raise_stop: Callable[[Stop], NoReturn] = _raise_stop,
+        raise_stop: Callable[[Stop], NoReturn] = raise_stop,
     ) -> None:
         self.rank = rank
         self.world_size = world_size

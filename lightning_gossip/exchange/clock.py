@@ -9,11 +9,9 @@ Usable from any training loop::
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -23,34 +21,12 @@ from lightning_gossip.arguments import check_integer
 from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
 from lightning_gossip.exchange.outer_gossip import OuterGossip
 from lightning_gossip.exchange.staging import Staging
+from lightning_gossip.exchange.stats import ExchangeStats, mean_distance
 from lightning_gossip.rules.mixing import CHUNK, MixingRule, Transfers, mix
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Schedule
 from lightning_gossip.transport.interface import Posted, Staged, Transport
 from lightning_gossip.transport.link import Header, Kind
-
-
-@dataclass
-class ExchangeStats:
-    """What the exchanges of this rank did; counts since the start, the rest of the last step.
-
-    Attributes:
-        exchanges: payloads received and mixed.
-        bytes_sent: bytes of payload sent.
-        wait_seconds: that training waited for payloads in the last step.
-        mix_seconds: that snapshots and mixing took in the last step.
-        partner: smallest rank exchanged with in the exchange applied in the last step, -1 for none; None where all
-            exchange with all.
-        partner_distance: ‖s_i − s_k‖ / ‖s_i‖ of the exchange applied in the last step, mean over its partners; None
-            where there was none, or :attr:`Exchange.measure` was off.
-    """
-
-    exchanges: int = 0
-    bytes_sent: int = 0
-    wait_seconds: float = 0.0
-    mix_seconds: float = 0.0
-    partner: int | None = -1
-    partner_distance: float | None = None
 
 
 @dataclass
@@ -197,6 +173,8 @@ class Exchange:
         """
         self.arrive()
         self._in_flight = None
+        if self._outer is not None:
+            self._outer.begin_anew()
 
     def settle(self) -> None:
         """Apply what is in flight at once: at the end of training.
@@ -377,7 +355,7 @@ class Exchange:
         self.stats.partner = exchange.partner
         layout, received = exchange.layout, exchange.received
         if received and self.measure:
-            self.stats.partner_distance = _mean_distance(
+            self.stats.partner_distance = mean_distance(
                 layout.split(exchange.own), [layout.split(payload) for payload in received]
             )
             start = time.perf_counter()  # measuring is no part of mixing
@@ -406,27 +384,3 @@ class Exchange:
 
 def _travelling(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-
-
-def _mean_distance(own: Sequence[Tensor], received: Sequence[Sequence[Tensor]]) -> float:
-    """Return the mean over ``received`` of ‖own − received_k‖ / ‖own‖, each given as segments."""
-    norm = _distance(own)
-    distances = [_distance(own, segments) for segments in received]
-    return sum(distances) / len(distances) / norm if norm > 0 else 0.0
-
-
-def _distance(ours: Sequence[Tensor], theirs: Sequence[Tensor] | None = None) -> float:
-    """Return ‖ours − theirs‖, or ‖ours‖, over all segments.
-
-    In float32 at least, for a difference rounded to bfloat16 would show; on a CPU in chunks that its cache holds.
-    """
-    norms = []
-    for index, segment in enumerate(ours):
-        wide = torch.promote_types(segment.dtype, torch.float32)
-        chunk = CHUNK if segment.device.type == "cpu" else segment.numel()
-        out = torch.empty(min(chunk, segment.numel()), dtype=wide, device=segment.device)
-        others = repeat(None) if theirs is None else theirs[index].split(chunk)
-        for x, y in zip(segment.split(chunk), others, strict=False):
-            difference = x.to(wide) if y is None else torch.sub(x.to(wide), y, out=out[: x.numel()])
-            norms.append(torch.linalg.vector_norm(difference))
-    return math.hypot(*torch.stack(norms).tolist())

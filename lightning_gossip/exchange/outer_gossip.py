@@ -84,6 +84,10 @@ class OuterGossip:
                     mixed = sum_of_differences(mine, theirs, torch.empty_like(start)).mul_(-weight)
                     self._state.step.absorb(mixed, theta, start, velocity)
 
+    def begin_anew(self) -> None:
+        """Forget starts and momenta: the next step begins where the parameters are then."""
+        self._state = OuterState(self._state.step)
+
     def state_dict(self) -> dict[str, Any]:
         """Return starts and momenta, as tensors; between a proposal and its application, what the class says."""
         return self._state.state_dict()

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from lightning_gossip.arguments import check_integer
-from lightning_gossip.exchange.clock import ExchangeStats
 from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
 from lightning_gossip.exchange.outer_state import OuterState
+from lightning_gossip.exchange.stats import ExchangeStats
 from lightning_gossip.rules.fragments import due, layers_of, strided
 from lightning_gossip.rules.mixing import CHUNK
 from lightning_gossip.rules.outer import OuterStep
@@ -173,6 +173,16 @@ class Rounds:
         """
         for round_ in list(self._in_flight):
             self._receive(round_)
+
+    def drop(self) -> None:
+        """Give up what is in flight, and starts and momenta: on all ranks alike, who are to get new parameters.
+
+        Raises:
+            PartnerLost, RunStopped: as :meth:`end`.
+        """
+        self.arrive()
+        self._in_flight.clear()
+        self._state = OuterState(self._state.step)
 
     def settle(self) -> None:
         """Apply what is in flight at once: at the end of training.

@@ -10,7 +10,7 @@ from torch.distributed import Store
 from typing_extensions import override
 
 from lightning_gossip.control.run import Control, Meeting
-from lightning_gossip.exchange.clock import ExchangeStats
+from lightning_gossip.exchange.stats import ExchangeStats
 from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.base import ReplicaStrategy
 
@@ -27,6 +27,7 @@ class Clock(Protocol):
     def align(self, clock: int) -> None: ...  # noqa: D102
     def reset_links(self, generation: int) -> None: ...  # noqa: D102
     def arrive(self) -> None: ...  # noqa: D102
+    def drop(self) -> None: ...  # noqa: D102
     def settle(self) -> None: ...  # noqa: D102
     def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
     def load_state_dict(self, state: dict[str, Any]) -> None: ...  # noqa: D102
@@ -105,6 +106,10 @@ class ClockedStrategy(ReplicaStrategy, Generic[C]):
     @override
     def settle(self) -> None:
         self._running.settle()
+
+    @override
+    def give_up(self) -> None:
+        self._running.drop()
 
     @override
     def end_training(self) -> None:

@@ -24,7 +24,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
 
-from lightning_gossip.control.run import Control, Meeting, RunStopped, Stop
+from lightning_gossip.control.run import Control, Meeting
+from lightning_gossip.control.stop import RunStopped, Stop
 from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.launchers import (
     ReplicaMultiProcessingLauncher,

@@ -18,10 +18,12 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from lightning_gossip.control.run import LOOK, Control, RunStopped
+from lightning_gossip.control.run import LOOK, Control
+from lightning_gossip.control.stop import RunStopped
 from lightning_gossip.transport.interface import PartnerLost
+from lightning_gossip.transport.lanes import check_header
 from lightning_gossip.transport.link import Header, Link, LinkError, Links, reason_of
-from lightning_gossip.transport.link_transport import check_header, end_of_rank
+from lightning_gossip.transport.link_transport import end_of_rank
 
 ALIGNMENT = 64  # bytes; parts begin at multiples of it, so that none cuts an element of a flat buffer
 

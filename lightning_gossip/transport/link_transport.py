@@ -19,7 +19,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from lightning_gossip.control.run import LOOK, Control, RunStopped
+from lightning_gossip.control.run import LOOK, Control
+from lightning_gossip.control.stop import RunStopped
 from lightning_gossip.transport.interface import PartnerLost, Posted, Rooms, Staged, Transferred, Transport
 from lightning_gossip.transport.lanes import GLANCE, Lane, Transfer
 from lightning_gossip.transport.link import Header, LinkError, Links, reason_of

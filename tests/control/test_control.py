@@ -10,7 +10,8 @@ import pytest
 from ranks import Rank, run_ranks
 from torch.distributed import HashStore
 
-from lightning_gossip.control.run import Control, RunStopped
+from lightning_gossip.control.run import Control
+from lightning_gossip.control.stop import RunStopped
 
 SHORT = timedelta(seconds=1.5)
 

@@ -197,7 +197,7 @@ def test_measuring_is_no_part_of_mixing(monkeypatch: pytest.MonkeyPatch) -> None
         time.sleep(0.5)
         return 0.0
 
-    monkeypatch.setattr("lightning_gossip.exchange.clock._mean_distance", slow)
+    monkeypatch.setattr("lightning_gossip.exchange.clock.mean_distance", slow)
 
     def body(rank: Rank) -> float:
         exchange = rank.exchange(Schedule(), ElasticMixing(0.5), {"w": torch.zeros(8).requires_grad_()})

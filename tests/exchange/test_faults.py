@@ -12,7 +12,7 @@ import torch
 from ranks import Rank, run_ranks
 from torch import nn
 
-from lightning_gossip.control.run import RunStopped
+from lightning_gossip.control.stop import RunStopped
 from lightning_gossip.rules.mixing import ElasticMixing
 from lightning_gossip.rules.schedule import Schedule
 from lightning_gossip.transport.interface import PartnerLost

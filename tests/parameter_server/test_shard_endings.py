@@ -21,7 +21,8 @@ from torch import nn
 from torch.distributed import HashStore
 
 import lightning_gossip
-from lightning_gossip.control.run import Control, RunStopped
+from lightning_gossip.control.run import Control
+from lightning_gossip.control.stop import RunStopped
 from lightning_gossip.parameter_server import __main__ as command
 from lightning_gossip.parameter_server.client import DownpourClient
 from lightning_gossip.parameter_server.process import ShardProcess

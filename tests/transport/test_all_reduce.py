@@ -11,7 +11,7 @@ import torch
 from ranks import Rank, run_ranks
 from torch import Tensor, nn
 
-from lightning_gossip.control.run import RunStopped
+from lightning_gossip.control.stop import RunStopped
 from lightning_gossip.exchange.rounds import Rounds
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.transport.all_reduce import LinkAllReduce, bytes_sent, part_bytes, part_of
