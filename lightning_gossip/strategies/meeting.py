@@ -60,7 +60,8 @@ class MeetingStrategy(DDPStrategy):
     _acts: Mapping[str, Callable[[], None]] = {}  # what a rank may call for, by reason of the meeting for it
     _failed = False
     _gathering: tuple[Metric, ...] = ()
-    _requeued = False  # in this call of the Trainer
+    _saved_for_requeue = False  # in this call of the Trainer, or is about to
+    _requeued = False
 
     steps_go_together: bool = True
     """Whether all ranks make their steps at one pace; else each has one of its own."""
@@ -135,7 +136,7 @@ class MeetingStrategy(DDPStrategy):
                 " set `Trainer(accelerator='cpu')` or `'cuda'`."
             )
         super().setup_environment()
-        self._failed = self._requeued = False
+        self._failed = self._requeued = self._saved_for_requeue = False
         self._acts = {REQUEUE: self._save_and_requeue}
         prefix = f"lightning_gossip/{next(_runs)}"
         default_store = lightning_compat.run_store()
@@ -283,11 +284,12 @@ class MeetingStrategy(DDPStrategy):
 
     def _receive_requeue_signal(self) -> None:
         """Handle the signal by which SLURM says that the job ends soon; ranks save at the end of a step."""
-        if self._control is not None and not self._requeued:
+        if self._control is not None and not (self._saved_for_requeue or self._requeued):
             self._control.calls.note(REQUEUE)
 
     def _save_and_requeue(self) -> None:
         self._meet(REQUEUE)
+        self._saved_for_requeue = True  # before the note is taken back: a signal may come at any moment
         self.control.calls.finish()
         lightning_compat.save_for_requeue(self._module.trainer)
         self._requeue()
