@@ -124,7 +124,7 @@ class Custom(torch.optim.SGD):
         (torch.optim.SparseAdam, "has to be element-wise.*SparseAdam"),
         (torch.optim.Adafactor, "has to be element-wise.*Adafactor"),
         (Custom, "has to be element-wise.*Custom"),
-        ("torch.optim.SGD", "has to be element-wise"),
+        ("torch.optim.LBFGS", "has to be element-wise"),
         (torch.optim.SGD([torch.zeros(1)]), "has to be element-wise"),
         (functools.partial(torch.optim.SGD, 0.1), "keywords only"),
         (functools.partial(torch.optim.SGD, lr=torch.tensor(0.1)), "JSON"),
