@@ -16,7 +16,8 @@ class NcclTransport(Transport):
     """One ``batch_isend_irecv`` a step on a group of its own, from device memory.
 
     NCCL has no headers and does not raise in ``wait``: a mismatch or a dead partner shows as a hang of the stream,
-    which NCCL's own watchdog ends. Written from its documentation; it has run on no GPU yet.
+    which NCCL's own watchdog ends. Written from its documentation; it has run with one rank, which sent to
+    itself (``benchmarks/gpu``), and never between two.
 
     Args:
         group: of all ranks, on which nothing else runs.
