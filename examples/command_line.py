@@ -69,7 +69,7 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
         default="fixed",
         help="fixed: each worker keeps one disjoint, even share; reshuffled: a new one in each epoch"
         " (DistributedSampler); whole: each walks through all samples in each epoch, in an order of its own;"
-        " contiguous: as fixed, of samples that stand beside each other: as uneven as the data are",
+        " contiguous: as fixed, of samples that stand beside each other",
     )
     add(
         "--non-iid",

@@ -49,17 +49,18 @@ def test_the_first_and_the_last_layer_are_one() -> None:
     loss = torch.nn.functional.cross_entropy(
         network(torch.randint(256, (8, 64))).flatten(0, 1), torch.zeros(512).long()
     )
-    assert float(loss) == pytest.approx(math.log(256), abs=0.3), "it knows nothing yet"
+    assert float(loss.detach()) == pytest.approx(math.log(256), abs=0.3), "it knows nothing yet"
     loss.backward()
     assert network.embedding.weight.grad is not None
     assert (network.embedding.weight.grad.abs().sum(dim=1) > 0).all(), "bytes that it did not read too"
 
 
 def books(folder: Path, count: int = 40) -> Path:
+    """Of three words in random order: 0.2 nats a byte are in them, and letters by themselves have 2.6."""
     generator = np.random.default_rng(0)
-    words = [bytes(generator.integers(97, 123, size=5, dtype=np.uint8)) for _ in range(30)]
+    words = [bytes(generator.integers(97, 123, size=5, dtype=np.uint8)) for _ in range(3)]
     for number in range(count):
-        text = b" ".join(words[k] for k in generator.integers(30, size=1000))
+        text = b" ".join(words[k] for k in generator.integers(3, size=1000))
         (folder / f"{number:02}.txt").write_bytes(text)
     (folder / "image.bin").write_bytes(bytes(100))
     return folder
@@ -124,7 +125,7 @@ def test_it_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = LanguageModel(SIZES["nano"], lr=3e-3)
     trainer.fit(model, data)
     [tested] = trainer.test(model, data, verbose=False)
-    assert tested["test_loss"] < 1.8, "thirty words: some 0.6 nats a byte can be reached, and letters alone give 3"
+    assert tested["test_loss"] < 1.0
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(3e-4, rel=0.05), "the cosine's end"
 
 
@@ -160,8 +161,8 @@ def test_a_run_from_the_command_line(tmp_path: Path, strategy: str) -> None:
     assert "val_loss" in done.stdout
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["strategy_arguments"]["outer_momentum"] == 0.9
-    assert max(summary["test_loss"]) < 2.8
-    assert summary["consensus_test_loss"] < 2.8
+    assert max(summary["test_loss"]) < 1.0
+    assert summary["consensus_test_loss"] < 1.0
     rounds = summary["updates"] // 25
     parameters = 4 * sum(p.numel() for p in GPT(SIZES["nano"]).parameters())
     assert summary["bytes_sent_per_rank"] == pytest.approx(rounds * parameters, rel=0.01), "two ranks send N each"

@@ -142,9 +142,11 @@ def test_training_gets_somewhere_and_the_monitor_counts_it(tmp_path: Path) -> No
 
     recorder = Recorder(tmp_path)
     pl.seed_everything(3, verbose=False)
+    module = TwoLayers()
+    at_start = float(module.training_step(regression()[:], 0).detach())
     seen = fit(
         tmp_path,
-        TwoLayers(),
+        module,
         DiLoCoStrategy(period=4, start_method="fork"),
         recorder=recorder,
         callbacks=[GossipMonitor(every_n_steps=6), Keep()],
@@ -160,7 +162,7 @@ def test_training_gets_somewhere_and_the_monitor_counts_it(tmp_path: Path) -> No
     assert logged["gossip/mix_seconds"] > 0
     assert "gossip/partner" not in logged, "there is none"
     assert logged["gossip/consensus_distance"] < 0.5
-    assert seen[0]["metrics"]["val_loss"] < 2, "of 14 and more at the start"
+    assert seen[0]["metrics"]["val_loss"] < at_start / 2
 
 
 def test_ranks_with_unequal_numbers_of_batches_train_on(tmp_path: Path) -> None:
