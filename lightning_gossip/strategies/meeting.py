@@ -32,6 +32,7 @@ from lightning_gossip.strategies.launchers import (
     ReplicaSubprocessLauncher,
     grace_of,
 )
+from lightning_gossip.strategies.stand_in import SharedStandIn
 
 log = logging.getLogger(__name__)
 
@@ -241,7 +242,7 @@ class MeetingStrategy(DDPStrategy):
         metrics = (m for m in module.modules() if isinstance(m, Metric))
         self._gathering = tuple(m for m in metrics if m.dist_sync_fn is None)
         for metric in self._gathering:
-            metric.dist_sync_fn = gather
+            metric.dist_sync_fn = SharedStandIn(gather, None)
 
     def gather(self, value: Any, reason: str = "gather") -> list[Any]:
         """Return the value of each rank; a collective, before which all meet for ``reason``."""
