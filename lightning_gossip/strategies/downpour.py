@@ -231,7 +231,7 @@ class DownpourStrategy(ReplicaStrategy):
         if count != self._owned[0]:  # at the start, and where a group is added
             self._owned = count, {id(p) for group in groups for p in group}
         owned = self._owned[1]
-        return {name: p for name, p in self._module.named_parameters() if id(p) in owned}
+        return {name: p for name, p in self._parameters().items() if id(p) in owned}
 
     @override
     def make_consensus(self, module: pl.LightningModule) -> ServerConsensus:
