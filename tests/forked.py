@@ -102,7 +102,7 @@ class ForkedShard:
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
-            serve(command[command.index("-m") + 1 :], stdin, stdout)
+            serve(command[2:], stdin, stdout)  # after the interpreter, and how it runs a module
         os.close(stdin)
         os.close(stdout)
         self.stdin, self.stdout = os.fdopen(write, "w"), os.fdopen(read)
