@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -14,13 +16,13 @@ from typing_extensions import override
 from lightning_gossip.arguments import check_choice, check_integer, check_wire_dtype
 from lightning_gossip.control.run import Control
 from lightning_gossip.exchange.clock import Exchange
-from lightning_gossip.exchange.models import shared_parameters
+from lightning_gossip.exchange.models import shared_parameters, tell_trained
 from lightning_gossip.rules.mixing import MixingRule
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Chooser, Peers, Schedule
 from lightning_gossip.strategies.clocked import ClockedStrategy
-from lightning_gossip.transport.interface import Transport
-from lightning_gossip.transport.link import Links
+from lightning_gossip.transport.interface import PartnerLost, Transport
+from lightning_gossip.transport.link import LayoutMismatch, Links
 from lightning_gossip.transport.link_transport import LinkTransport, end_of_rank
 from lightning_gossip.transport.nccl import NcclTransport
 
@@ -101,3 +103,24 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
             return NcclTransport(group, self.root_device)
         links = Links(store, end_of_rank(self.global_rank), control.timeout)
         return LinkTransport(links, control, self.shared_memory, pin_memory=self.root_device.type != "cpu")
+
+    @override
+    def begin_step(self) -> None:
+        with self._explaining():
+            super().begin_step()
+
+    @override
+    def end_step(self) -> None:
+        with self._explaining():
+            super().end_step()
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Say which parameters they are where partners find that they train others."""
+        try:
+            yield
+        except PartnerLost as error:
+            if isinstance(error.__cause__, LayoutMismatch):
+                told = tell_trained(self._connect(), self.control, self._module, error.partner, self.step)
+                raise RuntimeError(told) from error
+            raise

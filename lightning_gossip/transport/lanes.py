@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lightning_gossip.transport.interface import Staged
-from lightning_gossip.transport.link import Header, Kind, Link, LinkError
+from lightning_gossip.transport.link import Header, Kind, LayoutMismatch, Link, LinkError
 from lightning_gossip.transport.shared_memory import ADDRESS_BYTES, Address, Inbox, Outbox, PinningError, moment
 
 GLANCE = 0.001
@@ -146,5 +146,7 @@ class Transfer:
 
 def check_header(arrived: Header | None, expected: Header, peer: str) -> None:
     """Raise :class:`LinkError` where what ``peer`` sent is not what was expected."""
+    if arrived is not None and replace(arrived, layout=expected.layout, nbytes=expected.nbytes) == expected != arrived:
+        raise LayoutMismatch(f"{peer} sent a snapshot of other tensors")
     if arrived != expected:
         raise LinkError(f"expected {expected}, but {peer} sent {arrived}")
