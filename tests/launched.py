@@ -69,7 +69,7 @@ class Program:
         if self.nodes == 1:
             return self._run(out, ())
         port = free_port()
-        torchrun = ("-m", "torch.distributed.run", f"--nnodes={self.nodes}", "--nproc-per-node=2")
+        torchrun: tuple[str, ...] = ("-m", "torch.distributed.run", f"--nnodes={self.nodes}", "--nproc-per-node=2")
         torchrun += ("--master-addr=127.0.0.1", f"--master-port={port}")
         with ThreadPoolExecutor() as pool:
             nodes = list(pool.map(lambda n: self._run(out, (*torchrun, f"--node-rank={n}")), range(self.nodes)))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from ranks import Rank
@@ -29,7 +30,7 @@ class Shards:
         self._stores = {f"shard:{number + 1}": HashStore() for number in range(self.count)}
         self.addresses = tuple(self._stores)
         for address, store in self._stores.items():
-            self.servers.append(ShardServer(store, lambda s=store: s, gloo_device(), self.timeout, address))
+            self.servers.append(ShardServer(store, partial(_itself, store), gloo_device(), self.timeout, address))
 
     def connect(self, address: str, timeout: timedelta) -> Store:
         return self._stores[address]
@@ -48,6 +49,10 @@ class Shards:
     def __exit__(self, *exception: object) -> None:
         for server in self.servers:
             server.close()
+
+
+def _itself(store: Store) -> Store:
+    return store
 
 
 def until(condition: Callable[[], bool], seconds: float = 20) -> None:

@@ -35,7 +35,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("options", [{}, {"non_iid": 0.3}])
-def test_fixed_shares_are_disjoint_even_and_stay(options: dict[str, float]) -> None:
+def test_fixed_shares_are_disjoint_even_and_stay(options: dict[str, Any]) -> None:
     own = [walked("fixed", rank, **options) for rank in range(3)]
     assert [len(set(share)) for share in own] == [333, 333, 333]
     assert len(set().union(*own)) == 999

@@ -48,7 +48,7 @@ def test_bytes_sent_are_payloads_times_their_size(
         swap(link, outgoing, incoming)
 
     monkeypatch.setattr(Link, "swap", counting)
-    schedule = {"peers": "uniform", "probability": 0.7, "period": 2, "seed": 5}
+    schedule: dict[str, Any] = {"peers": "uniform", "probability": 0.7, "period": 2, "seed": 5}
 
     def body(rank: Rank) -> Any:
         parameters = {"w": torch.randn(16, 8), "b": torch.randn(32), "frozen": torch.randn(7)}
@@ -119,7 +119,7 @@ def test_partner_and_distance_are_of_the_exchange_that_a_step_applies() -> None:
 @pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("rule", RULES)
 def test_partner_distance_is_that_of_the_snapshots(rule: str, wire_dtype: torch.dtype | None) -> None:
-    schedule = {"peers": "uniform", "seed": 3}
+    schedule: dict[str, Any] = {"peers": "uniform", "seed": 3}
     start = torch.randn(500)
     near = [start + 0.02 * torch.randn(500) for _ in range(RANKS)]
     double = [torch.randn(40, dtype=torch.float64) for _ in range(RANKS)]

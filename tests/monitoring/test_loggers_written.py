@@ -8,6 +8,7 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import fsspec
 import pytest
@@ -158,7 +159,9 @@ def test_metadata_holds_the_strategy_and_the_environment(
     for rank, host in ((1, "node-b"), (2, "node-a"), (0, "node-a")):
         monkeypatch.setattr("socket.gethostname", lambda host=host: host)
         connect(store, rank, 3)
-        run_folder.publish_host(run_folder.group_store())
+        group = run_folder.group_store()
+        assert group is not None
+        run_folder.publish_host(group)
     arguments = {"alpha": 0.5, "wire_dtype": None}
     before = datetime.now(UTC)
     logger.log_metadata({"world_size": 3, "strategy": {"class": "x.Gossip", "arguments": arguments}})
@@ -177,7 +180,7 @@ def test_metadata_holds_the_strategy_and_the_environment(
 
 def test_metadata_reads_the_strategys_hyperparameters(as_process: AsProcess, tmp_path: Path) -> None:
     class Attached(Net):
-        trainer = SimpleNamespace(strategy=SimpleNamespace(hyperparameters={"period": 32}), world_size=4)
+        trainer: Any = SimpleNamespace(strategy=SimpleNamespace(hyperparameters={"period": 32}), world_size=4)
 
     logger = RankTensorBoardLogger(tmp_path)
     logger.log_graph(Attached())

@@ -120,7 +120,7 @@ def test_a_partner_that_is_slowed_makes_waiting_grow_by_what_was_added(tmp_path:
         folder = tmp_path / str(late)
         folder.mkdir()
         callbacks = [Slow(late), GossipMonitor(every_n_steps=1)]
-        options = {"recorder": Witness(folder), "logger": Memory(), "max_steps": 9, "max_epochs": -1}
+        options: dict[str, Any] = {"recorder": Witness(folder), "logger": Memory(), "max_steps": 9, "max_epochs": -1}
         ranks = fit(folder, Model(), ElasticGossipStrategy(**LAUNCH), callbacks=callbacks, **options)
         tags = ("gossip/wait_seconds", "gossip/mix_seconds")
         # without the first step, which makes the link
@@ -215,7 +215,7 @@ class ServerStats:
 class Served(ElasticGossipStrategy):
     """Stands for a strategy with a parameter server and no exchanges."""
 
-    exchange = None  # type: ignore[assignment]
+    exchange = None
 
     @property
     def downpour_stats(self) -> ServerStats:
@@ -230,7 +230,11 @@ def test_a_parameter_servers_counts_are_logged_under_its_own_tags(tmp_path: Path
             self.seen["logged"] = logger.logged
             super().on_fit_end(*args)
 
-    options = {"recorder": Keep(tmp_path), "logger": logger, "callbacks": [GossipMonitor(every_n_steps=2)]}
+    options: dict[str, Any] = {
+        "recorder": Keep(tmp_path),
+        "logger": logger,
+        "callbacks": [GossipMonitor(every_n_steps=2)],
+    }
     [alone] = fit(tmp_path, Linear(), Served(**LAUNCH), devices=1, max_steps=5, **options)
     others = {"downpour/pulls": 2, "downpour/bytes_sent": 640}
     wait = {"downpour/wait_seconds": 0.25}
@@ -244,8 +248,14 @@ def test_a_parameter_servers_counts_are_logged_under_its_own_tags(tmp_path: Path
 
 def test_other_strategies_get_one_warning_and_nothing_logged(tmp_path: Path) -> None:
     logger, monitor = Memory(), GossipMonitor(every_n_steps=1)
-    options = {"accelerator": "cpu", "devices": 1, "logger": logger, "callbacks": [monitor], "max_epochs": 1}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": logger,
+        "callbacks": [monitor],
+        "max_epochs": 1,
+    }
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     data = DataLoader(regression(), 12)
     trainer = pl.Trainer(**options, **quiet, default_root_dir=tmp_path, num_sanity_val_steps=0)
     with warnings.catch_warnings(record=True) as caught:

@@ -382,8 +382,8 @@ def test_mixed_dtypes_layouts_and_frozen_parameters() -> None:
                 if name == "frozen":
                     assert (parameters[name] == rank).all()
                 else:
-                    tolerance = {"rtol": 0, "atol": 0.05 if name == "half" else 1e-5}
-                    torch.testing.assert_close(parameters[name], nn.Parameter(expected + 2), **tolerance)
+                    atol = 0.05 if name == "half" else 1e-5
+                    torch.testing.assert_close(parameters[name], nn.Parameter(expected + 2), rtol=0, atol=atol)
 
 
 def test_a_parameter_that_is_unfrozen_later_is_refused_at_once() -> None:

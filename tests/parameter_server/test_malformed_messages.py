@@ -275,7 +275,7 @@ def test_ten_thousand_malformed_messages_change_nothing(logged: Counter[str]) ->
             parameters = {"a": nn.Parameter(torch.arange(5.0)), "b": nn.Parameter(torch.ones(4, dtype=torch.float64))}
             before = {name: p.detach().clone() for name, p in parameters.items()}
             client = server.client(rank, n_push=1, n_pull=1)
-            client._meet_shards = greet_as_in_the_attacks(client)  # type: ignore[method-assign]
+            client._meet_shards = greet_as_in_the_attacks(client)  # type: ignore[method-assign, assignment]
             client.start(parameters)
             threads = [threading.Thread(target=sender) for _ in range(SENDERS)]
             for thread in threads:

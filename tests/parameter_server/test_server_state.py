@@ -126,10 +126,10 @@ class Custom(torch.optim.SGD):
         (Custom, "has to be element-wise.*Custom"),
         ("torch.optim.LBFGS", "has to be element-wise"),
         (torch.optim.SGD([torch.zeros(1)]), "has to be element-wise"),
-        (functools.partial(torch.optim.SGD, 0.1), "keywords only"),
+        (functools.partial(torch.optim.SGD, 0.1), "keywords only"),  # type: ignore[arg-type]
         (functools.partial(torch.optim.SGD, lr=torch.tensor(0.1)), "JSON"),
         (functools.partial(torch.optim.SGD, lr=float("nan")), "JSON"),
-        (functools.partial(torch.optim.SGD, learning_rate=0.1), "take its keywords"),
+        (functools.partial(torch.optim.SGD, learning_rate=0.1), "take its keywords"),  # type: ignore[call-arg]
         (functools.partial(torch.optim.SGD, lr=-1.0), "take its keywords"),
         (functools.partial(torch.optim.Adam, capturable=True), "can not be given `capturable`"),
     ],
@@ -287,6 +287,7 @@ def test_a_server_goes_on_with_other_workers_and_another_optimizer(caplog: pytes
             assert client.stats.staleness == 0
             expected = saved["parameters"][0].numpy() + NumpyOptimizer("adagrad")(-made(1))
             np.testing.assert_allclose(pulled(client), expected, rtol=0, atol=1e-12)
+            assert client._traffic is not None
             with pytest.raises(ValueError, match="belongs to other parameters"):
                 snapshot.load(client._traffic.displacement.cut, {**saved, "layout": 1}, 2, True)
             client.close()
@@ -410,7 +411,8 @@ def test_a_worker_that_is_too_far_behind_waits_for_a_pull(max_staleness: int | N
                 if slow:
                     behind = server.shard().version
                     client.end_step({"theta": parameter})
-                    until(lambda: all(f.done() for f in client._links._last))
+                    asked: Any = client._links
+                    until(lambda: all(f.done() for f in asked._last))  # noqa: B023 - called at once
                     seen = parameter.detach().numpy()
                     versions = [sum((made(s) for s in range(1, v + 1)), np.zeros(SIZE)) for v in range(behind + 1)]
                     distance = [int(np.abs(v - seen).max() < 1e-9) for v in versions][::-1].index(1)

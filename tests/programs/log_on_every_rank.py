@@ -28,7 +28,8 @@ class Net(LightningModule):
         return self.layer(batch[0]).mean()
 
     def on_fit_end(self) -> None:
-        record = [self.seen, self.trainer.logger.log_dir, self.trainer.log_dir]
+        logger: Any = self.trainer.logger
+        record = [self.seen, logger.log_dir, self.trainer.log_dir]
         Path(sys.argv[1], f"seen_{self.global_rank}.json").write_text(json.dumps(record))
 
     def test_step(self, batch: Any) -> None:

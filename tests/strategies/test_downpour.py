@@ -366,7 +366,12 @@ def test_a_training_resumed_at_its_end_gives_the_servers_parameters(tmp_path: Pa
 
 
 def test_the_servers_optimizer_goes_on(tmp_path: Path) -> None:
-    arguments = {"devices": 1, "n_push": 1, "n_pull": 1, "server_optimizer": partial(torch.optim.Adagrad, lr=0.05)}
+    arguments: dict[str, Any] = {
+        "devices": 1,
+        "n_push": 1,
+        "n_pull": 1,
+        "server_optimizer": partial(torch.optim.Adagrad, lr=0.05),
+    }
     _, path = train(tmp_path, 1, **arguments)
     saved = replica_of(path, 0)[files.KEY]["state"]["server"]
     [[rank], _] = train(tmp_path, 2, path, **arguments)
@@ -412,7 +417,7 @@ def test_an_exception_on_one_worker_leaves_no_server(tmp_path: Path) -> None:
         ({"shard_addresses": ["here"]}, "`shard_addresses` must be a list of distinct strings 'host:port'"),
         ({"shard_addresses": ["a:1", "b:2"], "shards": 3}, "`shards` must be 2, the number of `shard_addresses`"),
         ({"server_optimizer": torch.optim.LBFGS}, "`server_optimizer` must be one of"),
-        ({"server_optimizer": partial(torch.optim.SGD, learning=1)}, "`server_optimizer` must take its keywords"),
+        ({"server_optimizer": partial(torch.optim.SGD, learning=1)}, "`server_optimizer` must take its keywords"),  # type: ignore[call-arg]
         ({"max_staleness": -1}, "`max_staleness` must be an integer of at least 0, got -1"),
         ({"warmup_steps": True}, "`warmup_steps` must be an integer of at least 0, got True"),
         ({"evaluate": "mean"}, "`evaluate` must be one of 'consensus', 'replica'; got 'mean'"),

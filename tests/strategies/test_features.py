@@ -1,5 +1,8 @@
 """What people rely on in Lightning: each test would fail if the feature were ignored, or the ranks waited for ever."""
 
+# a Trainer gets its attributes at run time, and what is an attribute of a module torch declares Tensor | Module
+# mypy: disable-error-code="attr-defined, union-attr, operator"
+
 from __future__ import annotations
 
 import itertools
@@ -322,7 +325,7 @@ def test_max_steps_in_the_middle_of_a_round(tmp_path: Path) -> None:
 
 
 class NoneOnOneRank(Linear):
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
         return None if self.global_rank == 1 and batch_idx % 2 else super().training_step(batch, batch_idx)
 
 

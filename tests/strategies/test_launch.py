@@ -33,7 +33,7 @@ def program(*arguments: Any, **options: Any) -> pytest.MarkDecorator:
 @pytest.fixture(scope="module")
 def begun(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[dict[Program, Future[Ended]]]:
     """Begin the programs of all selected tests of this module."""
-    selected = [getattr(item, "callspec", None) for item in request.session.items if item.module is request.module]
+    selected = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
     programs = [callspec.params["ended"] for callspec in selected if callspec and "ended" in callspec.params]
     with ThreadPoolExecutor(2) as pool:
         yield {each: pool.submit(each.run, tmp_path_factory.mktemp("program")) for each in programs}

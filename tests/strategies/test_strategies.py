@@ -1,5 +1,8 @@
 """The strategies in real `Trainer.fit` runs: what a user sees, step by step."""
 
+# a Trainer gets its attributes at run time, and what is an attribute of a module torch declares Tensor | Module
+# mypy: disable-error-code="attr-defined, union-attr, operator"
+
 from __future__ import annotations
 
 import time
@@ -487,7 +490,7 @@ def test_peers_of_ones_own_are_asked_ahead_only_where_it_matters(
     warned: list[str] = []
     monkeypatch.setattr(elastic_gossip, "rank_zero_warn", warned.append)
     monkeypatch.setattr(ElasticGossipStrategy, "world_size", 8)
-    star = Star()
+    star: Any = Star()
     ElasticGossipStrategy(alpha=alpha, peers=star)._warn_if_unstable()
     assert star.asked == asked
     assert len(warned) == warns
@@ -552,7 +555,7 @@ class Counts(Linear):
         self.own.fill_(self.global_rank)
 
     def on_validation_epoch_end(self) -> None:
-        self.validations += 1
+        self.validations += 1  # type: ignore[assignment]
 
     def on_train_epoch_end(self) -> None:
         self.trainer.callbacks[-1].seen["own"] = self.own.item()

@@ -262,7 +262,8 @@ def test_ranks_that_do_not_see_each_others_memory_send(monkeypatch: pytest.Monke
 
 
 def test_an_outbox_has_room_for_what_unfreezes_and_what_is_added_travels(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent, swap = [], Link.swap
+    sent: list[Any] = []
+    swap = Link.swap
 
     def counting(link: Link, outgoing: torch.Tensor | None, incoming: torch.Tensor | None) -> None:
         sent.extend(() if outgoing is None else (outgoing.nbytes,))
