@@ -380,6 +380,12 @@ class DownpourClient:
     def _refuse_new_parameters(self, traffic: Traffic, parameters: Mapping[str, Tensor]) -> None:
         known = traffic.displacement.cut.layout.shapes
         new = [name for name, p in parameters.items() if p.requires_grad and name not in known]
+        gone = [name for name in known if name not in parameters]
+        if new and gone:
+            raise RuntimeError(
+                f"parameter '{gone[0]}' was renamed in mid-training, to '{new[0]}' it seems, and the server knows it by"
+                " the name of before: prune or parametrize it before the training starts, or under gossip"
+            )
         if new:
             raise RuntimeError(
                 f"parameter '{new[0]}' requires a gradient, but did not when the training started, and is not on the"

@@ -11,6 +11,7 @@ import torch
 from forked import Linear, Recorder, fit, regression
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader
 
 from lightning_gossip import DownpourStrategy, ElasticGossipStrategy, GossipStrategy
@@ -93,6 +94,16 @@ class Unused(Linear):
 def test_what_optimizers_come_to_own_later_is_refused_by_name(tmp_path: Path, when: str, named: str) -> None:
     with pytest.raises(Exception, match=f"parameter '{named}' requires a gradient"):
         fit(tmp_path, Unused(when), DownpourStrategy(start_method="fork"), max_epochs=1)
+
+
+def test_what_is_renamed_in_mid_training_is_refused_as_that(tmp_path: Path) -> None:
+    class Pruned(Linear):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 2:
+                prune.l1_unstructured(self.layer, "weight", 1)
+
+    with pytest.raises(Exception, match=r"'layer.weight' was renamed in mid-training, to 'layer.weight_orig'"):
+        fit(tmp_path, Pruned(), DownpourStrategy(start_method="fork"), max_epochs=1)
 
 
 def test_without_an_optimizer_of_lightnings_everything_is_work(tmp_path: Path) -> None:
