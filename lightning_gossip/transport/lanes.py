@@ -147,6 +147,6 @@ class Transfer:
 def check_header(arrived: Header | None, expected: Header, peer: str) -> None:
     """Raise :class:`LinkError` where what ``peer`` sent is not what was expected."""
     if arrived is not None and replace(arrived, layout=expected.layout, nbytes=expected.nbytes) == expected != arrived:
-        raise LayoutMismatch(f"{peer} sent a snapshot of other tensors")
+        raise LayoutMismatch(f"{peer} sent other tensors: expected {expected}, but {peer} sent {arrived}")
     if arrived != expected:
         raise LinkError(f"expected {expected}, but {peer} sent {arrived}")
