@@ -155,8 +155,8 @@ def check_gpus(experiment: Experiment, rows: Sequence[Row], share: bool) -> None
     """End with a message where rows need more GPUs than there are."""
     needed, there = 1 if share else max(row.workers for row in rows), torch.cuda.device_count()
     if "cuda" in experiment.options and there < needed:
-        how = "one GPU" if share else f"as many GPUs as workers, {needed}, or `--share-device`"
-        sys.exit(f"{experiment.title}: its rows need {how}, and torch sees {there}")
+        needs = "rows need a GPU to share" if share else f"rows of {needed} workers need as many GPUs"
+        sys.exit(f"{experiment.title}: {needs}, and torch sees {there}{'' if share else '; or give --share-device'}")
 
 
 def run(experiment: Experiment, rows: Sequence[Row], arguments: argparse.Namespace) -> bool:
