@@ -13,7 +13,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from forked import ForkedShard, Linear, Recorder, fit, regression
+from forked import Linear, Recorder, fit, regression
+from forked_shards import ForkedShard
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     Callback,
