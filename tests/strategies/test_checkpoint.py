@@ -70,7 +70,7 @@ def train(
     ckpt_path: Any = None,
     devices: int = 4,
     ema: bool = False,
-    module: Any = None,
+    module: type[pl.LightningModule] = Noisy,
     evaluate: str = "replica",
     **kwargs: Any,
 ) -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ def train(
     callbacks = [checkpoint, EMAWeightAveraging(decay=0.8)] if ema else [checkpoint]
     return fit(
         folder,
-        module or Noisy(),
+        module(),  # after the seed
         make(name, evaluate=evaluate, **kwargs),
         devices=devices,
         train=DataLoader(regression(), 4, shuffle=True),
@@ -116,10 +116,10 @@ class Counting(Noisy):
 
 
 def test_a_resumed_run_equals_an_unbroken_one_where_the_loader_was_made_early(tmp_path: Path) -> None:
-    unbroken = train(tmp_path / "unbroken", "elastic", 3, module=Counting())
-    train(tmp_path / "broken", "elastic", 2, module=Counting())
+    unbroken = train(tmp_path / "unbroken", "elastic", 3, module=Counting)
+    train(tmp_path / "broken", "elastic", 2, module=Counting)
     last = tmp_path / "broken" / "saved" / "last.ckpt"
-    resumed = train(tmp_path / "broken", "elastic", 3, last, module=Counting())
+    resumed = train(tmp_path / "broken", "elastic", 3, last, module=Counting)
     for rank in range(4):
         assert torch.equal(resumed[rank]["state"]["layer.weight"], unbroken[rank]["state"]["layer.weight"])
 
