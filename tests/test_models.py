@@ -29,7 +29,12 @@ def gloo(monkeypatch: pytest.MonkeyPatch) -> Any:
         options.rootRank, options.rootTensor = src, 0
         groups.own.broadcast([tensor], options).wait()
 
+    def all_gather(tensors: list[Tensor], tensor: Tensor) -> None:
+        groups.own.allgather([tensors], [tensor]).wait()
+
     monkeypatch.setattr(dist, "broadcast", broadcast)
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
     return join
 
 

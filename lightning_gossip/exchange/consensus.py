@@ -1,9 +1,14 @@
-"""The consensus model, the mean of the replicas, and the window during which a module holds it."""
+"""The consensus model, the mean of the replicas, and the window during which a module holds it.
+
+Parameters and running statistics are averaged in float32 or wider; other buffers are rank 0's; what is alike on all
+ranks is left alone (:mod:`~lightning_gossip.exchange.models` says which is which).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +16,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
+from lightning_gossip.exchange.models import (
+    agree,
+    averaged_buffers,
+    collective_device,
+    report_misfits,
+    shared_buffers,
+    shared_parameters,
+)
+from lightning_gossip.exchange.tensors import elements, has_mean, wide
 
 _CHUNK = 2**22
 """Elements averaged at a time: bounds the memory for sums in a wider dtype."""
 
+_ROUNDING = 16
+"""How many units in the last place a parameter may be off, in norm, and still count as not changed."""
+
 
 class Consensus:
-    """The replicas of one module, seen from one rank. Every method is a collective of the default group.
+    """The replicas of one module, seen from one rank.
+
+    :meth:`adopt` and :meth:`enter` are collectives of the default group, the other methods are not.
 
     Args:
         module: this rank's replica.
@@ -28,64 +47,140 @@ class Consensus:
         self._module = module
         self._world_size = world_size
         self._replica: _Copy | None = None
-        self._entered: dict[str, Tensor] = {}  # the consensus model's buffers when the window began
+        self._square_of_alike = 0.0  # ‖·‖² of the parameters on which all ranks agree
+        self._flagged = False  # whether some rank's :meth:`_flag` was raised when the ranks agreed last
+        self._consensus: _Copy | None = None  # as it was when the window began; kept after :meth:`leave`
 
     @property
     def holds(self) -> bool:
         """Whether the module holds the consensus model for the moment (between :meth:`enter` and :meth:`leave`)."""
         return self._replica is not None
 
+    @property
+    def kept(self) -> bool:
+        """Whether the consensus model was built and not forgotten since."""
+        return self._consensus is not None
+
+    def note(self) -> None:
+        """Called before others may put something else in place of the replica, to be averaged by :meth:`enter`."""
+
     def adopt(self) -> float:
-        """Make the module the consensus model for good; return the consensus distance before (design §1)."""
-        return self._average(_Copy(self._module))
+        """Make the module the consensus model for good; return the consensus distance before (design §1).
+
+        Raises:
+            RuntimeError: naming a parameter that does not fit on all ranks.
+        """
+        tensors = self._differing()
+        distance = self._average(_Copy(tensors))
+        self.forget()
+        return distance
 
     def enter(self) -> float:
-        """Make the module the consensus model until :meth:`leave`; return the consensus distance."""
-        self._replica = _Copy(self._module)
-        distance = self._average(_Copy(self._module))
-        self._entered = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
+        """Make the module the consensus model until :meth:`leave`; return the consensus distance.
+
+        Raises:
+            RuntimeError: naming a parameter that does not fit on all ranks.
+        """
+        tensors = self._differing()
+        replica, consensus = _Copy(tensors), _Copy(tensors)
+        distance = self._average(consensus)
+        self._replica, self._consensus = replica, consensus
         return distance
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Give the module its replica back for a moment within the window; not a collective."""
-        if self._replica is None:
+    def again(self) -> Iterator[None]:
+        """Have the module be the consensus model that is kept for a moment; what is changed meanwhile stays."""
+        if self._consensus is None:
             yield
             return
-        consensus = _Copy(self._module)
-        self._put_back(self._replica)
+        present = self._consensus.now()
+        self._consensus.restore()
         try:
             yield
         finally:
-            consensus.restore()
+            present.restore(except_for=self._consensus.changed())
 
-    def leave(self) -> None:
-        """Give the module its replica back, but for buffers that were changed within the window.
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Give the module its replica back for a moment within the window."""
+        if self._replica is None or self._consensus is None:
+            yield
+            return
+        present = self._consensus.now()
+        changed = {name for name in self._consensus.changed() if not self._consensus.is_parameter(name)}
+        self._replica.restore(except_for=changed)
+        try:
+            yield
+        finally:
+            present.restore()
 
-        Not a collective, and harmless outside the window.
+    def leave(self, final: bool = True) -> bool:
+        """Give the module its replica back, but for what was changed within the window; harmless outside of it.
+
+        Args:
+            final: if False, the window stays open where somebody has put other weights into the module, who is
+                going to put back what was there.
+
+        Returns:
+            Whether the window is closed.
         """
-        if self._replica is not None:
-            self._put_back(self._replica)
-            self._replica, self._entered = None, {}
+        if self._replica is None or self._consensus is None:
+            return True
+        changed = self._consensus.changed()
+        if changed and not final:
+            moved = self._replica.parameters_unlike(self._consensus)
+            if moved and moved <= changed:
+                return False
+        self._replica.restore(except_for=changed)
+        self._replica = None
+        return True
 
-    def _put_back(self, replica: _Copy) -> None:
-        changed = {
-            name: buffer.clone()
-            for name, buffer in self._module.named_buffers()
-            if name in self._entered and not _same(buffer, self._entered[name])
-        }
-        replica.restore()
-        for name, value in changed.items():
-            self._module.get_buffer(name).data.copy_(value)
+    def forget(self) -> None:
+        """Release the memory of a window that is closed."""
+        if self._replica is None:
+            self._consensus = None
+
+    def changed(self) -> bool:
+        """Whether the module's parameters are not any more what they were when the window began."""
+        consensus = self._consensus
+        return consensus is not None and any(map(consensus.is_parameter, consensus.changed(rounding=0)))
+
+    def _flag(self) -> bool:
+        """Return what the other ranks should know when the consensus model is built."""
+        return False
+
+    def _differing(self) -> _Shared:
+        """Agree with the other ranks on what to make alike."""
+        if self._world_size == 1:
+            return _Shared({}, {}, {})
+        parameters, buffers = shared_parameters(self._module), shared_buffers(self._module)
+        statistics = averaged_buffers(self._module)
+        tensors: dict[str, Tensor] = {**parameters, **buffers}
+        changing = {name for name, p in parameters.items() if p.requires_grad}
+        agreement = agree(tensors, self._world_size, changing, self._flag())
+        report_misfits(agreement, parameters)
+        self._flagged = agreement.flagged
+        own = {name: data for name in agreement.differing if (data := elements(tensors[name])) is not None}
+        self._square_of_alike = sum((_norm(p) ** 2 for name, p in parameters.items() if name not in own), 0.0)
+        averaged = parameters.keys() | statistics
+        with_mean = {name: data for name, data in own.items() if has_mean(data)}
+        return _Shared(
+            parameters={name: data for name, data in with_mean.items() if name in parameters},
+            statistics={name: data for name, data in with_mean.items() if name in statistics},
+            others={name: data for name, data in own.items() if name not in with_mean or name not in averaged},
+        )
 
     def _average(self, copy: _Copy) -> float:
         distance, norm = self._build(copy.parameters).tolist()
         if self._world_size > 1:
-            for flat in copy.buffers.segments:
+            for flat in copy.statistics.segments:
                 _average_(flat, self._world_size)
-            total = torch.tensor([distance], dtype=torch.float64, device=_collective_device(copy.parameters.storage))
+            for flat in copy.others.segments:
+                _take_first_(flat)
+            total = torch.tensor([distance], dtype=torch.float64, device=collective_device())
             dist.all_reduce(total)
             distance = float(total) / self._world_size
+            norm += self._square_of_alike
         copy.restore()
         return (distance / norm) ** 0.5 if norm > 0 else 0.0
 
@@ -96,39 +191,94 @@ class Consensus:
             ‖θ_i − θ̄‖² of this rank and ‖θ̄‖², shape (2,), float64.
         """
         squares = torch.zeros(2, dtype=torch.float64)
-        if self._world_size > 1:
-            for flat in parameters.segments:
-                squares += _average_(flat, self._world_size)
+        for flat in parameters.segments:
+            squares += _average_(flat, self._world_size)
         return squares
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """Tensors that are to be made alike, by name: those that are averaged, and those that are rank 0's."""
+
+    parameters: Mapping[str, Tensor]
+    statistics: Mapping[str, Tensor]
+    others: Mapping[str, Tensor]
+
+
 class _Copy:
-    """Copies of all parameters and buffers of a module, flat."""
+    """Flat copies of tensors of a module."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._parameters = {name: p.data for name, p in module.named_parameters()}
-        self._buffers = {name: b.data for name, b in module.named_buffers()}
-        self.parameters = _packed(self._parameters)
-        self.buffers = _packed(self._buffers)
+    def __init__(self, shared: _Shared) -> None:
+        self._shared = shared
+        self.parameters = _packed(shared.parameters)
+        self.statistics = _packed(shared.statistics)
+        self.others = _packed(shared.others)
+        self.tensors = {**shared.parameters, **shared.statistics, **shared.others}
 
-    def restore(self) -> None:
+    def now(self) -> _Copy:
+        """Return copies of what the same tensors hold now."""
+        return _Copy(self._shared)
+
+    def restore(self, except_for: Collection[str] = ()) -> None:
         """Write the copies back."""
-        self.parameters.copy_to(self._parameters)
-        self.buffers.copy_to(self._buffers)
+        kept = {name: self.tensors[name].clone() for name in except_for}
+        self.parameters.copy_to(self._shared.parameters)
+        self.statistics.copy_to(self._shared.statistics)
+        self.others.copy_to(self._shared.others)
+        for name, value in kept.items():
+            self.tensors[name].copy_(value)
+
+    def is_parameter(self, name: str) -> bool:
+        return name in self._shared.parameters
+
+    def changed(self, rounding: int = _ROUNDING) -> set[str]:
+        """Return the names of the tensors that hold something else now; of parameters, beyond so much rounding."""
+        return {
+            name
+            for name, copied in self._views()
+            if not _same(self.tensors[name], copied)
+            and not (rounding and self.is_parameter(name) and _near(self.tensors[name], copied, rounding))
+        }
+
+    def parameters_unlike(self, other: _Copy) -> set[str]:
+        """Return the names of the parameters that have other copies there."""
+        theirs = dict(other._views())
+        return {name for name, copied in self._views() if self.is_parameter(name) and not _same(copied, theirs[name])}
+
+    def _views(self) -> Iterator[tuple[str, Tensor]]:
+        for buffer in (self.parameters, self.statistics, self.others):
+            for segment, flat in zip(buffer.layout.segments, buffer.segments, strict=True):
+                yield from zip(segment.names, buffer.layout.views(segment, flat), strict=True)
 
 
-def average_state(state: Mapping[str, Any], world_size: int) -> dict[str, Any]:
-    """Return the mean over ranks of a state dict, and rank 0's where an entry has no mean; a collective."""
-    tensors = {name: value.detach().clone() for name, value in state.items() if isinstance(value, Tensor)}
-    if world_size > 1:
-        buffer = _packed(tensors)
-        for flat in buffer.segments:
-            _average_(flat, world_size)
-        buffer.copy_to(tensors)
-    return {name: tensors.get(name, value) for name, value in state.items()}
+def average_state(state: Mapping[str, Any], world_size: int, averaged: Callable[[str], bool]) -> dict[str, Any]:
+    """Return the mean over ranks of a state dict's entries that fit on all ranks, and the others as they are here.
+
+    A collective of the default group; the ranks may have different entries.
+
+    Args:
+        state: tensors, and anything else, by name.
+        world_size: number of ranks.
+        averaged: whether to take the mean of an entry of that name, where its dtype has one; or else rank 0's.
+    """
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if world_size == 1:
+        return dict(state)
+    made_alike = {}
+    for name in agree(tensors, world_size).differing:
+        own = elements(tensors[name])
+        if own is not None:
+            copy = own.clone(memory_format=torch.contiguous_format)
+            whole = copy.view(-1)
+            if averaged(name) and has_mean(own):
+                _average_(whole, world_size)
+            else:
+                _take_first_(whole)
+            made_alike[name] = copy.expand(tensors[name].shape)
+    return {name: made_alike.get(name, value) for name, value in state.items()}
 
 
-def _packed(tensors: dict[str, Tensor]) -> FlatBuffer:
+def _packed(tensors: Mapping[str, Tensor]) -> FlatBuffer:
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     buffer = FlatBuffer.empty(FlatLayout(tensors), device)
     buffer.pack(tensors)
@@ -137,7 +287,7 @@ def _packed(tensors: dict[str, Tensor]) -> FlatBuffer:
 
 @torch.no_grad()
 def _average_(flat: Tensor, world_size: int) -> Tensor:
-    """Replace ``flat`` (1-D) by the mean over ranks, or by rank 0's values where the dtype has no mean.
+    """Replace ``flat`` (1-D, of a dtype that has a mean) by the mean over ranks.
 
     Computed as x_0 + mean(x_i − x_0) in float32 or wider, so that elements on which all ranks agree, infinite ones
     included, stay as they are.
@@ -149,21 +299,40 @@ def _average_(flat: Tensor, world_size: int) -> Tensor:
     for chunk in flat.split(_CHUNK):
         first = chunk.clone()
         dist.broadcast(first.view(torch.uint8), src=0)
-        mean = first
-        if chunk.dtype.is_floating_point or chunk.dtype.is_complex:
-            wide = torch.promote_types(chunk.dtype, torch.float32)
-            base = first.to(wide)
-            offset = torch.where(chunk == first, 0, chunk.to(wide) - base)
-            dist.all_reduce(torch.view_as_real(offset) if wide.is_complex else offset)
-            mean = torch.where(offset == 0, base, base + offset / world_size).to(chunk.dtype)
-            squares += _squares(chunk, mean)
+        base, own = first.to(wide(flat.dtype)), chunk.to(wide(flat.dtype))
+        offset = torch.where(own == base, 0, own - base)
+        dist.all_reduce(torch.view_as_real(offset) if offset.is_complex() else offset)
+        mean = torch.where(offset == 0, base, base + offset / world_size).to(chunk.dtype)
+        squares += _squares(chunk, mean)
         chunk.copy_(mean)
     return squares
+
+
+@torch.no_grad()
+def _take_first_(flat: Tensor) -> None:
+    """Replace ``flat`` (1-D) by rank 0's, whatever its dtype: as bytes."""
+    for chunk in flat.split(_CHUNK):
+        dist.broadcast(chunk.view(torch.uint8), src=0)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one dtype are alike bit for bit, NaN included."""
     return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)))
+
+
+def _near(one: Tensor, other: Tensor, rounding: int) -> bool:
+    difference = _norm(one.to(wide(one.dtype)) - other.to(wide(other.dtype)))
+    return not difference > rounding * torch.finfo(one.dtype).eps * _norm(other)
+
+
+def _norm(tensor: Tensor) -> float:
+    """Return ‖x‖ in float64; 0 where it has none."""
+    own = elements(tensor)
+    if own is None or not has_mean(own):
+        return 0.0
+    return float(
+        torch.linalg.vector_norm(own.to(wide(own.dtype)), dtype=torch.complex128 if own.is_complex() else torch.float64)
+    )
 
 
 @torch.no_grad()
@@ -174,11 +343,8 @@ def squares_to(flat: Tensor, consensus: Tensor) -> Tensor:
 
 
 def _squares(chunk: Tensor, consensus: Tensor) -> Tensor:
-    wide = torch.promote_types(chunk.dtype, torch.float32)
-    own, mean = (torch.view_as_real(x.to(wide)) if wide.is_complex else x.to(wide) for x in (chunk, consensus))
+    own, mean = (x.to(wide(x.dtype)) for x in (chunk, consensus))
+    if own.is_complex():
+        own, mean = torch.view_as_real(own), torch.view_as_real(mean)
     difference = torch.where(own == mean, 0, own - mean)
     return torch.stack([torch.linalg.vector_norm(x.double()).cpu() ** 2 for x in (difference, mean)])
-
-
-def _collective_device(like: Tensor) -> torch.device:
-    return like.device if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,25 +1,83 @@
-"""That all ranks start from one model: the same parameters and buffers, with rank 0's values."""
+"""What the ranks' models have in common: which tensors they share, whether these fit, and which of them differ.
+
+Nothing reaches a collective whose sizes have not been agreed on: see :func:`agree`.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+
+from lightning_gossip.exchange.tensors import describe, digest, elements, has_mean
+
+log = logging.getLogger(__name__)
+
+_DIGEST = 8  # bytes
+
+STATISTICS = ("running_mean", "running_var")
+"""Names of buffers that are averaged, in BatchNorm and its kin; a module adds its own by ``averaged_buffers``."""
 
 Manifest = dict[str, str]
 """What each parameter and buffer is, by name."""
 
 
+def ignored_names(module: nn.Module) -> frozenset[str]:
+    """Return what stays with each rank: the names in DDP's ``_ddp_params_and_buffers_to_ignore``."""
+    return frozenset(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+
+
+def shared_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that the ranks have in common, by name."""
+    ignored = ignored_names(module)
+    return {name: p for name, p in module.named_parameters() if name not in ignored}
+
+
+def shared_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that the ranks have in common, by name."""
+    ignored = ignored_names(module)
+    return {name: b for name, b in module.named_buffers() if name not in ignored}
+
+
+def averaged_buffers(module: nn.Module) -> frozenset[str]:
+    """Return the buffers of which the consensus model has the mean over ranks: of the others it has rank 0's.
+
+    These are floating-point buffers named ``running_mean`` or ``running_var``, as BatchNorm and its kin have them, and
+    those that a module lists, by their names in it, in an attribute ``averaged_buffers``::
+
+        class Centers(nn.Module):
+            averaged_buffers = ("center",)
+
+    Raises:
+        ValueError: if such an attribute names what is no floating-point buffer of the module.
+    """
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    found = {name for name, b in buffers.items() if name.rpartition(".")[2] in STATISTICS and has_mean(b)}
+    for prefix, part in module.named_modules():
+        for name in getattr(part, "averaged_buffers", ()):
+            full = f"{prefix}.{name}" if prefix else name
+            if full not in buffers or not has_mean(buffers[full]):
+                raise ValueError(
+                    f"`averaged_buffers` of {type(part).__name__} must name floating-point buffers of it;"
+                    f" {name!r} is none"
+                )
+            found.add(full)
+    return frozenset(found)
+
+
 def manifest(module: nn.Module) -> Manifest:
-    """Return shape, dtype and whether it requires a gradient, in words, for every parameter and buffer."""
+    """Return shape, dtype and whether it requires a gradient, in words, for every shared parameter and buffer."""
     parameters = {
-        f"parameter '{name}'": f"shape {tuple(p.shape)}, {p.dtype}, {'trainable' if p.requires_grad else 'frozen'}"
-        for name, p in module.named_parameters()
+        f"parameter '{name}'": f"{describe(p)}, {'trainable' if p.requires_grad else 'frozen'}"
+        for name, p in shared_parameters(module).items()
     }
-    buffers = {f"buffer '{name}'": f"shape {tuple(b.shape)}, {b.dtype}" for name, b in module.named_buffers()}
+    buffers = {f"buffer '{name}'": describe(b) for name, b in shared_buffers(module).items()}
     return parameters | buffers
 
 
@@ -56,15 +114,146 @@ def _differences(manifests: list[Manifest]) -> list[str]:
     return found
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know of their tensors after :func:`agree`.
+
+    Attributes:
+        differing: names, in rank 0's order, of tensors that fit on all ranks, can be written in place, and differ.
+        misfits: by name, why a tensor that is not alike on all ranks cannot be made so.
+        flagged: whether some rank raised its flag.
+    """
+
+    differing: tuple[str, ...]
+    misfits: Mapping[str, str]
+    flagged: bool = False
+
+
+def agree(
+    tensors: Mapping[str, Tensor], world_size: int, changing: Collection[str] = (), flag: bool = False
+) -> Agreement:
+    """Find out which of the ranks' tensors differ; a collective of the default group.
+
+    Where all are alike, as buffers mostly are, one small message a rank says so. Contents are hashed, but for
+    those that change at every step.
+
+    Args:
+        tensors: by name.
+        world_size: number of ranks.
+        changing: names of tensors that are taken to differ, if some rank says so.
+        flag: anything that the others should know.
+    """
+    own = {name: elements(tensor) for name, tensor in tensors.items()}
+    words = {name: _words(tensor, own[name]) for name, tensor in tensors.items()}
+    changes = {name for name in changing if own[name] is not None}
+    contents = {name: b"" if name in changes else digest(tensor) for name, tensor in tensors.items()}
+    everything = repr([(name, words[name], name in changes) for name in tensors])
+    inventory = hashlib.blake2b(everything.encode(), digest_size=_DIGEST).digest()
+    whole = hashlib.blake2b(b"".join(contents.values()), digest_size=_DIGEST).digest()
+    rows = _gathered_bytes(inventory + whole + bytes([flag]), world_size)
+    flagged = any(row[-1] for row in rows)
+    if len({row[:-1] for row in rows}) == 1:
+        return Agreement(tuple(name for name in tensors if name in changes), {}, flagged)
+    if len({row[:_DIGEST] for row in rows}) == 1:  # the same tensors, of which some differ
+        hashed = [name for name in tensors if name not in changes]
+        columns = [
+            {row[_DIGEST * i : _DIGEST * (i + 1)] for row in rows}
+            for rows in [_gathered_bytes(b"".join(contents[name] for name in hashed), world_size)]
+            for i in range(len(hashed))
+        ]
+        unlike = changes | {name for name, column in zip(hashed, columns, strict=True) if len(column) > 1}
+        fits = {name for name in unlike if own[name] is not None}
+        misfits = {name: f"{words[name]} on every rank, of other contents" for name in unlike - fits}
+        return Agreement(tuple(name for name in tensors if name in fits), misfits, flagged)
+    everybody: list[dict[str, tuple[str, bytes]]] = [{}] * world_size
+    dist.all_gather_object(everybody, {name: (words[name], contents[name]) for name in tensors})
+    return _compare(everybody, flagged)
+
+
+def _compare(everybody: list[dict[str, tuple[str, bytes]]], flagged: bool) -> Agreement:
+    differing, misfits = [], {}
+    for name in dict.fromkeys(chain.from_iterable(everybody)):
+        words = [rank[name][0] if name in rank else "missing" for rank in everybody]
+        contents = {rank[name][1] if name in rank else None for rank in everybody}
+        if len(set(words)) > 1 and (len(contents) > 1 or b"" in contents):
+            other = next(k for k, told in enumerate(words) if told != words[0])
+            misfits[name] = f"{words[0]} on rank 0 but {words[other]} on rank {other}"
+        elif len(contents) > 1 or b"" in contents:
+            if words[0].endswith(_UNWRITABLE):
+                misfits[name] = f"{words[0]} on every rank, of other contents"
+            else:
+                differing.append(name)
+    return Agreement(tuple(differing), misfits, flagged)
+
+
+_UNWRITABLE = ", which cannot be written in place"
+
+
+def _words(tensor: Tensor, own: Tensor | None) -> str:
+    if own is None:
+        return describe(tensor) + _UNWRITABLE
+    return describe(tensor) + ("" if own.shape == tensor.shape else f", expanded from {tuple(own.shape)}")
+
+
+def _gathered_bytes(data: bytes, world_size: int) -> list[bytes]:
+    """Return the bytes of each rank; all give as many."""
+    device = collective_device()
+    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    rows = [torch.empty_like(mine) for _ in range(world_size)]
+    dist.all_gather(rows, mine)
+    return [row.cpu().numpy().tobytes() for row in rows]
+
+
+def collective_device() -> torch.device:
+    """Return where tensors have to lie for the default group."""
+    return torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
 @torch.no_grad()
 def take_rank_zeros(module: nn.Module, world_size: int) -> None:
-    """Give every rank rank 0's parameters and buffers; a collective of the default group."""
+    """Give every rank rank 0's parameters and buffers; a collective of the default group.
+
+    What is alike on all ranks, and what cannot be written in place, is left alone.
+
+    Raises:
+        RuntimeError: naming a parameter that does not fit.
+    """
     if world_size == 1:
         return
-    for tensor in chain(module.parameters(), module.buffers()):
+    tensors: dict[str, Tensor] = {**shared_parameters(module), **shared_buffers(module)}
+    agreement = agree(tensors, world_size)
+    report_misfits(agreement, shared_parameters(module))
+    for name in agreement.differing:
         # as bytes, which every backend moves; in the order of the elements, which ranks may lay out differently
-        data = tensor.data
+        data = elements(tensors[name])
+        if data is None:
+            raise RuntimeError(f"{name} cannot be written in place")  # `agree` told so
         whole = data.contiguous()
         dist.broadcast(whole.view(-1).view(torch.uint8), src=0)
         if whole is not data:
             data.copy_(whole)
+
+
+_reported: set[str] = set()
+
+
+def report_misfits(agreement: Agreement, parameters: Collection[str]) -> None:
+    """Raise for a parameter that does not fit on all ranks; warn, once a name, of a buffer that stays with each rank.
+
+    Args:
+        agreement: of all ranks.
+        parameters: the names of parameters.
+
+    Raises:
+        RuntimeError: on all ranks alike.
+    """
+    known = [f"parameter '{name}' is {why}" for name, why in agreement.misfits.items() if name in parameters]
+    if known:
+        raise RuntimeError(
+            f"the ranks have different models: {'; '.join(known)}. What is renamed in training (pruned, parametrized)"
+            " must be so on all ranks; names in the module's `_ddp_params_and_buffers_to_ignore` stay with each rank."
+        )
+    for name, why in agreement.misfits.items():
+        if name not in _reported:
+            _reported.add(name)
+            log.warning("buffer '%s' is %s: it stays with each rank", name, why)

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_gossip.exchange.consensus import Consensus, squares_to
 from lightning_gossip.exchange.flat import FlatBuffer
+from lightning_gossip.exchange.models import shared_parameters
 
 
 class Server(Protocol):
@@ -44,11 +45,11 @@ class KeptParameters:
 
 
 class ServerConsensus(Consensus):
-    """The server's parameters, with the mean of the workers' floating-point buffers.
+    """The server's parameters, with buffers as under gossip.
 
     All that was sent is on the server when rank 0 asks for its parameters, once for all ranks. What the server does not
-    hold (frozen parameters) and buffers without a mean are rank 0's. Where there is no server, it is the mean of the
-    replicas, as under gossip.
+    hold (frozen parameters that differ) is rank 0's. Where there is no server, or where some worker has put something
+    else in place of its replica, such as an average of its own, it is the mean of what is there, as under gossip.
 
     Args:
         module: this worker's replica.
@@ -70,13 +71,27 @@ class ServerConsensus(Consensus):
         self._rank = rank
         self._server = server
         self._meet = meet
+        self._noted: dict[str, Tensor] = {}
+
+    @override
+    def note(self) -> None:
+        self._noted = {
+            name: p.detach().clone() for name, p in shared_parameters(self._module).items() if p.requires_grad
+        }
+
+    @override
+    def _flag(self) -> bool:
+        """Return whether others have replaced what :meth:`note` saw."""
+        noted, self._noted = self._noted, {}
+        parameters = shared_parameters(self._module)
+        return any(name not in parameters or not torch.equal(p, parameters[name]) for name, p in noted.items())
 
     @override
     def _build(self, parameters: FlatBuffer) -> Tensor:
         server = self._server()
-        if server is None:
+        if server is None or self._flagged:
             return super()._build(parameters)
-        replica = {name: p.data for name, p in self._module.named_parameters()}
+        replica = {name: p.data for name, p in shared_parameters(self._module).items()}
         server.drain()
         self._meet("all pushes are on the server")
         if self._rank == 0:

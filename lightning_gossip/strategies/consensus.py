@@ -19,9 +19,13 @@ from typing_extensions import override
 
 from lightning_gossip.arguments import check_choice
 from lightning_gossip.exchange.consensus import Consensus, average_state
+from lightning_gossip.exchange.models import averaged_buffers
 from lightning_gossip.strategies import checkpoint as files
 from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.meeting import MeetingStrategy
+from lightning_gossip.strategies.saved_state import CURRENT_STATE, Dumped
+from lightning_gossip.strategies.stand_in import SharedStandIn
+from lightning_gossip.strategies.window import ConsensusWindow
 
 Evaluate = Literal["consensus", "replica"]
 
@@ -43,8 +47,10 @@ class ConsensusStrategy(MeetingStrategy):
         self.consensus_distance: float | None = None  # when the consensus model was last built
         self.consensus_built = 0  # how often it was built
         self._consensus: Consensus | None = None  # in a `fit`
+        self._window: ConsensusWindow | None = None  # in a `fit` whose validations run on the consensus model
         self._unsynced: list[tuple[Metric, Any]] = []  # torchmetrics objects, and when they sync otherwise
-        self._dumped: dict[str, Any] = {}  # this replica's state, as last given to a checkpoint
+        self._dumped: dict[str, Any] = {}  # the module's state, as last given to a checkpoint
+        self._replica_state: dict[str, Any] | None = None  # this replica's, while the consensus model is saved
         self._resume: dict[str, Any] | None = None  # this package's entry in the checkpoint that is resumed
         self._saved: dict[str, str] = {}  # id of the last save to a path
         self._own_disk = False  # whether rank 0's files are out of sight, and this rank keeps order on its node
@@ -78,8 +84,11 @@ class ConsensusStrategy(MeetingStrategy):
         """Begin a ``fit``: until :meth:`teardown` validations and checkpoints may build the consensus model."""
         self._consensus = self.make_consensus(module)
         if self.evaluate == "consensus":
-            averages = lightning_compat.weight_averages(trainer)
-            lightning_compat.validate_mean_of_averages(averages, Consensus(module, self.world_size), self._meet)
+            swaps = any(self.gather(lightning_compat.may_swap_in_validation(trainer)))
+            mean = Consensus(module, self.world_size)
+            self._window = ConsensusWindow(self._consensus, mean, self._build, self.gather, swaps)
+            lightning_compat.open_in_validation(trainer, self._window)
+            lightning_compat.save_within(trainer, self._saving)
 
     def _resume_training(self, trainer: pl.Trainer) -> None:
         """Go on from the checkpoint that was loaded, if one was."""
@@ -108,20 +117,20 @@ class ConsensusStrategy(MeetingStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        if self._consensus is not None:
-            self._consensus.leave()
+        if self._window is not None:
+            self._window.after_end_hooks()
         self._end_evaluation()
         super().on_exception(exception)
 
     @override
     def teardown(self) -> None:
-        self._consensus = None
+        self._consensus = self._window = None
         self._dumped = {}
         super().teardown()
 
     @override
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_consensus": None}
+        return super().__getstate__() | {"_consensus": None, "_window": None}
 
     # -- consensus ----------------------------------------------------------------------------------------------
 
@@ -170,13 +179,13 @@ class ConsensusStrategy(MeetingStrategy):
     @override
     def on_validation_start(self) -> None:
         self._start_evaluation()
-        if self.evaluate == "consensus" and self._consensus is not None:
-            self._build(self._consensus.enter, "validation")
+        if self._window is not None:
+            self._window.after_start_hooks()
 
     @override
     def on_validation_end(self) -> None:
-        if self._consensus is not None:
-            self._consensus.leave()
+        if self._window is not None:
+            self._window.after_end_hooks()
         self._end_evaluation()
 
     @override
@@ -192,7 +201,7 @@ class ConsensusStrategy(MeetingStrategy):
         if self.evaluate == "replica":
             self._unsynced = [(m, m.distributed_available_fn) for m in self._module.modules() if isinstance(m, Metric)]
             for metric, _ in self._unsynced:
-                metric.distributed_available_fn = _not_available
+                metric.distributed_available_fn = SharedStandIn(_not_available, metric.distributed_available_fn)
 
     def _end_evaluation(self) -> None:
         for metric, available in self._unsynced:
@@ -214,10 +223,30 @@ class ConsensusStrategy(MeetingStrategy):
     def checkpoint_io(self, io: CheckpointIO) -> None:
         self._checkpoint_io = io
 
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Have the module, its state and so whatever hooks see be the consensus model while a checkpoint is saved.
+
+        Not where this rank ends on an exception: then its replica is saved alone.
+        """
+        if self._alone or self._window is None or self._replica_state is not None:
+            yield
+            return
+        with self._window.replica():
+            self._replica_state = _copied(super().lightning_module_state_dict())
+        self._dumped = {}
+        try:
+            with self._window.saving():
+                yield
+        finally:
+            self._replica_state = None
+
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """This replica's state; :meth:`save_checkpoint` makes the consensus of it."""
-        with self._consensus.aside() if self._consensus is not None else nullcontext():
+        """Return the module's state: in a save the consensus model's, but its own where replicas are evaluated."""
+        if self._replica_state is not None and self._dumped:
+            return dict(self._dumped)  # a hook asks for it once more
+        with self._window.replica() if self._window is not None and self._replica_state is None else nullcontext():
             self._dumped = _copied(super().lightning_module_state_dict())
         return dict(self._dumped)
 
@@ -227,14 +256,14 @@ class ConsensusStrategy(MeetingStrategy):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         path, save_id = self.broadcast((str(filepath), uuid.uuid4().hex[:16]))
-        consensus = self._consensus_of(checkpoint)
+        replica, consensus = self._parted(checkpoint)
         whole = "optimizer_states" in checkpoint  # not `weights_only`
         replicas = whole and self._consensus is not None  # after `fit` the clock is all that is left of the training
         if whole:
             entry = {"save_id": save_id if replicas else None, "world_size": self.world_size, "step": self.step}
             consensus[files.KEY] = entry
         if replicas:
-            self._save_replica(checkpoint, path, save_id, storage_options)
+            self._save_replica(replica, path, save_id, storage_options)
         io = self.checkpoint_io
         try:
             self._meet("replica files are complete")
@@ -261,32 +290,43 @@ class ConsensusStrategy(MeetingStrategy):
             "rng": files.rng_state(),
         }
         file = files.replica_path(path, save_id, self.global_rank)
-        files.synchronous(self.checkpoint_io).save_checkpoint(checkpoint | {files.KEY: entry}, file, storage_options)
+        whole = checkpoint | {files.KEY: entry | checkpoint.get(files.KEY, {})}
+        files.synchronous(self.checkpoint_io).save_checkpoint(whole, file, storage_options)
 
-    def _consensus_of(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """Return ``checkpoint`` with the consensus model's state in place of this replica's, wherever it stands.
+    def _parted(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return ``checkpoint`` with this replica's state, and with the consensus model's; a collective."""
+        state, self._dumped = self._dumped, {}
+        if self._replica_state is not None:
+            replica, consensus = self._replica_state, state
+        else:
+            replica, consensus = state, self._consensus_state()
+        dumped = Dumped(checkpoint, state)
+        own, replaced = dumped.of_replica(replica)
+        if replaced:  # by a hook: the replica goes on from what it is all the same
+            own[files.KEY] = {"replaced": replaced}
+        ours = set(dict(self._module.named_buffers())) - averaged_buffers(self._module)
+        saved = dumped.of_consensus(consensus, lambda name: name not in ours, self.world_size)
+        if CURRENT_STATE in saved and self._window is not None and self._window.swapped:
+            saved[CURRENT_STATE] = average_state(own[CURRENT_STATE], self.world_size, lambda name: name not in ours)
+        return own, saved
 
-        What a callback put into ``state_dict`` instead, such as an average of its own, is averaged over ranks.
-        """
-        dumped, self._dumped = self._dumped, {}
+    def _consensus_state(self) -> dict[str, Any]:
         consensus = self._consensus or self.make_consensus(self._module)
-        window = not consensus.holds
         with self._on_root_device():
-            if window:
-                self._build(consensus.enter, "a checkpoint")
+            if consensus.holds:
+                return _copied(super().lightning_module_state_dict())
+            self._build(consensus.enter, "a checkpoint")
             built = _copied(super().lightning_module_state_dict())
-            if window:
-                consensus.leave()
+            consensus.leave()
+            consensus.forget()
+        return built
 
-        def consensus_of(state: dict[str, Any]) -> dict[str, Any]:
-            foreign = {name: v for name, v in state.items() if v is not dumped.get(name)}
-            averaged = average_state(foreign, self.world_size)
-            return {name: averaged[name] if name in averaged else built[name] for name in state}
-
-        return {
-            key: consensus_of(value) if key in ("state_dict", lightning_compat.CURRENT_MODEL_STATE) else value
-            for key, value in checkpoint.items()
-        }
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_model_state_dict(checkpoint, strict)
+        replaced = checkpoint.get(files.KEY, {}).get("replaced")
+        if replaced:
+            self._module.load_state_dict(replaced, strict=False)
 
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:

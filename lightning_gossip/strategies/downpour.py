@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_gossip.arguments import check_integer
 from lightning_gossip.control.run import Control
+from lightning_gossip.exchange.models import shared_parameters
 from lightning_gossip.parameter_server.client import DownpourClient
 from lightning_gossip.parameter_server.consensus import KeptParameters, Server, ServerConsensus
 from lightning_gossip.parameter_server.optimizers import ServerOptimizer
@@ -209,7 +210,7 @@ class DownpourStrategy(ReplicaStrategy):
         return self._client
 
     def _parameters(self) -> dict[str, Tensor]:
-        return dict(self._module.named_parameters())
+        return dict(shared_parameters(self._module))
 
     @override
     def make_consensus(self, module: pl.LightningModule) -> ServerConsensus:

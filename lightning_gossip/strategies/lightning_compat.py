@@ -16,14 +16,16 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.signal_connector import _get_sigkill_signal
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed import Store, distributed_c10d
 
-from lightning_gossip.exchange.consensus import Consensus
+from lightning_gossip.strategies.stand_in import put, take_away
+from lightning_gossip.strategies.window import ConsensusWindow
 
 SIGKILL = _get_sigkill_signal()
 """What Lightning sends to its children after a KeyboardInterrupt."""
@@ -40,7 +42,7 @@ def run_store() -> Store:
 
 def stop_broadcasting_before_batches(trainer: pl.Trainer, check: Callable[[], None]) -> None:
     """Call ``check`` before every training batch, in place of Lightning's broadcast from rank 0."""
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = check  # type: ignore[method-assign]
+    put(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", check)
 
 
 def handle_sigterm(trainer: pl.Trainer, handler: Callable[[], None]) -> None:
@@ -51,7 +53,7 @@ def handle_sigterm(trainer: pl.Trainer, handler: Callable[[], None]) -> None:
         connector.received_sigterm = True
         handler()
 
-    connector._sigterm_notifier_fn = notify  # type: ignore[method-assign]
+    put(connector, "_sigterm_notifier_fn", notify)
 
 
 def run_steps_within(trainer: pl.Trainer, step: Callable[[], AbstractContextManager[None]]) -> None:
@@ -70,7 +72,7 @@ def run_steps_within(trainer: pl.Trainer, step: Callable[[], AbstractContextMana
             with step():
                 return _run(*args, **kwargs)
 
-        optimization.run = run  # type: ignore[method-assign]
+        put(optimization, "run", run)
 
 
 def allow_skipped_steps(trainer: pl.Trainer) -> None:
@@ -81,7 +83,7 @@ def allow_skipped_steps(trainer: pl.Trainer) -> None:
         output = call._call_strategy_hook(trainer, "training_step", *kwargs.values())
         return optimization.output_result_cls.from_training_step_output(output, trainer.accumulate_grad_batches)
 
-    optimization._training_step = training_step  # type: ignore[method-assign]
+    put(optimization, "_training_step", training_step)
 
 
 def before_iterating(trainer: pl.Trainer, function: Callable[[], None]) -> None:
@@ -92,26 +94,26 @@ def before_iterating(trainer: pl.Trainer, function: Callable[[], None]) -> None:
 
     def load_states_then_call() -> None:
         load_states()
-        vars(loop).pop("_load_combined_loader_states", None)
+        take_away(loop, "_load_combined_loader_states")
         if loop._combined_loader is not None:
             for loader in loop._combined_loader.flattened:  # Lightning sets the epoch after this iterator is made
                 _set_sampler_epoch(loader, trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         function()
 
-    loop._load_combined_loader_states = load_states_then_call  # type: ignore[method-assign]
+    put(loop, "_load_combined_loader_states", load_states_then_call)
 
 
 def after_each_epoch(trainer: pl.Trainer, function: Callable[[], None]) -> None:
     """Call ``function`` after the last batch of every training epoch, and the validation that may follow it."""
     loop = trainer.fit_loop.epoch_loop
-    vars(loop).pop("run", None)  # the learning-rate finder begins a training twice in one set-up
+    take_away(loop, "run")  # the learning-rate finder begins a training twice in one set-up
     run_epoch = loop.run
 
     def run(*args: Any, **kwargs: Any) -> None:
         run_epoch(*args, **kwargs)
         function()
 
-    loop.run = run  # type: ignore[method-assign]
+    put(loop, "run", run)
 
 
 def before_training_ends(trainer: pl.Trainer, function: Callable[[], None]) -> None:
@@ -123,7 +125,7 @@ def before_training_ends(trainer: pl.Trainer, function: Callable[[], None]) -> N
         function()
         end_run()
 
-    loop.on_run_end = on_run_end  # type: ignore[method-assign]
+    put(loop, "on_run_end", on_run_end)
 
 
 def share_monitored_metrics(trainer: pl.Trainer, broadcast: Callable[[Any], Any]) -> None:
@@ -134,38 +136,72 @@ def share_monitored_metrics(trainer: pl.Trainer, broadcast: Callable[[Any], Any]
             def candidates(trainer: pl.Trainer, _own: Callable[..., Any] = callback._monitor_candidates) -> Any:
                 return broadcast(_own(trainer))
 
-            callback._monitor_candidates = candidates  # type: ignore[method-assign]
+            put(callback, "_monitor_candidates", candidates)
 
 
-CURRENT_MODEL_STATE = "current_model_state"
-"""Where ``WeightAveraging`` keeps the model's state in a checkpoint whose ``state_dict`` is its average."""
-
-
-def weight_averages(trainer: pl.Trainer) -> list[WeightAveraging]:
-    """Return the callbacks that validate an average of the weights."""
+def may_swap_in_validation(trainer: pl.Trainer) -> bool:
+    """Whether the module or a callback does anything at the start of a validation's epoch."""
+    hook = "on_validation_epoch_start"
     callbacks: list[Any] = vars(trainer)["callbacks"]
-    return [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
+    return is_overridden(hook, trainer.lightning_module) or any(
+        getattr(type(callback), hook) is not getattr(pl.Callback, hook) or hook in vars(callback)
+        for callback in callbacks
+    )
 
 
-def validate_mean_of_averages(
-    averages: list[WeightAveraging], consensus: Consensus, meet: Callable[[str], None]
-) -> None:
-    """Let validation run on the mean over ranks of what a weight-averaging callback swaps into the module.
+def open_in_validation(trainer: pl.Trainer, window: ConsensusWindow) -> None:
+    """Open and close ``window`` in every validation of a ``fit``; the strategy's own hooks, the last, do the rest.
 
-    Each rank's own average comes back before the callback swaps it out again.
+    Lightning calls callbacks, then the module, then the strategy, at the start of a validation and at its end.
     """
-    for callback in averages:
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    run, start = loop.run, loop.on_run_start
+    begin_epoch, end_epoch, end = (
+        loop._on_evaluation_epoch_start,
+        loop._on_evaluation_epoch_end,
+        loop._on_evaluation_end,
+    )
 
-        def swap(module: Any, _swap: Callable[..., None] = callback._swap_models) -> None:
-            if consensus.holds:
-                consensus.leave()
-                _swap(module)
-            else:
-                _swap(module)
-                meet("consensus for the validation of averaged weights")
-                consensus.enter()
+    def run_closing() -> Any:
+        try:
+            return run()
+        except BaseException:
+            window.before_exception_hooks()
+            raise
 
-        vars(callback)["_swap_models"] = swap
+    def on_run_start() -> None:
+        window.before_start_hooks()
+        start()
+
+    def on_evaluation_epoch_start() -> None:
+        begin_epoch()
+        window.after_epoch_start_hooks()
+
+    def on_evaluation_epoch_end() -> None:
+        window.before_epoch_end_hooks()
+        end_epoch()
+
+    def on_evaluation_end() -> None:
+        window.before_end_hooks()
+        end()
+
+    put(loop, "run", run_closing)
+    put(loop, "on_run_start", on_run_start)
+    put(loop, "_on_evaluation_epoch_start", on_evaluation_epoch_start)
+    put(loop, "_on_evaluation_epoch_end", on_evaluation_epoch_end)
+    put(loop, "_on_evaluation_end", on_evaluation_end)
+
+
+def save_within(trainer: pl.Trainer, saving: Callable[[], AbstractContextManager[None]]) -> None:
+    """Run ``trainer.save_checkpoint`` within ``saving()``, and all hooks that look at the module and its state."""
+    save = trainer.save_checkpoint
+
+    def save_checkpoint(*args: Any, **kwargs: Any) -> None:
+        with saving():
+            save(*args, **kwargs)
+
+    if "save_checkpoint" not in vars(trainer):
+        put(trainer, "save_checkpoint", save_checkpoint)
 
 
 def after_saving(checkpoint_io: CheckpointIO, function: Callable[[], None]) -> None:
@@ -196,11 +232,13 @@ def restore(trainer: pl.Trainer) -> None:
         (trainer.fit_loop, "_load_combined_loader_states"),
         (trainer.fit_loop, "on_run_end"),
         (trainer._signal_connector, "_sigterm_notifier_fn"),
+        (trainer, "save_checkpoint"),
     ]
+    in_validation = ("run", "on_run_start", *(f"_on_evaluation_{hook}" for hook in ("epoch_start", "epoch_end", "end")))
+    changed += [(loop.val_loop, attribute) for attribute in in_validation]
     changed += [(callback, "_monitor_candidates") for callback in trainer.checkpoint_callbacks]
-    changed += [(callback, "_swap_models") for callback in weight_averages(trainer)]
     for owner, attribute in changed:
-        vars(owner).pop(attribute, None)
+        take_away(owner, attribute)
 
 
 def is_resuming(trainer: pl.Trainer) -> bool:

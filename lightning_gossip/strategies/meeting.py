@@ -29,6 +29,7 @@ from lightning_gossip.strategies.launchers import (
     ReplicaSubprocessLauncher,
     grace_of,
 )
+from lightning_gossip.strategies.stand_in import SharedStandIn
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ class MeetingStrategy(DDPStrategy):
         metrics = (m for m in module.modules() if isinstance(m, Metric))
         self._gathering = tuple(m for m in metrics if m.dist_sync_fn is None)
         for metric in self._gathering:
-            metric.dist_sync_fn = gather
+            metric.dist_sync_fn = SharedStandIn(gather, None)
 
     def gather(self, value: Any) -> list[Any]:
         """Return the value of each rank; a collective."""

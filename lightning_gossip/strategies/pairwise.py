@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_gossip.arguments import check_choice, check_integer, check_wire_dtype
 from lightning_gossip.control.run import Control, Meeting
 from lightning_gossip.exchange.clock import Exchange
+from lightning_gossip.exchange.models import shared_parameters
 from lightning_gossip.rules.mixing import MixingRule
 from lightning_gossip.rules.schedule import Chooser, Peers, Schedule
 from lightning_gossip.strategies import lightning_compat
@@ -98,7 +99,7 @@ class PairwiseStrategy(ReplicaStrategy):
             self.schedule,
             self.rule,
             self._make_transport(control, store),
-            parameters=lambda: dict(module.named_parameters()),
+            parameters=lambda: shared_parameters(module),
             delay=self.delay,
             wire_dtype=self.wire_dtype,
         )
