@@ -152,7 +152,7 @@ class Consensus:
     def _differing(self) -> _Shared:
         """Agree with the other ranks on what to make alike."""
         if self._world_size == 1:
-            return _Shared({}, {}, {})
+            return _Shared(self._module)
         parameters, buffers = shared_parameters(self._module), shared_buffers(self._module)
         statistics = averaged_buffers(self._module)
         tensors: dict[str, Tensor] = {**parameters, **buffers}
@@ -163,11 +163,12 @@ class Consensus:
         own = {name: data for name in agreement.differing if (data := elements(tensors[name])) is not None}
         self._square_of_alike = sum((_norm(p) ** 2 for name, p in parameters.items() if name not in own), 0.0)
         averaged = parameters.keys() | statistics
-        with_mean = {name: data for name, data in own.items() if has_mean(data)}
+        with_mean = [name for name, data in own.items() if has_mean(data)]
         return _Shared(
-            parameters={name: data for name, data in with_mean.items() if name in parameters},
-            statistics={name: data for name, data in with_mean.items() if name in statistics},
-            others={name: data for name, data in own.items() if name not in with_mean or name not in averaged},
+            self._module,
+            parameters=tuple(name for name in with_mean if name in parameters),
+            statistics=tuple(name for name in with_mean if name in statistics),
+            others=tuple(name for name in own if name not in with_mean or name not in averaged),
         )
 
     def _average(self, copy: _Copy) -> float:
@@ -198,11 +199,18 @@ class Consensus:
 
 @dataclass(frozen=True)
 class _Shared:
-    """Tensors that are to be made alike, by name: those that are averaged, and those that are rank 0's."""
+    """Names of a module's tensors that are to be made alike: those that are averaged, and those that are rank 0's."""
 
-    parameters: Mapping[str, Tensor]
-    statistics: Mapping[str, Tensor]
-    others: Mapping[str, Tensor]
+    module: nn.Module
+    parameters: tuple[str, ...] = ()
+    statistics: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+    def present(self) -> dict[str, Tensor]:
+        """Return what they are now, by name: others may have put other tensors in their place since."""
+        now: dict[str, Tensor] = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        found = {name: elements(now[name]) for name in self.parameters + self.statistics + self.others if name in now}
+        return {name: own for name, own in found.items() if own is not None}
 
 
 class _Copy:
@@ -210,35 +218,43 @@ class _Copy:
 
     def __init__(self, shared: _Shared) -> None:
         self._shared = shared
-        self.parameters = _packed(shared.parameters)
-        self.statistics = _packed(shared.statistics)
-        self.others = _packed(shared.others)
-        self.tensors = {**shared.parameters, **shared.statistics, **shared.others}
+        present = shared.present()
+        groups = (shared.parameters, shared.statistics, shared.others)
+        self.parameters, self.statistics, self.others = (
+            _packed({name: present[name] for name in names if name in present}) for names in groups
+        )
 
     def now(self) -> _Copy:
         """Return copies of what the same tensors hold now."""
         return _Copy(self._shared)
 
+    @torch.no_grad()
     def restore(self, except_for: Collection[str] = ()) -> None:
-        """Write the copies back."""
-        kept = {name: self.tensors[name].clone() for name in except_for}
-        self.parameters.copy_to(self._shared.parameters)
-        self.statistics.copy_to(self._shared.statistics)
-        self.others.copy_to(self._shared.others)
-        for name, value in kept.items():
-            self.tensors[name].copy_(value)
+        """Write the copies back, where there is a tensor of that name and shape still."""
+        present = self._shared.present()
+        for copies in self._by_segment():
+            fitting = [
+                (present[name], copied)
+                for name, copied in copies
+                if name in present and name not in except_for and _fits(present[name], copied)
+            ]
+            if fitting:
+                torch._foreach_copy_([own for own, _ in fitting], [copied for _, copied in fitting])
 
     def is_parameter(self, name: str) -> bool:
         return name in self._shared.parameters
 
     def changed(self, rounding: int = _ROUNDING) -> set[str]:
         """Return the names of the tensors that hold something else now; of parameters, beyond so much rounding."""
-        return {
-            name
-            for name, copied in self._views()
-            if not _same(self.tensors[name], copied)
-            and not (rounding and self.is_parameter(name) and _near(self.tensors[name], copied, rounding))
-        }
+        present = self._shared.present()
+
+        def holds(name: str, copied: Tensor) -> bool:
+            own = present.get(name)
+            if own is None or not _fits(own, copied):
+                return False
+            return _same(own, copied) or bool(rounding and self.is_parameter(name) and _near(own, copied, rounding))
+
+        return {name for name, copied in self._views() if not holds(name, copied)}
 
     def parameters_unlike(self, other: _Copy) -> set[str]:
         """Return the names of the parameters that have other copies there."""
@@ -246,9 +262,13 @@ class _Copy:
         return {name for name, copied in self._views() if self.is_parameter(name) and not _same(copied, theirs[name])}
 
     def _views(self) -> Iterator[tuple[str, Tensor]]:
+        for copies in self._by_segment():
+            yield from copies
+
+    def _by_segment(self) -> Iterator[list[tuple[str, Tensor]]]:
         for buffer in (self.parameters, self.statistics, self.others):
             for segment, flat in zip(buffer.layout.segments, buffer.segments, strict=True):
-                yield from zip(segment.names, buffer.layout.views(segment, flat), strict=True)
+                yield list(zip(segment.names, buffer.layout.views(segment, flat), strict=True))
 
 
 def average_state(state: Mapping[str, Any], world_size: int, averaged: Callable[[str], bool]) -> dict[str, Any]:
@@ -313,6 +333,10 @@ def _take_first_(flat: Tensor) -> None:
     """Replace ``flat`` (1-D) by rank 0's, whatever its dtype: as bytes."""
     for chunk in flat.split(_CHUNK):
         dist.broadcast(chunk.view(torch.uint8), src=0)
+
+
+def _fits(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -46,7 +46,7 @@ def elements(tensor: Tensor) -> Tensor | None:
         None where the tensor cannot be written element by element: sparse, quantized or nested ones, and those whose
         elements overlap otherwise.
     """
-    data = tensor.detach()
+    data = tensor.data
     if not _is_plain(data) or data.dtype not in _WRITABLE:
         return None
     for dim, (size, stride) in enumerate(zip(data.shape, data.stride(), strict=True)):
