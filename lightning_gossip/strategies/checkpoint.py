@@ -7,15 +7,19 @@
                                  rank_1.pt
 
 The replica files of a save are complete before its ``.ckpt`` appears under its name, and those of the save before are
-removed only after that: whenever a process is killed, the ``.ckpt`` names a set of files that is whole.
+removed only after that: whenever a process is killed, the ``.ckpt`` names a set of files that is whole. A folder lives
+as long as its ``.ckpt``: where somebody else removed that, the next save into the same folder removes what is left.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import random
-from collections.abc import Iterable, Mapping
+import re
+import uuid
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -32,6 +36,17 @@ from typing_extensions import override
 
 KEY = "lightning_gossip"
 """Of this package's entry in a checkpoint."""
+
+
+_REFUSED = re.compile(r"(?:Unsupported (?:global|class|operand)[^:\n]*:|GLOBAL) ?(?:GLOBAL )?([A-Za-z_][\w.]*\.\w+)")
+"""In torch's message: what ``weights_only`` does not load."""
+
+_SAVE_ID = re.compile(r"[0-9a-f]{16}")
+
+
+def new_save_id() -> str:
+    """Return the id of a save: 16 hexadecimal digits."""
+    return uuid.uuid4().hex[:16]
 
 
 class ReplicaFileError(RuntimeError):
@@ -107,16 +122,27 @@ def load_replica(
         path: of the ``.ckpt``.
         save_id: that stands in it.
         rank: of this process.
-        weights_only: None means True: nothing that is loaded can run code.
+        weights_only: whatever the ``.ckpt`` was trusted with; None: what torch does by default, which lets nothing that
+            is loaded run code, unless the user has set ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD``.
 
     Raises:
-        ReplicaFileError: if the file is missing, torn or of another save or rank.
+        ReplicaFileError: if the file is missing, torn, refused, or of another save or rank.
     """
     file = replica_path(path, save_id, rank)
     try:
-        loaded = checkpoint_io.load_checkpoint(file, weights_only=weights_only is not False)
+        loaded = checkpoint_io.load_checkpoint(file, weights_only=weights_only)
     except FileNotFoundError as error:
         raise ReplicaFileError(f"replica file {file} is missing") from error
+    except pickle.UnpicklingError as error:
+        refused = _REFUSED.search(str(error))
+        if refused is None:
+            raise ReplicaFileError(f"replica file {file} is torn or unreadable ({error})") from error
+        name = refused[1]
+        raise ReplicaFileError(
+            f"replica file {file} is whole, but it holds {name}, which is not loaded unless you trust it: call"
+            f" `torch.serialization.add_safe_globals([{name.rpartition('.')[2]}])`, or, if all of the file is to be"
+            " trusted, `fit(…, weights_only=False)`"
+        ) from error
     except Exception as error:
         raise ReplicaFileError(
             f"replica file {file} is torn or unreadable ({type(error).__name__}: {error})"
@@ -142,6 +168,33 @@ def other_saves(path: _PATH, save_id: str) -> list[str]:
         return []
     names = (os.path.basename(str(entry).rstrip("/")) for entry in get_filesystem(folder).ls(folder, detail=False))
     return [name for name in names if name != save_id]
+
+
+def orphans(path: _PATH, saved: Collection[str], since: float) -> list[str]:
+    """Return the folders of replica files beside those of ``path`` whose ``.ckpt`` is gone.
+
+    Only on local file systems, and none that another run may be about to write the ``.ckpt`` for.
+
+    Args:
+        path: of a ``.ckpt``.
+        saved: paths of all that this run has written.
+        since: when this run began, in seconds since the epoch; folders that are older count too.
+    """
+    local = _local_path(path)
+    if local is None:
+        return []
+    own = {_local_path(other) for other in saved}
+    found = []
+    for folder in local.parent.glob("*.replicas"):
+        target = folder.with_name(folder.name.removesuffix(".replicas"))
+        temporary = target.with_name(f".{target.name}.tmp")
+        saves = list(folder.iterdir()) if folder.is_dir() else []
+        ours = bool(saves) and all(_SAVE_ID.fullmatch(save.name) for save in saves)
+        if ours and not os.path.lexists(target) and not temporary.exists():
+            newest = max((file.stat().st_mtime for save in saves for file in (save, *save.glob("*"))), default=since)
+            if target in own or newest < since:
+                found.append(str(folder))
+    return found
 
 
 def remove_saves(checkpoint_io: CheckpointIO, path: _PATH, save_ids: Iterable[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -52,6 +52,7 @@ class ConsensusStrategy(MeetingStrategy):
         self._dumped: dict[str, Any] = {}  # the module's state, as last given to a checkpoint
         self._replica_state: dict[str, Any] | None = None  # this replica's, while the consensus model is saved
         self._resume: dict[str, Any] | None = None  # this package's entry in the checkpoint that is resumed
+        self._began = 0.0  # when this call of the Trainer did
         self._saved: dict[str, str] = {}  # id of the last save to a path
         self._own_disk = False  # whether rank 0's files are out of sight, and this rank keeps order on its node
         self._resumed: tuple[_PATH, bool | None] | None = None  # where it came from, until its training ends
@@ -78,6 +79,7 @@ class ConsensusStrategy(MeetingStrategy):
     @override
     def setup_environment(self) -> None:
         self._resume = self._resumed = None
+        self._began = time.time()
         super().setup_environment()
 
     def _set_up_consensus(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -255,7 +257,7 @@ class ConsensusStrategy(MeetingStrategy):
         if self._alone or not self._reaches_others:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        path, save_id = self.broadcast((str(filepath), uuid.uuid4().hex[:16]))
+        path, save_id = self.broadcast((str(filepath), files.new_save_id()))
         replica, consensus = self._parted(checkpoint)
         whole = "optimizer_states" in checkpoint  # not `weights_only`
         replicas = whole and self._consensus is not None  # after `fit` the clock is all that is left of the training
@@ -276,7 +278,14 @@ class ConsensusStrategy(MeetingStrategy):
                 files.remove_save(io, path, save_id)
             raise
         if self.is_global_zero:
-            lightning_compat.after_saving(io, lambda: files.remove_saves(io, path, others))
+            written = {*self._saved, path}
+
+            def tidy() -> None:
+                files.remove_saves(io, path, others)
+                for folder in files.orphans(path, written, self._began):
+                    files.remove(io, folder)
+
+            lightning_compat.after_saving(io, tidy)
         else:  # rank 0 may be writing still: what the `.ckpt` of before names stays until the next save
             files.remove_saves(io, path, set(others) - {self._saved.get(path)})
         self._saved[path] = save_id
