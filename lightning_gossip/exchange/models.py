@@ -6,7 +6,9 @@ Nothing reaches a collective whose sizes have not been agreed on: see :func:`agr
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -14,7 +16,9 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import Store
 
+from lightning_gossip.control.run import Control
 from lightning_gossip.exchange.tensors import describe, digest, elements, has_mean
 
 log = logging.getLogger(__name__)
@@ -257,3 +261,34 @@ def report_misfits(agreement: Agreement, parameters: Collection[str]) -> None:
         if name not in _reported:
             _reported.add(name)
             log.warning("buffer '%s' is %s: it stays with each rank", name, why)
+
+
+def tell_trained(store: Store, control: Control, module: nn.Module, partner: int, step: int) -> str:
+    """Say how the parameters that this rank trains differ from those of ``partner``, which asks the same.
+
+    Args:
+        store: of the run.
+        control: of the run.
+        module: this rank's.
+        partner: the other rank.
+        step: at which their snapshots did not fit.
+    """
+    own = {name: describe(p) for name, p in shared_parameters(module).items() if p.requires_grad}
+    store.set(f"trained/{step}/{control.rank}", json.dumps(own))
+    theirs_key = f"trained/{step}/{partner}"
+    deadline = time.monotonic() + 5
+    while not store.check([theirs_key]):
+        if time.monotonic() > deadline:
+            return f"the ranks' trainable parameters differ at step {step}: rank {control.rank} trains {list(own)}"
+        time.sleep(0.01)
+    theirs: Manifest = json.loads(store.get(theirs_key))
+    (first, ours), (second, others) = sorted([(control.rank, own), (partner, theirs)], key=lambda rank: rank[0])
+    found = []
+    for name in [*ours, *(name for name in others if name not in ours)]:
+        if name not in ours or name not in others:
+            rank, words = (first, ours[name]) if name in ours else (second, others[name])
+            found.append(f"'{name}' ({words}) is trained on rank {rank} only")
+        elif ours[name] != others[name]:
+            found.append(f"'{name}' is {ours[name]} on rank {first} but {others[name]} on rank {second}")
+    renamed = "; what is renamed (pruned, parametrized) must be so on all ranks" if set(ours) - set(others) else ""
+    return f"the ranks' trainable parameters differ at step {step}: {'; '.join(found) or 'in their order'}{renamed}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -14,13 +16,13 @@ from typing_extensions import override
 from lightning_gossip.arguments import check_choice, check_integer, check_wire_dtype
 from lightning_gossip.control.run import Control, Meeting
 from lightning_gossip.exchange.clock import Exchange
-from lightning_gossip.exchange.models import shared_parameters
+from lightning_gossip.exchange.models import shared_parameters, tell_trained
 from lightning_gossip.rules.mixing import MixingRule
 from lightning_gossip.rules.schedule import Chooser, Peers, Schedule
 from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.base import ReplicaStrategy
-from lightning_gossip.transport.interface import Transport
-from lightning_gossip.transport.link import Links
+from lightning_gossip.transport.interface import PartnerLost, Transport
+from lightning_gossip.transport.link import LayoutMismatch, Links
 from lightning_gossip.transport.link_transport import LinkTransport, end_of_rank
 from lightning_gossip.transport.nccl import NcclTransport
 
@@ -141,11 +143,24 @@ class PairwiseStrategy(ReplicaStrategy):
 
     @override
     def begin_step(self) -> None:
-        self._running.begin()
+        with self._explaining():
+            self._running.begin()
 
     @override
     def end_step(self) -> None:
-        self._running.end()
+        with self._explaining():
+            self._running.end()
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Say which parameters they are where partners find that they train others."""
+        try:
+            yield
+        except PartnerLost as error:
+            if isinstance(error.__cause__, LayoutMismatch):
+                told = tell_trained(self._connect(), self.control, self._module, error.partner, self.step)
+                raise RuntimeError(told) from error
+            raise
 
     @override
     def settle(self) -> None:

@@ -52,6 +52,10 @@ class LinkError(RuntimeError):
     """A link failed or was closed; it carries nothing any more."""
 
 
+class LayoutMismatch(LinkError):
+    """The other end sent a payload of the kind and step that were expected, but of other tensors."""
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """What goes before a payload: 8 integers of 64 bits.

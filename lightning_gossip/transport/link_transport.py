@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_gossip.control.run import LOOK, Control, RunStopped
 from lightning_gossip.transport.interface import PartnerLost, Posted, Rooms, Transferred, Transport
-from lightning_gossip.transport.link import Header, Kind, Link, LinkError, Links, reason_of
+from lightning_gossip.transport.link import Header, Kind, LayoutMismatch, Link, LinkError, Links, reason_of
 from lightning_gossip.transport.shared_memory import ADDRESS_BYTES, AVAILABLE, Address, Inbox, Outbox, moment, step_of
 
 _GLANCE = 0.001
@@ -322,6 +322,8 @@ class _PostedOnLinks(Posted):
 
 def check_header(arrived: Header | None, expected: Header, peer: str) -> None:
     """Raise :class:`LinkError` where what ``peer`` sent is not what was expected."""
+    if arrived is not None and replace(arrived, layout=expected.layout, nbytes=expected.nbytes) == expected != arrived:
+        raise LayoutMismatch(f"{peer} sent a snapshot of other tensors")
     if arrived != expected:
         raise LinkError(f"expected {expected}, but {peer} sent {arrived}")
 

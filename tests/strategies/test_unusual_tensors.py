@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Linear, fit, regression
+from forked import Linear, Recorder, fit, regression
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gossip import DownpourStrategy, ElasticGossipStrategy
+from lightning_gossip.exchange.tensors import digest
 from lightning_gossip.strategies import consensus
 
 
@@ -53,7 +54,7 @@ class Unusual(Linear):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
-        self.trainer.callbacks[-1].seen["kept"] = self.unusual.data_ptr() if not self.unusual.is_sparse else 0
+        self.trainer.callbacks[-1].seen["validated"] = digest(self.unusual)
 
 
 @pytest.mark.parametrize("scheme", ["elastic", "downpour"])
@@ -63,7 +64,7 @@ def test_a_buffer_of_any_kind_that_all_ranks_share_is_left_alone(tmp_path: Path,
     persistent = kind not in ("expanded", "overlapping", "quantized", "uint4", "csr", "csc", "bsr", "conjugate")
     module = Unusual(kind, parameter=False, persistent=persistent)  # others do not load in place, with DDP either
     ranks = fit(tmp_path, module, strategy, max_epochs=2, val=loader())
-    assert all("kept" in rank for rank in ranks)
+    assert all(rank["validated"] == digest(KINDS[kind]()) for rank in ranks)
 
 
 @pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2", "expanded", "coo", "bool"])
@@ -78,7 +79,7 @@ def test_a_frozen_parameter_of_any_kind_is_left_alone(tmp_path: Path, kind: str)
             return super().load_state_dict(state, strict=False, **kwargs)
 
     ranks = fit(tmp_path, Hidden(kind, parameter=True), elastic(), max_epochs=1, val=loader())
-    assert all("kept" in rank for rank in ranks)
+    assert all(rank["validated"] == digest(KINDS[kind]()) for rank in ranks)
 
 
 def test_unusual_buffers_that_differ_are_rank_zeros_where_they_can_be_written(tmp_path: Path) -> None:
@@ -139,7 +140,8 @@ def resumed_apart(ranks: list[dict[str, Any]]) -> bool:
 
 class Goes(Cooks):
     def on_train_start(self) -> None:
-        self.trainer.callbacks[-1].seen["first"] = self.layer.weight.detach().clone()
+        recorder = next(callback for callback in self.trainer.callbacks if isinstance(callback, Recorder))
+        recorder.seen["first"] = self.layer.weight.detach().clone()
 
 
 @pytest.mark.parametrize("trust", ["argument", "environment", "safe globals"])
@@ -176,5 +178,51 @@ def test_what_is_refused_is_not_called_torn(tmp_path: Path, monkeypatch: pytest.
     ranks = fit(tmp_path, Goes(), elastic(period=10**6), max_epochs=2, ckpt_path=path)
     assert not resumed_apart(ranks)
     text = (tmp_path / "warnings.txt").read_text()
-    assert "test_unusual_tensors.Recipe" in text and "add_safe_globals([Recipe])" in text
-    assert "weights_only=False" in text and "torn" not in text
+    for expected in ("test_unusual_tensors.Recipe", "add_safe_globals([Recipe])", "weights_only=False"):
+        assert expected in text
+    assert "torn" not in text
+
+
+# -- what is trained ------------------------------------------------------------------------------------------------
+
+
+class Unfreezes(Linear):
+    """One rank trains its bias, the other does not, by a flag of its own from the third step on."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            self.change()
+
+    def change(self) -> None:
+        self.layer.bias.requires_grad_(self.global_rank == 0)
+
+
+class Wider(Unfreezes):
+    def change(self) -> None:
+        if self.global_rank == 1:
+            self.layer.weight = nn.Parameter(torch.zeros(1, 4, dtype=torch.float64))
+
+
+class Renamed(Unfreezes):
+    def change(self) -> None:
+        if self.global_rank == 1:
+            nn.utils.parametrize.register_parametrization(self.layer, "weight", nn.Identity())
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Unfreezes, r"'layer.bias' \(shape \(1,\), torch.float64\) is trained on rank 0 only"),
+        (
+            Wider,
+            r"'layer.weight' is shape \(1, 3\), torch.float64 on rank 0 but shape \(1, 4\), torch.float64 on rank 1",
+        ),
+        (Renamed, r"'layer.parametrizations.weight.original' \(.*\) is trained on rank 1 only.*renamed"),
+    ],
+)
+def test_ranks_that_train_other_parameters_are_told_which(
+    tmp_path: Path, module: Any, message: str, shared_memory: bool
+) -> None:
+    with pytest.raises(Exception, match=r"the ranks' trainable parameters differ.*" + message):
+        fit(tmp_path, module(), elastic(shared_memory=shared_memory), max_epochs=1)
