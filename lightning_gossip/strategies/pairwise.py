@@ -10,13 +10,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch.distributed import Store
+from torch.distributed import DistNetworkError, DistStoreError, Store
 from typing_extensions import override
 
 from lightning_gossip.arguments import check_choice, check_integer, check_wire_dtype
 from lightning_gossip.control.run import Control, Meeting
 from lightning_gossip.exchange.clock import Exchange
-from lightning_gossip.exchange.models import shared_parameters, tell_trained
+from lightning_gossip.exchange.models import has_told_trained, shared_parameters, tell_trained
 from lightning_gossip.rules.mixing import MixingRule
 from lightning_gossip.rules.schedule import Chooser, Peers, Schedule
 from lightning_gossip.strategies import lightning_compat
@@ -64,6 +64,7 @@ class PairwiseStrategy(ReplicaStrategy):
         self.rule = rule
         self._peers_argument = peers
         self._exchange: Exchange | None = None
+        self._store: Store | None = None  # of the run, in a `fit`
         self._last_step = 0
         super().__init__(timeout=timeout, **launch)
 
@@ -95,6 +96,7 @@ class PairwiseStrategy(ReplicaStrategy):
     @override
     def start_training(self, trainer: pl.Trainer, control: Control, store: Store) -> None:
         module = self._module
+        self._store = store
         self._exchange = Exchange(
             self.global_rank,
             self.world_size,
@@ -157,8 +159,11 @@ class PairwiseStrategy(ReplicaStrategy):
         try:
             yield
         except PartnerLost as error:
-            if isinstance(error.__cause__, LayoutMismatch):
-                told = tell_trained(self._connect(), self.control, self._module, error.partner, self.step)
+            store = self._store
+            if store is not None and (
+                isinstance(error.__cause__, LayoutMismatch) or _is_asked(store, error, self.step)
+            ):
+                told = tell_trained(store, self.control, self._module, error.partner, self.step)
                 raise RuntimeError(told) from error
             raise
 
@@ -171,10 +176,18 @@ class PairwiseStrategy(ReplicaStrategy):
         if self._exchange is not None:
             self._last_step = self._exchange.step
             self._exchange.close()
-            self._exchange = None
+            self._exchange = self._store = None
 
     @property
     def _running(self) -> Exchange:
         if self._exchange is None:
             raise RuntimeError(f"{type(self).__name__} is not in `fit`")
         return self._exchange
+
+
+def _is_asked(store: Store, lost: PartnerLost, step: int) -> bool:
+    """Whether a partner that closed its link found that the two train other parameters."""
+    try:
+        return has_told_trained(store, lost.partner, step)
+    except (DistNetworkError, DistStoreError):
+        return False  # the store is gone, and with it whoever held it: that is the cause
