@@ -9,24 +9,27 @@ Usable from any training loop::
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gossip.arguments import check_integer
-from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
+from lightning_gossip.arguments import check_choice, check_integer
+from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout, Segment
 from lightning_gossip.exchange.outer_gossip import OuterGossip
 from lightning_gossip.exchange.staging import Staging
-from lightning_gossip.exchange.stats import ExchangeStats, mean_distance
-from lightning_gossip.rules.mixing import CHUNK, MixingRule, Transfers, mix
+from lightning_gossip.exchange.stats import NONFINITE, ExchangeStats, NonFinite, NotFinite, mean_distance
+from lightning_gossip.rules.mixing import CHUNK, MixingRule, Transfers, is_finite, mix
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Schedule
 from lightning_gossip.transport.interface import Posted, Staged, Transport
 from lightning_gossip.transport.link import Header, Kind
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,6 +46,7 @@ class _InFlight:
         partner: smallest rank exchanged with, -1 for none; known once it arrived.
         proposal: what this rank's own outer step led to; None without one. There is a snapshot then, and it falls due,
             also where the round brought no partner.
+        received_from: the ranks of what arrived; empty where that is not known any more (an old checkpoint's).
     """
 
     step: int
@@ -53,6 +57,7 @@ class _InFlight:
     received: list[Tensor] | None = None
     partner: int = -1
     proposal: FlatBuffer | None = None
+    received_from: tuple[int, ...] = ()
 
 
 class Exchange:
@@ -71,6 +76,10 @@ class Exchange:
         outer: the step that every rank makes in each round with what it drifted since the last, before it exchanges
             what the step leads to (:mod:`~lightning_gossip.rules.outer`; with :class:`ElasticMixing`, whose mixing sums
             to zero); None exchanges the replicas as they are.
+        members: returns the ranks among which the round of a step is drawn, ascending; None for all, always. Where the
+            schedule can not serve as many, all are drawn, and the transport skips those that are lost.
+        nonfinite: what becomes of a replica that is not finite: it takes a partner's snapshot (``"heal"``), or whoever
+            finds it raises (``"error"``).
 
     Raises:
         ValueError: if ``delay`` or the world size does not suit the schedule.
@@ -87,6 +96,8 @@ class Exchange:
         delay: int = 0,
         wire_dtype: torch.dtype | None = None,
         outer: OuterStep | None = None,
+        members: Callable[[int], tuple[int, ...]] | None = None,
+        nonfinite: NonFinite = "error",
     ) -> None:
         check_integer("delay", delay, low=0, high=schedule.period - 1, why="at most period - 1")
         schedule.check_world_size(world_size)
@@ -94,6 +105,7 @@ class Exchange:
         self.world_size = world_size
         self.step = 0
         self.stats = ExchangeStats()
+        self.on_heal: Callable[[], None] = lambda: None  # called after this replica took a partner's snapshot
         self.measure = False  # whether to compute `stats.partner_distance`, one more pass over the snapshots
         self._schedule = schedule
         self._rule = rule
@@ -102,7 +114,10 @@ class Exchange:
         self._delay = delay
         self._wire_dtype = wire_dtype
         self._outer = None if outer is None else OuterGossip(outer)
+        self._members = members
+        self._heals = check_choice("nonfinite", nonfinite, NONFINITE) == "heal"
         self._drawn: dict[int, Transfers] = {}  # by step
+        self._drawn_among: tuple[int, ...] = tuple(range(world_size))
         self._in_flight: _InFlight | None = None
         self._layout: FlatLayout | None = None
         self._signature: tuple[object, ...] = ()
@@ -136,8 +151,9 @@ class Exchange:
         """End a step, after the optimizer's update: apply the exchange that is due.
 
         Raises:
-            PartnerLost: if a partner died or stayed silent past the timeout.
+            PartnerLost: if a partner died or stayed silent past the timeout, and the run ends with that.
             RunStopped: if some rank stopped.
+            NotFinite: if a replica is not finite, and ``nonfinite`` is ``"error"``.
         """
         if self._in_flight is not None and self.step >= self._in_flight.step + self._delay:
             self._apply()
@@ -263,12 +279,22 @@ class Exchange:
         Those of a block of rounds are drawn together: a forward and backward pass leaves the caches cold for a draw,
         which then takes ten times as long as one that follows another.
         """
+        if self._members is not None and (members := self._members(self.step)) != self._drawn_among:
+            self._drawn_among = members
+            self._drawn.clear()
         if self.step not in self._drawn:
             period, block = self._schedule.period, self._schedule.drawn_together
             steps = range(self.step, self.step + block * period, period)
-            choices = {step: self._schedule.choices(step, self.world_size) for step in steps}
-            self._drawn = {step: self._rule.transfers(chosen, self.rank) for step, chosen in choices.items()}
+            self._drawn = {step: self._draw(step, self._drawn_among) for step in steps}
         return self._drawn[self.step]
+
+    def _draw(self, step: int, members: tuple[int, ...]) -> Transfers:
+        """Return this rank's transfers in a round of ``members``, numbered among them for the schedule."""
+        if len(members) == self.world_size or not self._schedule.serves(len(members)):
+            return self._rule.transfers(self._schedule.choices(step, self.world_size), self.rank)
+        choices = self._schedule.choices(step, len(members))
+        drawn = self._rule.transfers(choices, members.index(self.rank))
+        return Transfers(*(tuple(members[k] for k in ranks) for ranks in (drawn.send_to, drawn.receive_from)))
 
     def _post(self, transfers: Transfers) -> None:
         parameters = self._parameters()
@@ -341,6 +367,7 @@ class Exchange:
         start = time.perf_counter()
         done = exchange.posted.wait()
         exchange.received = [done.received[partner] for partner in sorted(done.received)]
+        exchange.received_from = tuple(sorted(done.received))
         exchange.partner = min({*done.received, *done.sent_to}, default=-1)
         self.stats.bytes_sent += len(done.sent_to) * exchange.layout.nbytes
         self.stats.wait_seconds += time.perf_counter() - start
@@ -364,22 +391,60 @@ class Exchange:
             weight = self._rule.weight(len(others)) if others else 0.0
             self._outer.apply(exchange.parameters, exchange.proposal, own, others, weight)
             self.stats.exchanges += len(others)
-        elif received:
-            weight = self._rule.weight(len(received))
-            for segment in layout.segments:
-                targets = [exchange.parameters[name] for name in segment.names]
-                snapshots = [segment.of(payload) for payload in received]
-                mix(
-                    targets,
-                    segment.of(exchange.own),
-                    snapshots,
-                    weight,
-                    self._scratch_of(segment.dtype, exchange.own.device),
-                )
-            self.stats.exchanges += len(received)
+        else:
+            if received and not self._mix(exchange, received):
+                received = self._leave_out(exchange, received)
+                if received and not self._heal(exchange, received):
+                    self._mix(exchange, received)
+            self.stats.exchanges += len(received or ())
         if exchange.posted is not None:
             exchange.posted.release()
         self.stats.mix_seconds += time.perf_counter() - start
+
+    def _mix(self, exchange: _InFlight, received: Sequence[Tensor]) -> bool:
+        """Mix ``received`` in and return True; where something is not finite, change nothing and return False."""
+        weight = self._rule.weight(len(received))
+        scratch = {
+            segment: self._scratch_of(segment.dtype, exchange.own.device) for segment in exchange.layout.segments
+        }
+
+        def mix_segment(segment: Segment, weight: float) -> bool:
+            targets = [exchange.parameters[name] for name in segment.names]
+            snapshots = [segment.of(payload) for payload in received]
+            return mix(targets, segment.of(exchange.own), snapshots, weight, scratch[segment])
+
+        for index, segment in enumerate(exchange.layout.segments):
+            if not mix_segment(segment, weight):
+                for mixed in exchange.layout.segments[:index]:
+                    mix_segment(mixed, -weight)
+                return False
+        return True
+
+    def _leave_out(self, exchange: _InFlight, received: Sequence[Tensor]) -> list[Tensor]:
+        """Return those of ``received`` that are finite, and say of which ranks the others are.
+
+        Raises:
+            NotFinite: where a replica is not finite, unless it is to be healed.
+        """
+        finite = [all(is_finite(flat) for flat in exchange.layout.split(payload)) for payload in received]
+        whose = [rank for rank, good in zip(exchange.received_from, finite, strict=False) if not good]
+        if not all(is_finite(flat) for flat in exchange.layout.split(exchange.own)):
+            whose.append(self.rank)
+        for rank in whose:
+            error = NotFinite(rank, exchange.step, self.rank)
+            if not self._heals:
+                raise error
+            log.warning("%s: it is not mixed in", error)
+        return [payload for payload, good in zip(received, finite, strict=True) if good]
+
+    def _heal(self, exchange: _InFlight, received: Sequence[Tensor]) -> bool:
+        """Make this replica the first partner's snapshot, if its own is not finite; return whether it was not."""
+        if all(is_finite(flat) for flat in exchange.layout.split(exchange.own)):
+            return False
+        FlatBuffer(exchange.layout, received[0]).copy_to(exchange.parameters)
+        self.stats.healed += 1
+        self.on_heal()
+        return True
 
 
 def _travelling(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
