@@ -137,6 +137,14 @@ class MemberControl(Control):
         self.check()
         return True
 
+    def await_loss(self, members: tuple[int, ...], deadline: float) -> bool:
+        """Wait until one of ``members`` is lost, up to ``deadline`` (of :func:`time.monotonic`); return whether it is.
+
+        Raises:
+            RunStopped: as :meth:`check`.
+        """
+        return self.poll(lambda: any(self.is_lost(rank) for rank in members) or None, deadline) is not None
+
     def patience(self) -> float:
         """For ever: who gives no sign of life is declared lost, and who does is waited for."""
         return math.inf

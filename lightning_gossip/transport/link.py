@@ -190,14 +190,19 @@ class Link:
         self._jobs.put((job, future))
         return future
 
-    def close(self) -> None:
-        """Give up the link, whatever its thread waits for. The other end notices within milliseconds."""
+    def close(self, seconds: float = 5.0) -> None:
+        """Give up the link, whatever its thread waits for. The other end notices within milliseconds.
+
+        Args:
+            seconds: how long to wait for the thread. Nothing wakes it while gloo connects to an end that is gone: it
+                does nothing any more once it returns from there.
+        """
         self._closed.set()
         self._jobs.put(None)
         for _ in range(5):
             if self._busy.is_set():
                 self._poison()  # once more where the group was only being made
-            self._thread.join(timeout=1)
+            self._thread.join(timeout=seconds / 5)
             if not self._thread.is_alive():
                 return
 
@@ -292,6 +297,8 @@ class Link:
             options._timeout = self._timeout
             options._threads = 1  # sends and receives need none of gloo's own
             self._group = ProcessGroupGloo(self._rendezvous, self._index, 2, options)
+            if self._closed.is_set():
+                raise _closed(self.own, self.peer)
         return self._group
 
     def _poison(self) -> None:
@@ -343,7 +350,7 @@ class Links:
         """Close the link to ``peer``, if there is one: both ends do, or meet no more before :meth:`reset`."""
         if link := self._links.pop(peer, None):
             self._parted[peer] += 1
-            link.close()
+            link.close(seconds=0.1)
 
     def close(self) -> None:
         """Close every link."""
