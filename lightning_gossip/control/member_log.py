@@ -108,7 +108,7 @@ class MemberLog:
         while (change := self._members.without_step) is not None:
             key = f"change/{change.number}/from"
             if not store.check([key]):
-                keys = [_horizon(seat, self.incarnation(seat)) for seat in self._members.present]
+                keys = [_horizon(seat, self.incarnation(seat)) for seat in range(self._members.seats)]
                 horizons = [int(store.get(key)) for key in keys if store.check([key])]
                 store.compare_set(key, "", str(self._members.step_for(horizons)))
             self._members.hold_from(change.number, int(store.get(key)))

@@ -25,7 +25,7 @@ joining    its process has come to a seat that was   nothing, but for one donor;
 
 **From which step.** A member draws the rounds of steps up to its *horizon* only. To move it on it (1) writes the new
 horizon to the store, (2) reads the log to its end, giving every entry there its step, and (3) holds it. An entry gets
-the step after the largest horizon that stands in the store of those that are left, and none before that of the entry
+the step after the largest horizon that stands in the store, the lost one's too, and none before that of the entry
 before. Whoever wrote its horizon before that look is reckoned with; whoever wrote it after, reads the entry. So every
 member knows, before it draws a step, all that holds there, and who has not read the store for that long waits until it
 has. A meeting folds the log: all entries that its word counts hold from there on, whatever their step.
@@ -180,7 +180,7 @@ class Members:
         return self.changes[len(self._from)] if len(self._from) < len(self.changes) else None
 
     def step_for(self, horizons: list[int]) -> int:
-        """Return from which step :attr:`without_step` may hold, by the horizons of all that are present."""
+        """Return from which step :attr:`without_step` may hold, by the horizons of all seats."""
         return max([*horizons, self._from[-1] - 1 if self._from else 0]) + 1
 
     def hold_from(self, number: int, step: int) -> None:
