@@ -135,5 +135,6 @@ def test_a_random_walk_keeps_the_invariants(seed: int) -> None:
         delay=int(rng.integers(period)),
         shared_memory=bool(rng.random() < 0.5),
         meetings=(6, 12),
+        longest=5.0,  # that nobody hangs; how soon the next step comes, each point of death has a test above
     )
     check(run, run.go())
