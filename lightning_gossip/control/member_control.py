@@ -185,16 +185,16 @@ class MemberControl(Control):
 
     # -- meetings -----------------------------------------------------------------------------------------------
 
-    def meet(self, reason: str, ending: bool = False) -> Meeting:
+    def meet(self, reason: str, ending: bool = False, follow: Callable[[str], bool] | None = None) -> Meeting:
         """Wait until all members that are left call this with the same ``reason``; see :meth:`Control.meet`.
 
         The meeting names them. One that gives no sign of life for ``lost_after`` is declared lost, and not waited for.
         """
         self.check()
+        self._claim_or_follow(reason, follow)
         self._meetings += 1
         key = f"meet/{self._meetings}"
         with self._reaching_store():
-            self._agree_on_reason(key, reason)
             self._announce(key, ending)
             looked = -1
             if self._store.add(f"{key}/count", 1) < len(self._log.present):

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lightning_gossip.rules.mixing import CHUNK
 
-
 NonFinite = Literal["heal", "error"]
 NONFINITE: tuple[NonFinite, ...] = get_args(NonFinite)
 
