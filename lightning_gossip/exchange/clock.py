@@ -12,52 +12,26 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gossip.arguments import check_choice, check_integer
-from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout, Segment
+from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
+from lightning_gossip.exchange.flat_mixing import is_finite, mix_segments
+from lightning_gossip.exchange.in_flight import InFlight
 from lightning_gossip.exchange.outer_gossip import OuterGossip
 from lightning_gossip.exchange.staging import Staging
 from lightning_gossip.exchange.stats import NONFINITE, ExchangeStats, NonFinite, NotFinite, mean_distance
-from lightning_gossip.rules.mixing import CHUNK, MixingRule, Transfers, is_finite, mix
+from lightning_gossip.rules.mixing import CHUNK, MixingRule, Transfers
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Schedule
-from lightning_gossip.transport.interface import Posted, Staged, Transport
+from lightning_gossip.transport.interface import Staged, Transport
 from lightning_gossip.transport.link import Header, Kind
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class _InFlight:
-    """An exchange that was posted and is not applied yet.
-
-    Attributes:
-        step: at which it was posted.
-        parameters: by name, that travel.
-        layout: in which their snapshots lie.
-        own: this rank's snapshot, 1-D, uint8.
-        posted: the transfers; None where what arrived is this rank's own: copied, or from a checkpoint.
-        received: what arrived, in ascending rank, shaped as ``own``; None while it is on the wire.
-        partner: smallest rank exchanged with, -1 for none; known once it arrived.
-        proposal: what this rank's own outer step led to; None without one. There is a snapshot then, and it falls due,
-            also where the round brought no partner.
-        received_from: the ranks of what arrived; empty where that is not known any more (an old checkpoint's).
-    """
-
-    step: int
-    parameters: Mapping[str, Tensor]
-    layout: FlatLayout
-    own: Tensor
-    posted: Posted | None
-    received: list[Tensor] | None = None
-    partner: int = -1
-    proposal: FlatBuffer | None = None
-    received_from: tuple[int, ...] = ()
 
 
 class Exchange:
@@ -118,7 +92,7 @@ class Exchange:
         self._heals = check_choice("nonfinite", nonfinite, NONFINITE) == "heal"
         self._drawn: dict[int, Transfers] = {}  # by step
         self._drawn_among: tuple[int, ...] = tuple(range(world_size))
-        self._in_flight: _InFlight | None = None
+        self._in_flight: InFlight | None = None
         self._layout: FlatLayout | None = None
         self._signature: tuple[object, ...] = ()
         self._most_bytes = 0  # of a snapshot, when all parameters travel; 0: not known yet
@@ -265,7 +239,7 @@ class Exchange:
         proposal = None
         if self._outer is not None:
             proposal = FlatBuffer(layout.unrounded, saved["proposal"].to(device) if layout.narrows else own)
-        self._in_flight = _InFlight(int(saved["step"]), travelling, layout, own, None, received, partner, proposal)
+        self._in_flight = InFlight(int(saved["step"]), travelling, layout, own, None, received, partner, proposal)
 
     def close(self) -> None:
         """Give up what is in flight and release the transport."""
@@ -308,7 +282,7 @@ class Exchange:
         room = self._transport.room(layout.nbytes, self._most_bytes)
         ready = time.perf_counter()
         own, proposal, staged = self._snapshot(layout, travelling, room)
-        self._in_flight = _InFlight(self.step, travelling, layout, own, None, [], proposal=proposal)
+        self._in_flight = InFlight(self.step, travelling, layout, own, None, [], proposal=proposal)
         if transfers:
             header = Header(Kind.SNAPSHOT, self.step, layout.nbytes, layout.fingerprint)
             posted = self._transport.post(header, transfers.send_to, transfers.receive_from, staged)
@@ -393,58 +367,38 @@ class Exchange:
             self.stats.exchanges += len(others)
         else:
             if received and not self._mix(exchange, received):
-                received = self._leave_out(exchange, received)
-                if received and not self._heal(exchange, received):
-                    self._mix(exchange, received)
+                received = self._mix_finite(exchange, received)
             self.stats.exchanges += len(received or ())
         if exchange.posted is not None:
             exchange.posted.release()
         self.stats.mix_seconds += time.perf_counter() - start
 
-    def _mix(self, exchange: _InFlight, received: Sequence[Tensor]) -> bool:
+    def _mix(self, exchange: InFlight, received: Sequence[Tensor]) -> bool:
         """Mix ``received`` in and return True; where something is not finite, change nothing and return False."""
         weight = self._rule.weight(len(received))
-        scratch = {
-            segment: self._scratch_of(segment.dtype, exchange.own.device) for segment in exchange.layout.segments
-        }
+        return mix_segments(exchange.layout, exchange.parameters, exchange.own, received, weight, self._scratch_of)
 
-        def mix_segment(segment: Segment, weight: float) -> bool:
-            targets = [exchange.parameters[name] for name in segment.names]
-            snapshots = [segment.of(payload) for payload in received]
-            return mix(targets, segment.of(exchange.own), snapshots, weight, scratch[segment])
-
-        for index, segment in enumerate(exchange.layout.segments):
-            if not mix_segment(segment, weight):
-                for mixed in exchange.layout.segments[:index]:
-                    mix_segment(mixed, -weight)
-                return False
-        return True
-
-    def _leave_out(self, exchange: _InFlight, received: Sequence[Tensor]) -> list[Tensor]:
-        """Return those of ``received`` that are finite, and say of which ranks the others are.
+    def _mix_finite(self, exchange: InFlight, received: Sequence[Tensor]) -> list[Tensor]:
+        """Mix in what is finite, or take it in place of a replica that is not; return what it was.
 
         Raises:
             NotFinite: where a replica is not finite, unless it is to be healed.
         """
-        finite = [all(is_finite(flat) for flat in exchange.layout.split(payload)) for payload in received]
+        finite = [is_finite(payload, exchange.layout) for payload in received]
+        healthy = is_finite(exchange.own, exchange.layout)
         whose = [rank for rank, good in zip(exchange.received_from, finite, strict=False) if not good]
-        if not all(is_finite(flat) for flat in exchange.layout.split(exchange.own)):
-            whose.append(self.rank)
-        for rank in whose:
-            error = NotFinite(rank, exchange.step, self.rank)
+        for rank in [*whose, *(() if healthy else (self.rank,))]:
             if not self._heals:
-                raise error
-            log.warning("%s: it is not mixed in", error)
-        return [payload for payload, good in zip(received, finite, strict=True) if good]
-
-    def _heal(self, exchange: _InFlight, received: Sequence[Tensor]) -> bool:
-        """Make this replica the first partner's snapshot, if its own is not finite; return whether it was not."""
-        if all(is_finite(flat) for flat in exchange.layout.split(exchange.own)):
-            return False
-        FlatBuffer(exchange.layout, received[0]).copy_to(exchange.parameters)
-        self.stats.healed += 1
-        self.on_heal()
-        return True
+                raise NotFinite(rank, exchange.step, self.rank)
+            log.warning("%s: it is not mixed in", NotFinite(rank, exchange.step, self.rank))
+        left = [payload for payload, good in zip(received, finite, strict=True) if good]
+        if left and healthy:
+            self._mix(exchange, left)
+        elif left:
+            FlatBuffer(exchange.layout, left[0]).copy_to(exchange.parameters)
+            self.stats.healed += 1
+            self.on_heal()
+        return left
 
 
 def _travelling(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
