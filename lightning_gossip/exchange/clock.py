@@ -257,8 +257,8 @@ class Exchange:
             self._drawn_among = members
             self._drawn.clear()
         if self.step not in self._drawn:
-            period, block = self._schedule.period, self._schedule.drawn_together
-            steps = range(self.step, self.step + block * period, period)
+            period = self._schedule.period
+            steps = range(self.step, self.step + self._schedule.drawn_together * period, period)
             self._drawn = {step: self._draw(step, self._drawn_among) for step in steps}
         return self._drawn[self.step]
 
@@ -266,8 +266,7 @@ class Exchange:
         """Return this rank's transfers in a round of ``members``, numbered among them for the schedule."""
         if len(members) == self.world_size or not self._schedule.serves(len(members)):
             return self._rule.transfers(self._schedule.choices(step, self.world_size), self.rank)
-        choices = self._schedule.choices(step, len(members))
-        drawn = self._rule.transfers(choices, members.index(self.rank))
+        drawn = self._rule.transfers(self._schedule.choices(step, len(members)), members.index(self.rank))
         return Transfers(*(tuple(members[k] for k in ranks) for ranks in (drawn.send_to, drawn.receive_from)))
 
     def _post(self, transfers: Transfers) -> None:
@@ -338,8 +337,7 @@ class Exchange:
         """Wait until what is in flight has arrived."""
         if (exchange := self._in_flight) is None or exchange.posted is None:
             return
-        start = time.perf_counter()
-        done = exchange.posted.wait()
+        start, done = time.perf_counter(), exchange.posted.wait()
         exchange.received = [done.received[partner] for partner in sorted(done.received)]
         exchange.received_from = tuple(sorted(done.received))
         exchange.partner = min({*done.received, *done.sent_to}, default=-1)
@@ -375,22 +373,19 @@ class Exchange:
 
     def _mix(self, exchange: InFlight, received: Sequence[Tensor]) -> bool:
         """Mix ``received`` in and return True; where something is not finite, change nothing and return False."""
-        weight = self._rule.weight(len(received))
-        return mix_segments(exchange.layout, exchange.parameters, exchange.own, received, weight, self._scratch_of)
+        weight, layout = self._rule.weight(len(received)), exchange.layout
+        return mix_segments(layout, exchange.parameters, exchange.own, received, weight, self._scratch_of)
 
     def _mix_finite(self, exchange: InFlight, received: Sequence[Tensor]) -> list[Tensor]:
-        """Mix in what is finite, or take it in place of a replica that is not; return what it was.
-
-        Raises:
-            NotFinite: where a replica is not finite, unless it is to be healed.
-        """
+        """Mix in what is finite, or take it in place of a replica that is not; return it, or raise NotFinite."""
         finite = [is_finite(payload, exchange.layout) for payload in received]
         healthy = is_finite(exchange.own, exchange.layout)
         whose = [rank for rank, good in zip(exchange.received_from, finite, strict=False) if not good]
         for rank in [*whose, *(() if healthy else (self.rank,))]:
+            found = NotFinite(rank, exchange.step, self.rank)
             if not self._heals:
-                raise NotFinite(rank, exchange.step, self.rank)
-            log.warning("%s: it is not mixed in", NotFinite(rank, exchange.step, self.rank))
+                raise found
+            log.warning("%s: it is not mixed in", found)
         left = [payload for payload, good in zip(received, finite, strict=True) if good]
         if left and healthy:
             self._mix(exchange, left)
