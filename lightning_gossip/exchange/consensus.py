@@ -341,7 +341,8 @@ def _fits(one: Tensor, other: Tensor) -> bool:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one dtype are alike bit for bit, NaN included."""
-    return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)))
+    word = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(one.dtype.itemsize, torch.int64)
+    return torch.equal(*(tensor.reshape(-1).view(word) for tensor in (one, other)))
 
 
 def _near(one: Tensor, other: Tensor, rounding: int) -> bool:

@@ -263,6 +263,11 @@ def report_misfits(agreement: Agreement, parameters: Collection[str]) -> None:
             log.warning("buffer '%s' is %s: it stays with each rank", name, why)
 
 
+def has_told_trained(store: Store, rank: int, step: int) -> bool:
+    """Whether ``rank`` has called :func:`tell_trained` at ``step``."""
+    return bool(store.check([f"trained/{step}/{rank}"]))
+
+
 def tell_trained(store: Store, control: Control, module: nn.Module, partner: int, step: int) -> str:
     """Say how the parameters that this rank trains differ from those of ``partner``, which asks the same.
 
@@ -275,13 +280,12 @@ def tell_trained(store: Store, control: Control, module: nn.Module, partner: int
     """
     own = {name: describe(p) for name, p in shared_parameters(module).items() if p.requires_grad}
     store.set(f"trained/{step}/{control.rank}", json.dumps(own))
-    theirs_key = f"trained/{step}/{partner}"
     deadline = time.monotonic() + 5
-    while not store.check([theirs_key]):
+    while not has_told_trained(store, partner, step):
         if time.monotonic() > deadline:
             return f"the ranks' trainable parameters differ at step {step}: rank {control.rank} trains {list(own)}"
         time.sleep(0.01)
-    theirs: Manifest = json.loads(store.get(theirs_key))
+    theirs: Manifest = json.loads(store.get(f"trained/{step}/{partner}"))
     (first, ours), (second, others) = sorted([(control.rank, own), (partner, theirs)], key=lambda rank: rank[0])
     found = []
     for name in [*ours, *(name for name in others if name not in ours)]:

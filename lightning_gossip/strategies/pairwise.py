@@ -10,13 +10,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch.distributed import Store
+from torch.distributed import DistNetworkError, DistStoreError, Store
 from typing_extensions import override
 
 from lightning_gossip.arguments import check_choice, check_integer, check_wire_dtype
 from lightning_gossip.control.run import Control
 from lightning_gossip.exchange.clock import Exchange
-from lightning_gossip.exchange.models import shared_parameters, tell_trained
+from lightning_gossip.exchange.models import has_told_trained, shared_parameters, tell_trained
 from lightning_gossip.rules.mixing import MixingRule
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Chooser, Peers, Schedule
@@ -66,6 +66,7 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
         self.rule = rule
         self.outer = outer
         self._peers_argument = peers
+        self._store: Store | None = None  # of the run, in a `fit`
         super().__init__(timeout=timeout, **launch)
 
     @property
@@ -85,6 +86,7 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
 
     @override
     def make_exchange(self, module: pl.LightningModule, control: Control, store: Store) -> Exchange:
+        self._store = store
         return Exchange(
             self.global_rank,
             self.world_size,
@@ -120,7 +122,21 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
         try:
             yield
         except PartnerLost as error:
-            if isinstance(error.__cause__, LayoutMismatch):
-                told = tell_trained(self._connect(), self.control, self._module, error.partner, self.step)
+            differs = isinstance(error.__cause__, LayoutMismatch)
+            if (store := self._store) is not None and (differs or _is_asked(store, error, self.step)):
+                told = tell_trained(store, self.control, self._module, error.partner, self.step)
                 raise RuntimeError(told) from error
             raise
+
+    @override
+    def end_training(self) -> None:
+        self._store = None
+        super().end_training()
+
+
+def _is_asked(store: Store, lost: PartnerLost, step: int) -> bool:
+    """Whether a partner that closed its link found that the two train other parameters."""
+    try:
+        return has_told_trained(store, lost.partner, step)
+    except (DistNetworkError, DistStoreError):
+        return False  # the store is gone, and with it whoever held it: that is the cause

@@ -23,7 +23,7 @@ from lightning_gossip.control.run import LOOK, Control
 from lightning_gossip.control.stop import RunStopped
 from lightning_gossip.transport.interface import PartnerLost, Posted, Rooms, Staged, Transferred, Transport
 from lightning_gossip.transport.lanes import GLANCE, Lane, Transfer
-from lightning_gossip.transport.link import Header, LinkError, Links, reason_of
+from lightning_gossip.transport.link import Header, LayoutMismatch, LinkError, Links, reason_of
 from lightning_gossip.transport.shared_memory import (
     AVAILABLE,
     Inbox,
@@ -275,9 +275,10 @@ class _PostedOnLinks(Posted):
 
     def _explain(self, partner: int, error: BaseException) -> NoReturn:
         """Raise why ``partner`` is not there: the reason that a rank gave when it stopped, or else its loss."""
-        stop = self._control.await_stop(1.0)
-        if stop is not None and stop.lost != partner:
-            self._control.check()
+        if not isinstance(error, LayoutMismatch):  # both ends are there, and will say more
+            stop = self._control.await_stop(1.0)
+            if stop is not None and stop.lost != partner:
+                self._control.check()
         raise self._lost(partner, reason_of(error)) from error
 
     def _silence(self) -> TimeoutError:

@@ -198,9 +198,13 @@ class Unfreezes(Linear):
 
 
 class Wider(Unfreezes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Parameter(torch.zeros(2))
+
     def change(self) -> None:
         if self.global_rank == 1:
-            self.layer.weight = nn.Parameter(torch.zeros(1, 4, dtype=torch.float64))
+            self.spare = nn.Parameter(torch.zeros(3))
 
 
 class Renamed(Unfreezes):
@@ -214,10 +218,7 @@ class Renamed(Unfreezes):
     ("module", "message"),
     [
         (Unfreezes, r"'layer.bias' \(shape \(1,\), torch.float64\) is trained on rank 0 only"),
-        (
-            Wider,
-            r"'layer.weight' is shape \(1, 3\), torch.float64 on rank 0 but shape \(1, 4\), torch.float64 on rank 1",
-        ),
+        (Wider, r"'spare' is shape \(2,\), torch.float32 on rank 0 but shape \(3,\), torch.float32 on rank 1"),
         (Renamed, r"'layer.parametrizations.weight.original' \(.*\) is trained on rank 1 only.*renamed"),
     ],
 )
