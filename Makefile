@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up everything they need; a second call installs nothing again.
-# `make test-quick` runs what starts no process of its own, in two minutes or so; `make test` begins with it;
+# `make test-quick` runs what starts no process of its own, in five minutes or so; `make test` begins with it;
 # `make test-long` runs what trains for minutes.
 PYTHON ?= python3.11
 VENV := .venv
