@@ -177,6 +177,15 @@ class Control:
             self._closing.wait(0.05)
         return self.stopped
 
+    def check_cause(self, lost: int) -> None:
+        """Raise as :meth:`check` where a rank is gone because some rank stopped, for another cause than that loss.
+
+        The stop word gets a second to arrive.
+        """
+        stop = self.await_stop(1.0)
+        if stop is not None and stop.lost != lost:
+            self.check()
+
     # -- meeting ------------------------------------------------------------------------------------------------
 
     def meet(self, reason: str, ending: bool = False, follow: Callable[[str], bool] | None = None) -> Meeting:

@@ -274,9 +274,7 @@ class _OnLinks(Reduction):
 
     def _explain(self, rank: int, error: BaseException) -> NoReturn:
         """Raise why ``rank`` is not there: the reason that a rank gave when it stopped, or else its loss."""
-        stop = self._control.await_stop(1.0)
-        if stop is not None and stop.lost != rank:
-            self._control.check()
+        self._control.check_cause(rank)
         if rank not in self._links:
             raise error
         raise self._lost(rank, reason_of(error)) from error

@@ -57,7 +57,7 @@ class LinkTransport(Transport):
         self._control = control
         self._shares = shared_memory and AVAILABLE and control.world_size > 1
         self._pins = pin_memory
-        self._helpers = ThreadPoolExecutor(thread_name_prefix="staging") if pin_memory else None
+        self._helpers = ThreadPoolExecutor(thread_name_prefix="staging")  # its threads begin with its first job
         self._outbox: Outbox | None = None
         self._slot = -1  # of the outbox, where the next payload lies; -1 for none
         self._rooms = Rooms(torch.device("cpu"), pin_memory)  # 0: what is sent from no outbox; then what arrives
@@ -110,7 +110,7 @@ class LinkTransport(Transport):
         announced: Future[None] | None = None
         if self._outbox is not None and self._slot >= 0:
             announce = partial(self._outbox.announce, self._slot, header)
-            if staged is None or self._helpers is None:
+            if staged is None:
                 announce()
             else:
                 announced = self._helpers.submit(_announce_staged, staged, announce)
@@ -128,7 +128,7 @@ class LinkTransport(Transport):
                 room = partial(self._rooms.__getitem__, number) if transfer.receives else None
                 link = self._links.to(end_of_rank(partner))
                 transfer.job = link.submit(partial(lane.trade, link, header, outgoing, room, staged, transfer.land))
-            elif transfer.land is not None and self._helpers is not None and lane.inbox is not None:
+            elif transfer.land is not None and lane.inbox is not None:
                 transfer.landing = self._helpers.submit(transfer.land_when_announced, lane.inbox, header)
             transfers[partner] = transfer
         lend = partial(self._outbox.lend, self._slot) if self._outbox is not None else None
@@ -160,8 +160,7 @@ class LinkTransport(Transport):
     def close(self) -> None:
         """See :meth:`Transport.close`."""
         self._links.close()
-        if self._helpers is not None:
-            self._helpers.shutdown(wait=False, cancel_futures=True)
+        self._helpers.shutdown(wait=False, cancel_futures=True)
         self._lanes.clear()
         if self._outbox is not None:
             self._outbox.close()
@@ -276,9 +275,7 @@ class _PostedOnLinks(Posted):
     def _explain(self, partner: int, error: BaseException) -> NoReturn:
         """Raise why ``partner`` is not there: the reason that a rank gave when it stopped, or else its loss."""
         if not isinstance(error, LayoutMismatch):  # both ends are there, and will say more
-            stop = self._control.await_stop(1.0)
-            if stop is not None and stop.lost != partner:
-                self._control.check()
+            self._control.check_cause(partner)
         raise self._lost(partner, reason_of(error)) from error
 
     def _silence(self) -> TimeoutError:
