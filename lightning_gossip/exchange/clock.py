@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_gossip.arguments import check_integer
-from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
+from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout, travelling
 from lightning_gossip.exchange.outer_gossip import OuterGossip
 from lightning_gossip.exchange.staging import Staging
 from lightning_gossip.exchange.stats import ExchangeStats, mean_distance
@@ -125,7 +125,7 @@ class Exchange:
         if self._in_flight is not None and self.step > self._in_flight.step + self._delay:
             self._apply()  # it fell due when the clock was set forward
         if self._outer is not None:
-            self._outer.follow(_travelling(self._parameters()))
+            self._outer.follow(travelling(self._parameters()))
         if not self._schedule.is_round(self.step):
             return
         transfers = self._transfers()
@@ -235,21 +235,21 @@ class Exchange:
         missing = [name for name in saved["names"] if name not in parameters]
         if missing:
             raise ValueError(f"an exchange was in flight for parameters that this model does not have: {missing}")
-        travelling = {name: parameters[name] for name in saved["names"]}
-        layout = self._layout_of(travelling)
+        tensors = {name: parameters[name] for name in saved["names"]}
+        layout = self._layout_of(tensors)
         # files from before the layout was saved tell the size alone
         if saved.get("layout", layout.fingerprint) != layout.fingerprint or saved["own"].numel() != layout.nbytes:
             raise ValueError(
                 f"an exchange of {saved['own'].numel()} bytes was in flight, which are not laid out as this model's"
                 f" {layout.nbytes} are: `wire_dtype`, `precision` and the parameters' shapes have to be as they were"
             )
-        device = next(iter(travelling.values())).device
+        device = next(iter(tensors.values())).device
         own, *received = (payload.to(device) for payload in (saved["own"], *saved["received"]))
         partner = int(saved.get("partner", -1))
         proposal = None
         if self._outer is not None:
             proposal = FlatBuffer(layout.unrounded, saved["proposal"].to(device) if layout.narrows else own)
-        self._in_flight = _InFlight(int(saved["step"]), travelling, layout, own, None, received, partner, proposal)
+        self._in_flight = _InFlight(int(saved["step"]), tensors, layout, own, None, received, partner, proposal)
 
     def close(self) -> None:
         """Give up what is in flight and release the transport."""
@@ -272,17 +272,17 @@ class Exchange:
 
     def _post(self, transfers: Transfers) -> None:
         parameters = self._parameters()
-        travelling = _travelling(parameters)
-        if not travelling:
+        tensors = travelling(parameters)
+        if not tensors:
             return
         start = time.perf_counter()
-        layout = self._layout_of(travelling)
+        layout = self._layout_of(tensors)
         if not self._most_bytes:
             self._most_bytes = FlatLayout(parameters, self._wire_dtype).nbytes
         room = self._transport.room(layout.nbytes, self._most_bytes)
         ready = time.perf_counter()
-        own, proposal, staged = self._snapshot(layout, travelling, room)
-        self._in_flight = _InFlight(self.step, travelling, layout, own, None, [], proposal=proposal)
+        own, proposal, staged = self._snapshot(layout, tensors, room)
+        self._in_flight = _InFlight(self.step, tensors, layout, own, None, [], proposal=proposal)
         if transfers:
             header = Header(Kind.SNAPSHOT, self.step, layout.nbytes, layout.fingerprint)
             posted = self._transport.post(header, transfers.send_to, transfers.receive_from, staged)
@@ -309,22 +309,24 @@ class Exchange:
             room is on the host and they are not, what tells when it has been copied there, beside training.
         """
         device = next(iter(tensors.values())).device
-        stages = room.device != device
-        address = 0 if stages else room.data_ptr()
+        staging = None if room.device == device else self._staging_of(device)
+        address = room.data_ptr() if staging is None else 0
         if (snapshot := self._snapshots.get(address)) is None:
-            snapshot = FlatBuffer.empty(layout, device) if stages else FlatBuffer(layout, room)
+            snapshot = FlatBuffer(layout, room) if staging is None else FlatBuffer.empty(layout, device)
             self._snapshots[address] = snapshot
-        if stages and self._staging is None:
-            self._staging = Staging(device)
-        if self._staging is not None:
-            self._staging.before_packing()
+        if staging is not None:
+            staging.before_packing()
         proposal = None
         if self._outer is None:
             snapshot.pack(tensors)
         else:
             proposal = self._outer.propose(tensors, snapshot)
-        staged = self._staging.stage(snapshot.storage, room) if self._staging is not None else None
-        return snapshot.storage, proposal, staged
+        return snapshot.storage, proposal, None if staging is None else staging.stage(snapshot.storage, room)
+
+    def _staging_of(self, device: torch.device) -> Staging:
+        if self._staging is None:
+            self._staging = Staging(device)
+        return self._staging
 
     def _scratch_of(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Return room for differences that a CPU's cache holds; a GPU mixes all at once."""
@@ -380,7 +382,3 @@ class Exchange:
         if exchange.posted is not None:
             exchange.posted.release()
         self.stats.mix_seconds += time.perf_counter() - start
-
-
-def _travelling(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
+from lightning_gossip.exchange.flat import FlatBuffer
 from lightning_gossip.exchange.models import (
     agree,
     averaged_buffers,
@@ -221,7 +221,7 @@ class _Copy:
         present = shared.present()
         groups = (shared.parameters, shared.statistics, shared.others)
         self.parameters, self.statistics, self.others = (
-            _packed({name: present[name] for name in names if name in present}) for names in groups
+            FlatBuffer.packed({name: present[name] for name in names if name in present}) for names in groups
         )
 
     def now(self) -> _Copy:
@@ -262,8 +262,8 @@ class _Copy:
         return {name for name, copied in self._views() if self.is_parameter(name) and not _same(copied, theirs[name])}
 
     def _views(self) -> Iterator[tuple[str, Tensor]]:
-        for copies in self._by_segment():
-            yield from copies
+        for buffer in (self.parameters, self.statistics, self.others):
+            yield from buffer.views.items()
 
     def _by_segment(self) -> Iterator[list[tuple[str, Tensor]]]:
         for buffer in (self.parameters, self.statistics, self.others):
@@ -296,13 +296,6 @@ def average_state(state: Mapping[str, Any], world_size: int, averaged: Callable[
                 _take_first_(whole)
             made_alike[name] = copy.expand(tensors[name].shape)
     return {name: made_alike.get(name, value) for name, value in state.items()}
-
-
-def _packed(tensors: Mapping[str, Tensor]) -> FlatBuffer:
-    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
-    buffer = FlatBuffer.empty(FlatLayout(tensors), device)
-    buffer.pack(tensors)
-    return buffer
 
 
 @torch.no_grad()

@@ -91,6 +91,11 @@ class FlatLayout:
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+def travelling(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of a replica's parameters that travel: what requires a gradient (design §3)."""
+    return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+
+
 class FlatBuffer:
     """Tensors laid out in one storage.
 
@@ -115,6 +120,14 @@ class FlatBuffer:
     def empty(cls, layout: FlatLayout, device: torch.device) -> FlatBuffer:
         """Return a buffer of its own storage."""
         return cls(layout, torch.empty(layout.nbytes, dtype=torch.uint8, device=device))
+
+    @classmethod
+    def packed(cls, tensors: Mapping[str, Tensor]) -> FlatBuffer:
+        """Return copies of ``tensors``, on the device of the first."""
+        device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+        buffer = cls.empty(FlatLayout(tensors), device)
+        buffer.pack(tensors)
+        return buffer
 
     @torch.no_grad()
     def pack(self, tensors: Mapping[str, Tensor]) -> None:

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from lightning_gossip.arguments import check_integer
-from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
+from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout, travelling
 from lightning_gossip.exchange.outer_state import OuterState
 from lightning_gossip.exchange.stats import ExchangeStats
+from lightning_gossip.exchange.tensors import wide
 from lightning_gossip.rules.fragments import due, layers_of, strided
 from lightning_gossip.rules.mixing import CHUNK
 from lightning_gossip.rules.outer import OuterStep
@@ -140,13 +141,12 @@ class Rounds:
         self.step += 1
         self.stats.wait_seconds = self.stats.mix_seconds = 0.0
         self._apply(before=self.step - self._delay)  # what fell due when the clock was set forward
-        parameters = self._parameters()
-        travelling = {name: p for name, p in parameters.items() if p.requires_grad}
-        self._state.follow(travelling)
+        tensors = travelling(self._parameters())
+        self._state.follow(tensors)
         if parts := due(self.step, self.period, self._fragments):
-            dealt = strided(_sizes(travelling), self._fragments)
+            dealt = strided(_sizes(tensors), self._fragments)
             for part in parts:
-                self._post(part, {name: travelling[name] for name in dealt[part]})
+                self._post(part, {name: tensors[name] for name in dealt[part]})
 
     def end(self) -> None:
         """End a step, after the optimizer's update: apply the rounds that are due.
@@ -234,8 +234,8 @@ class Rounds:
         for saved in state["in_flight"]:
             if missing := [name for name in saved["names"] if name not in parameters]:
                 raise ValueError(f"a round was in flight for parameters that this model does not have: {missing}")
-            travelling = {name: parameters[name] for name in saved["names"]}
-            buffers = self._buffers_of(int(saved["part"]), travelling)
+            tensors = {name: parameters[name] for name in saved["names"]}
+            buffers = self._buffers_of(int(saved["part"]), tensors)
             if saved["layout"] != buffers.layout.fingerprint:
                 raise ValueError(
                     "a round was in flight whose parameters are not laid out as this model's are: `wire_dtype`,"
@@ -243,7 +243,7 @@ class Rounds:
                 )
             buffers.drift.storage.copy_(saved["drift"])
             buffers.room[: buffers.layout.nbytes].copy_(saved["mean"])
-            self._in_flight.append(_Round(int(saved["step"]), int(saved["part"]), travelling, buffers, None))
+            self._in_flight.append(_Round(int(saved["step"]), int(saved["part"]), tensors, buffers, None))
 
     def close(self) -> None:
         """Give up what is in flight and release the transport."""
@@ -252,16 +252,16 @@ class Rounds:
         self._buffers.clear()
 
     @torch.no_grad()
-    def _post(self, part: int, travelling: dict[str, Tensor]) -> None:
+    def _post(self, part: int, tensors: dict[str, Tensor]) -> None:
         # one that unfroze may have come to another part than it has a round in flight with
         under_way = {name for round_ in self._in_flight for name in round_.parameters}
-        travelling = {name: p for name, p in travelling.items() if name not in under_way}
-        if not travelling:
+        tensors = {name: p for name, p in tensors.items() if name not in under_way}
+        if not tensors:
             return
         start = time.perf_counter()
-        buffers = self._buffers_of(part, travelling)
+        buffers = self._buffers_of(part, tensors)
         for name, drift in buffers.drift.views.items():
-            torch.sub(self._state.starts[name], travelling[name].detach(), out=drift)
+            torch.sub(self._state.starts[name], tensors[name].detach(), out=drift)
         buffers.fill()
         layout = buffers.layout
         reduction = None
@@ -270,7 +270,7 @@ class Rounds:
             reduction = self._reducer.post(header, buffers.sent, buffers.room, mean_over(layout))
         else:
             buffers.room[: layout.nbytes].copy_(buffers.sent)
-        self._in_flight.append(_Round(self.step, part, travelling, buffers, reduction))
+        self._in_flight.append(_Round(self.step, part, tensors, buffers, reduction))
         self.stats.mix_seconds += time.perf_counter() - start
 
     def _buffers_of(self, part: int, tensors: Mapping[str, Tensor]) -> _Buffers:
@@ -333,11 +333,11 @@ def mean_over(layout: FlatLayout) -> Callable[[Sequence[Tensor], int, Tensor], N
             last = min(segment.start + segment.nbytes - begin, out.numel())
             if first >= last:
                 continue
-            wide = torch.promote_types(segment.dtype, torch.float32)
+            width = wide(segment.dtype)
             numbers = [x[first:last].view(segment.wire_dtype) for x in (out, *stretches)]
             chunk = CHUNK if out.device.type == "cpu" else numbers[0].numel()
             for target, *pieces in zip(*(x.split(chunk) for x in numbers), strict=True):
-                total = pieces[0].to(wide, copy=True)
+                total = pieces[0].to(width, copy=True)
                 for piece in pieces[1:]:
                     total += piece
                 target.copy_(total.div_(len(pieces)))

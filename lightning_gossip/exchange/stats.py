@@ -10,6 +10,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+from lightning_gossip.exchange.tensors import wide
 from lightning_gossip.rules.mixing import CHUNK
 
 
@@ -50,11 +51,11 @@ def _distance(ours: Sequence[Tensor], theirs: Sequence[Tensor] | None = None) ->
     """
     norms = []
     for index, segment in enumerate(ours):
-        wide = torch.promote_types(segment.dtype, torch.float32)
+        width = wide(segment.dtype)
         chunk = CHUNK if segment.device.type == "cpu" else segment.numel()
-        out = torch.empty(min(chunk, segment.numel()), dtype=wide, device=segment.device)
+        out = torch.empty(min(chunk, segment.numel()), dtype=width, device=segment.device)
         others = repeat(None) if theirs is None else theirs[index].split(chunk)
         for x, y in zip(segment.split(chunk), others, strict=False):
-            difference = x.to(wide) if y is None else torch.sub(x.to(wide), y, out=out[: x.numel()])
+            difference = x.to(width) if y is None else torch.sub(x.to(width), y, out=out[: x.numel()])
             norms.append(torch.linalg.vector_norm(difference))
     return math.hypot(*torch.stack(norms).tolist())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_gossip.exchange.consensus import Consensus, squares_to
-from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
+from lightning_gossip.exchange.flat import FlatBuffer
 from lightning_gossip.exchange.models import shared_parameters
 
 
@@ -100,33 +100,23 @@ class ServerConsensus(Consensus):
             return super()._build(parameters)
         server.drain()
         self._meet("all pushes are on the server")
-        views: dict[str, Tensor] = {}
-        for segment, flat in zip(parameters.layout.segments, parameters.segments, strict=True):
-            views |= zip(segment.names, parameters.layout.views(segment, flat), strict=True)
+        views = parameters.views
         if self._rank == 0:
             values = {name: p.data.clone() for name, p in self._module.named_parameters() if name in server.names}
             server.pull_now(values)
         else:
             values = views
         self._meet("the server's parameters are here")  # so that nobody waits in a collective for a shard
-        own, held = (_packed(tensors, views, server.names) for tensors in (views, values))
+        names = [name for name in views if name in server.names]
+        own, held = (FlatBuffer.packed({name: tensors[name] for name in names}) for tensors in (views, values))
         squares = torch.zeros(2, dtype=torch.float64)
         for replica, consensus in zip(own.segments, held.segments, strict=True):
             if self._world_size > 1:
                 dist.broadcast(consensus.view(torch.uint8), src=0)
             squares += squares_to(replica, consensus)
-        held.copy_to({name: view for name, view in views.items() if name in server.names})
+        held.copy_to({name: views[name] for name in names})
         rest = {name: view for name, view in views.items() if name not in server.names}
-        averaged = _packed(rest, rest, rest)
+        averaged = FlatBuffer.packed(rest)
         squares += super()._build(averaged)
         averaged.copy_to(rest)
         return squares
-
-
-def _packed(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], names: Collection[str]) -> FlatBuffer:
-    """Return copies of those of ``tensors`` that have these names, in the order of ``like``."""
-    chosen = {name: tensors[name] for name in like if name in names}
-    device = next((tensor.device for tensor in like.values()), torch.device("cpu"))
-    buffer = FlatBuffer.empty(FlatLayout(chosen), device)
-    buffer.pack(chosen)
-    return buffer
