@@ -67,7 +67,7 @@ def handle_requeue_signal(trainer: pl.Trainer, handler: Callable[[], None]) -> N
     def note(*_: Any) -> None:
         handler()
 
-    vars(trainer._signal_connector)["_slurm_sigusr_handler_fn"] = note
+    put(trainer._signal_connector, "_slurm_sigusr_handler_fn", note)
 
 
 def save_for_requeue(trainer: pl.Trainer) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_gossip.strategies.stand_in import put, take_away
 
 
 @dataclass(frozen=True)
@@ -108,45 +109,40 @@ def decide_batch_ends(
         after: called at the end of every batch, after the validation that may belong to it.
     """
     loop = trainer.fit_loop.epoch_loop
-    vars(loop).pop("on_advance_end", None)  # the learning-rate finder begins a training twice in one set-up
+    take_away(loop, "on_advance_end")  # the learning-rate finder begins a training twice in one set-up
     end, check = loop.on_advance_end, loop._should_check_val_fx
 
     def on_advance_end(data_fetcher: Any) -> None:
         due = decide("validation", lambda: not loop._skip_next_val and check(data_fetcher))
         loop._skip_next_val = False
-        vars(loop)["_should_check_val_fx"] = lambda _: due
+        put(loop, "_should_check_val_fx", lambda _: due)
         try:
             end(data_fetcher)
         finally:
-            vars(loop).pop("_should_check_val_fx", None)
+            take_away(loop, "_should_check_val_fx")
         after()
 
-    loop.on_advance_end = on_advance_end  # type: ignore[method-assign]
+    put(loop, "on_advance_end", on_advance_end)
     for index, callback in enumerate(step_checkpoints(trainer)):
-        vars(callback)["on_train_batch_end"] = _BatchEnd(callback, f"checkpoint {index}", decide)
 
+        def on_train_batch_end(
+            trainer: pl.Trainer,
+            *args: Any,
+            _callback: ModelCheckpoint = callback,
+            _what: str = f"checkpoint {index}",
+            **kwargs: Any,
+        ) -> None:
+            if decide(_what, lambda: trainer.global_step % _callback._every_n_train_steps == 0):
+                type(_callback).on_train_batch_end(_callback, trainer, *args, **kwargs)
 
-class _BatchEnd:
-    """``ModelCheckpoint.on_train_batch_end`` where ranks decide together; a copied or pickled callback has its own."""
-
-    def __init__(self, callback: ModelCheckpoint, what: str, decide: Callable[[str, Callable[[], bool]], bool]) -> None:
-        self._callback = callback
-        self._what = what
-        self._decide = decide
-
-    def __call__(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        callback = self._callback
-        if self._decide(self._what, lambda: trainer.global_step % callback._every_n_train_steps == 0):
-            type(callback).on_train_batch_end(callback, trainer, *args, **kwargs)
-
-    def __reduce__(self) -> Any:
-        return partial, (type(self._callback).on_train_batch_end, self._callback)
+        take_away(callback, "on_train_batch_end")
+        put(callback, "on_train_batch_end", on_train_batch_end)
 
 
 def after_loading(trainer: pl.Trainer, function: Callable[[], None]) -> None:
     """Call ``function`` whenever training data was loaded."""
     loop = trainer.fit_loop
-    vars(loop).pop("setup_data", None)
+    take_away(loop, "setup_data")
     setup_data = loop.setup_data
     loaded: list[Any] = [None]
 
@@ -156,14 +152,14 @@ def after_loading(trainer: pl.Trainer, function: Callable[[], None]) -> None:
             loaded[0] = loop._data_fetcher
             function()
 
-    loop.setup_data = setup_then_call  # type: ignore[method-assign]
+    put(loop, "setup_data", setup_then_call)
 
 
 def share_validation_lengths(trainer: pl.Trainer, gather: Callable[[Any], list[Any]]) -> None:
     """Let a rank without batches take part in evaluations in which others have some."""
     loops: list[Any] = [trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop]
     for loop in loops:
-        vars(loop).pop("setup_data", None)
+        take_away(loop, "setup_data")
 
         def setup_data(loop: Any = loop, setup: Callable[[], None] = loop.setup_data) -> None:
             before = loop._max_batches
@@ -173,7 +169,7 @@ def share_validation_lengths(trainer: pl.Trainer, gather: Callable[[Any], list[A
                 if not sum(loop._max_batches) and any(map(sum, lengths)):
                     loop._max_batches = [float("inf")] * len(loop._max_batches)  # it ends when nothing comes
 
-        loop.setup_data = setup_data
+        put(loop, "setup_data", setup_data)
 
 
 def number_of_batches(trainer: pl.Trainer) -> float:
@@ -212,4 +208,4 @@ def restore(trainer: pl.Trainer) -> None:
     changed += [(fit_loop.epoch_loop, "on_advance_end")]
     changed += [(callback, "on_train_batch_end") for callback in step_checkpoints(trainer)]
     for owner, attribute in changed:
-        vars(owner).pop(attribute, None)
+        take_away(owner, attribute)

@@ -77,6 +77,7 @@ class Writes(Callback):
         assert twin.loss is not module.loss
         loaded = pickle.loads(pickle.dumps(others))
         assert all(callback._monitor_candidates.__self__ is callback for callback in loaded)
+        assert all(callback.on_train_batch_end.__self__ is callback for callback in loaded)
         metric = pickle.loads(pickle.dumps(module.loss))
         assert metric.dist_sync_fn is None
         assert metric.distributed_available_fn is type(metric)().distributed_available_fn
@@ -85,9 +86,10 @@ class Writes(Callback):
 @pytest.mark.parametrize("number", range(3))
 def test_modules_metrics_and_callbacks_are_written_in_mid_training(tmp_path: Path, number: int) -> None:
     checkpoint = ModelCheckpoint(tmp_path / "saved", "last", monitor=None)
+    by_steps = ModelCheckpoint(tmp_path / "by_steps", every_n_train_steps=5)
     fit(
         tmp_path, Measured(), strategies()[number], max_epochs=2, val=DataLoader(regression(), 8),
-        callbacks=[Writes(tmp_path), EMAWeightAveraging(), checkpoint], enable_checkpointing=True,
+        callbacks=[Writes(tmp_path), EMAWeightAveraging(), checkpoint, by_steps], enable_checkpointing=True,
     )  # fmt: skip
     written = [str(tmp_path / f"{when}_{rank}.pt") for when in ("train", "validation") for rank in range(2)]
     paths = [str(tmp_path / "saved" / "last.ckpt"), *written]
