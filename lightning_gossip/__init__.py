@@ -8,7 +8,7 @@ store or ``lightning-gossip --help`` start without Lightning, which takes second
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_gossip.strategies.registration import register_with_lightning
+from lightning_gossip.strategies.registration import STRATEGIES, register_with_lightning
 
 if TYPE_CHECKING:
     from lightning_gossip.monitoring.loggers import RankTensorBoardLogger
@@ -35,15 +35,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DiLoCoStrategy": "strategies.diloco",
-    "DownpourStrategy": "strategies.downpour",
-    "ElasticGossipStrategy": "strategies.elastic_gossip",
     "GossipMonitor": "monitoring.monitor",
-    "GossipStrategy": "strategies.gossip",
-    "LocalSGDStrategy": "strategies.local_sgd",
     "RankTensorBoardLogger": "monitoring.loggers",
     "WeightedPeers": "rules.schedule",
-}
+} | {class_name: f"strategies.{name}" for name, class_name in STRATEGIES.items()}
 """The module of each public name."""
 
 

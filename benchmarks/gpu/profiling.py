@@ -6,7 +6,6 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +69,10 @@ class Profiled(Callback):
 
 def _recorded(name: str, function: Any) -> Any:
     def recorded() -> None:
-        with _range(name):
+        with record_function(name):
             function()
 
     return recorded
-
-
-def _range(name: str) -> AbstractContextManager[Any]:
-    return record_function(name)
 
 
 def run(device: torch.device, model: str, rehearse: bool, where: dict[str, str], results: Path) -> None:

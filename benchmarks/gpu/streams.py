@@ -15,9 +15,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import HashStore
 
@@ -33,13 +31,6 @@ _STEPS = 5
 _BUSY_SECONDS = 0.1
 _CYCLES_A_SECOND = 1.7e9  # of a GPU, about: the delay is no measurement
 _TIMEOUT = timedelta(seconds=60)
-
-
-class Both:
-    """Peers: two ranks that choose each other at every step."""
-
-    def choices(self, step: int, world_size: int) -> NDArray[np.int64]:
-        return np.array([1, 0])
 
 
 def all_checks(device: torch.device, small: bool = False) -> Iterator[Check]:
@@ -90,7 +81,7 @@ def _rank(
     parameters = {
         f"p{n}": torch.full((size,), float(rank), device=device, requires_grad=True) for n, size in enumerate(sizes)
     }
-    exchange = Exchange(rank, 2, Schedule(Both()), ElasticMixing(0.5), transport, lambda: parameters)
+    exchange = Exchange(rank, 2, Schedule("matching"), ElasticMixing(0.5), transport, lambda: parameters)
     streams: Any = torch.get_device_module(device)
     if device.type == "cuda":
         torch.cuda.synchronize()  # the parameters were made on another stream

@@ -52,7 +52,7 @@ class ElasticGossipStrategy(PairwiseStrategy):
             also where the partner is only slow. At a validation, a checkpoint or the end, where all meet: how long a
             rank waits for one that gives no sign of life.
         shared_memory: whether ranks on one host read each other's snapshots where they were written, instead of
-            sending them over loopback; found out for each pair by itself. Linux, parameters on the CPU.
+            sending them over loopback; found out for each pair by itself. Linux; page-locked on CUDA.
         outer_lr: η, above 0, of the outer step; DiLoCo's 0.7 is a good start where there is momentum.
         outer_momentum: γ, at least 0 and below 1, of the outer step; DiLoCo's is 0.9. 1 and 0 are plain elastic gossip.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,

@@ -40,7 +40,7 @@ class GossipStrategy(PairwiseStrategy):
             also where the partner is only slow. At a validation, a checkpoint or the end, where all meet: how long a
             rank waits for one that gives no sign of life.
         shared_memory: whether ranks on one host read each other's snapshots where they were written, instead of
-            sending them over loopback; found out for each pair by itself. Linux, parameters on the CPU.
+            sending them over loopback; found out for each pair by itself. Linux; page-locked on CUDA.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             start_method: as for Lightning's ``DDPStrategy``.
 

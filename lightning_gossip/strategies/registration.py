@@ -18,14 +18,14 @@ from typing import Any
 
 _REGISTRY_HOME = "lightning.pytorch.strategies"
 
-_STRATEGIES = {
-    "gossip": ("lightning_gossip.strategies.gossip", "GossipStrategy"),
-    "elastic_gossip": ("lightning_gossip.strategies.elastic_gossip", "ElasticGossipStrategy"),
-    "local_sgd": ("lightning_gossip.strategies.local_sgd", "LocalSGDStrategy"),
-    "diloco": ("lightning_gossip.strategies.diloco", "DiLoCoStrategy"),
-    "downpour": ("lightning_gossip.strategies.downpour", "DownpourStrategy"),
+STRATEGIES = {
+    "gossip": "GossipStrategy",
+    "elastic_gossip": "ElasticGossipStrategy",
+    "local_sgd": "LocalSGDStrategy",
+    "diloco": "DiLoCoStrategy",
+    "downpour": "DownpourStrategy",
 }
-"""Module and class by name."""
+"""Class by name, which is also that of its module in this room."""
 
 _START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 """By suffix of the name."""
@@ -41,19 +41,19 @@ def register_with_lightning() -> None:
 
 
 def _register(module: ModuleType) -> None:
-    for name, (home, class_name) in _STRATEGIES.items():
+    for name, class_name in STRATEGIES.items():
         for suffix, start_method in _START_METHODS.items():
             module.StrategyRegistry.register(
                 f"{name}{suffix}",
-                partial(_make, home, class_name),
+                partial(_make, name),
                 description=f"{class_name} with `start_method` '{start_method}'",
                 override=True,
                 start_method=start_method,
             )
 
 
-def _make(home: str, class_name: str, **arguments: Any) -> Any:
-    return getattr(import_module(home), class_name)(**arguments)
+def _make(name: str, **arguments: Any) -> Any:
+    return getattr(import_module(f"lightning_gossip.strategies.{name}"), STRATEGIES[name])(**arguments)
 
 
 class _AwaitLightning(MetaPathFinder):
