@@ -5,20 +5,16 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed import Store
 from typing_extensions import override
 
-from lightning_gossip.arguments import check_integer, check_wire_dtype
+from lightning_gossip.arguments import check_integer
 from lightning_gossip.control.run import Control
 from lightning_gossip.exchange.rounds import Rounds
 from lightning_gossip.rules.outer import OuterStep
-from lightning_gossip.strategies.clocked import ClockedStrategy
+from lightning_gossip.strategies.clocked import ClockedStrategy, Parameters
 from lightning_gossip.transport.all_reduce import LinkAllReduce
-from lightning_gossip.transport.link import Links
-from lightning_gossip.transport.link_transport import end_of_rank
 
 
 class AllReducedStrategy(ClockedStrategy[Rounds]):
@@ -29,9 +25,7 @@ class AllReducedStrategy(ClockedStrategy[Rounds]):
         period: steps from one round to the next, at least 1.
         delay: steps from posting a round to applying it, from 0 to ``period - 1``.
         fragments: parts of the model with rounds of their own, from 1 to ``period``.
-        wire_dtype: ``torch.bfloat16``, ``torch.float16``, ``torch.float32`` or its name: what drifted is rounded to it
-            where it is narrower than the parameter; None sends it as it is.
-        launch: see :class:`~lightning_gossip.strategies.base.ReplicaStrategy`.
+        launch: see :class:`~lightning_gossip.strategies.clocked.ClockedStrategy`.
 
     Raises:
         ValueError: for an argument that is not allowed.
@@ -44,7 +38,6 @@ class AllReducedStrategy(ClockedStrategy[Rounds]):
         period: int,
         delay: int,
         fragments: int,
-        wire_dtype: torch.dtype | str | None,
         timeout: timedelta,
         **launch: Any,
     ) -> None:
@@ -52,7 +45,6 @@ class AllReducedStrategy(ClockedStrategy[Rounds]):
         self.period = check_integer("period", period, low=1)
         self.delay = check_integer("delay", delay, low=0, high=period - 1, why="at most period - 1")
         self.fragments = check_integer("fragments", fragments, low=1, high=period, why="at most period")
-        self.wire_dtype = check_wire_dtype("wire_dtype", wire_dtype)
         super().__init__(timeout=timeout, **launch)
 
     @property
@@ -62,25 +54,23 @@ class AllReducedStrategy(ClockedStrategy[Rounds]):
             "period": self.period,
             "delay": self.delay,
             "fragments": self.fragments,
-            "wire_dtype": None if self.wire_dtype is None else str(self.wire_dtype).removeprefix("torch."),
             **super().hyperparameters,
         }
 
     @override
-    def make_exchange(self, module: pl.LightningModule, control: Control, store: Store) -> Rounds:
+    def make_exchange(self, parameters: Parameters, control: Control, store: Store) -> Rounds:
         if self.process_group_backend == "nccl" and self.world_size > 1:
             raise MisconfigurationException(
                 f"{type(self).__name__} does not use NCCL yet; set `process_group_backend='gloo'`, which goes through"
                 " pinned host memory."
             )
-        links = Links(store, end_of_rank(self.global_rank), control.timeout)
         return Rounds(
             self.global_rank,
             self.world_size,
             self.period,
             self.outer,
-            LinkAllReduce(links, control),
-            parameters=lambda: dict(module.named_parameters()),
+            LinkAllReduce(self.make_links(control, store), control),
+            parameters,
             delay=self.delay,
             fragments=self.fragments,
             wire_dtype=self.wire_dtype,

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 from torch.distributed import Store
 from typing_extensions import override
 
+from lightning_gossip.arguments import check_wire_dtype
 from lightning_gossip.control.run import Control, Meeting
+from lightning_gossip.exchange.models import shared_parameters
 from lightning_gossip.exchange.stats import ExchangeStats
 from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.base import ReplicaStrategy
+from lightning_gossip.transport.link import Links
+from lightning_gossip.transport.link_transport import end_of_rank
 
 
 class Clock(Protocol):
@@ -36,22 +43,41 @@ class Clock(Protocol):
 
 C = TypeVar("C", bound=Clock)
 
+Parameters = Callable[[], Mapping[str, Tensor]]
+"""Returns a replica's parameters by name, but those that stay with each rank."""
+
 
 class ClockedStrategy(ReplicaStrategy, Generic[C]):
     """Replicas whose exchanges a clock posts and applies, around every step.
 
     Args:
+        wire_dtype: ``torch.bfloat16``, ``torch.float16``, ``torch.float32`` or its name: what travels is rounded to it
+            where it is narrower than the parameter; None sends it as it is.
         launch: see :class:`~lightning_gossip.strategies.base.ReplicaStrategy`.
+
+    Raises:
+        ValueError: for an argument that is not allowed.
     """
 
-    def __init__(self, **launch: Any) -> None:
+    def __init__(self, *, wire_dtype: torch.dtype | str | None, **launch: Any) -> None:
+        self.wire_dtype = check_wire_dtype("wire_dtype", wire_dtype)
         self._exchange: C | None = None
         self._last_step = 0
         super().__init__(**launch)
 
     @abstractmethod
-    def make_exchange(self, module: pl.LightningModule, control: Control, store: Store) -> C:
+    def make_exchange(self, parameters: Parameters, control: Control, store: Store) -> C:
         """Return this rank's clock for a ``fit``; ``store`` is a connection that nobody blocks."""
+
+    def make_links(self, control: Control, store: Store) -> Links:
+        """Return this rank's links to the others."""
+        return Links(store, end_of_rank(self.global_rank), control.timeout)
+
+    @property
+    @override
+    def hyperparameters(self) -> dict[str, Any]:
+        wire_dtype = None if self.wire_dtype is None else str(self.wire_dtype).removeprefix("torch.")
+        return {"wire_dtype": wire_dtype, **super().hyperparameters}
 
     @property
     @override
@@ -65,7 +91,8 @@ class ClockedStrategy(ReplicaStrategy, Generic[C]):
 
     @override
     def start_training(self, trainer: pl.Trainer, control: Control, store: Store) -> None:
-        self._exchange = self.make_exchange(self._module, control, store)
+        module = self._module
+        self._exchange = self.make_exchange(lambda: shared_parameters(module), control, store)
         if trainer.global_step > 0:  # a further `fit` of one training
             self.continue_from(self._last_step)
         # before callbacks put averages of their own in place of the replicas

@@ -7,23 +7,21 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
 import torch.distributed as dist
 from torch.distributed import DistNetworkError, DistStoreError, Store
 from typing_extensions import override
 
-from lightning_gossip.arguments import check_choice, check_integer, check_wire_dtype
+from lightning_gossip.arguments import check_choice, check_integer
 from lightning_gossip.control.run import Control
 from lightning_gossip.exchange.clock import Exchange
-from lightning_gossip.exchange.models import has_told_trained, shared_parameters, tell_trained
+from lightning_gossip.exchange.models import has_told_trained, tell_trained
 from lightning_gossip.rules.mixing import MixingRule
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Chooser, Peers, Schedule
-from lightning_gossip.strategies.clocked import ClockedStrategy
+from lightning_gossip.strategies.clocked import ClockedStrategy, Parameters
 from lightning_gossip.transport.interface import PartnerLost, Transport
-from lightning_gossip.transport.link import LayoutMismatch, Links
-from lightning_gossip.transport.link_transport import LinkTransport, end_of_rank
+from lightning_gossip.transport.link import LayoutMismatch
+from lightning_gossip.transport.link_transport import LinkTransport
 from lightning_gossip.transport.nccl import NcclTransport
 
 
@@ -34,11 +32,9 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
         rule: what choices mean and how much of a difference is taken over.
         probability, period, peers, seed: see :class:`~lightning_gossip.rules.schedule.Schedule`.
         delay: steps from posting an exchange to applying it, from 0 to ``period - 1``.
-        wire_dtype: ``torch.bfloat16``, ``torch.float16``, ``torch.float32`` or its name: snapshots are rounded to it
-            where it is narrower than the parameter; None sends them as they are.
         shared_memory: whether ranks on one host read each other's snapshots where they were written.
         outer: the step that a rank makes with a round's drift before it exchanges; None without.
-        launch: see :class:`~lightning_gossip.strategies.base.ReplicaStrategy`.
+        launch: see :class:`~lightning_gossip.strategies.clocked.ClockedStrategy`.
 
     Raises:
         ValueError: for an argument that is not allowed.
@@ -52,7 +48,6 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
         period: int,
         peers: str | Peers | Chooser,
         delay: int,
-        wire_dtype: torch.dtype | str | None,
         seed: int,
         timeout: timedelta,
         shared_memory: bool,
@@ -61,7 +56,6 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
     ) -> None:
         self.schedule = Schedule(peers, probability, period, seed)
         self.delay = check_integer("delay", delay, low=0, high=period - 1, why="at most period - 1")
-        self.wire_dtype = check_wire_dtype("wire_dtype", wire_dtype)
         self.shared_memory = check_choice("shared_memory", shared_memory, (True, False))
         self.rule = rule
         self.outer = outer
@@ -78,14 +72,13 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
             "period": self.schedule.period,
             "peers": peers if isinstance(peers, str) else repr(peers),
             "delay": self.delay,
-            "wire_dtype": None if self.wire_dtype is None else str(self.wire_dtype).removeprefix("torch."),
             "shared_memory": self.shared_memory,
             "seed": self.schedule.seed,
             **super().hyperparameters,
         }
 
     @override
-    def make_exchange(self, module: pl.LightningModule, control: Control, store: Store) -> Exchange:
+    def make_exchange(self, parameters: Parameters, control: Control, store: Store) -> Exchange:
         self._store = store
         return Exchange(
             self.global_rank,
@@ -93,7 +86,7 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
             self.schedule,
             self.rule,
             self._make_transport(control, store),
-            parameters=lambda: shared_parameters(module),
+            parameters,
             delay=self.delay,
             wire_dtype=self.wire_dtype,
             outer=self.outer,
@@ -103,8 +96,9 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
         if self.process_group_backend == "nccl" and self.world_size > 1:
             group: Any = dist.new_group(backend="nccl")
             return NcclTransport(group, self.root_device)
-        links = Links(store, end_of_rank(self.global_rank), control.timeout)
-        return LinkTransport(links, control, self.shared_memory, pin_memory=self.root_device.type != "cpu")
+        return LinkTransport(
+            self.make_links(control, store), control, self.shared_memory, pin_memory=self.root_device.type != "cpu"
+        )
 
     @override
     def begin_step(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader
 
-from lightning_gossip import DownpourStrategy, ElasticGossipStrategy
+from lightning_gossip import DiLoCoStrategy, DownpourStrategy, ElasticGossipStrategy
 
 
 def elastic(**kwargs: Any) -> ElasticGossipStrategy:
@@ -145,7 +145,7 @@ def test_what_ddp_is_told_to_ignore_stays_with_each_rank(tmp_path: Path) -> None
         def fill(self) -> None:
             self.mine.fill_(self.global_rank)
 
-    for strategy in (elastic(), DownpourStrategy(start_method="fork")):
+    for strategy in (elastic(), DownpourStrategy(start_method="fork"), DiLoCoStrategy(period=2, start_method="fork")):
         ranks = fit(tmp_path, Own(), strategy, max_epochs=2, val=loader())
         for number, rank in enumerate(ranks):
             assert rank["validated"]["mine"].tolist() == [number] * 2
