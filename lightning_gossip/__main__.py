@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 _REPORT_PACKAGES = ("matplotlib", "pandas", "tbparse")
@@ -33,8 +34,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_argument("--out", metavar="DIR", type=Path, default=Path("report"), help="default: %(default)s")
     report.add_argument("--accuracy-tag", metavar="TAG", help="default: found by its name, such as val_acc")
     report.add_argument("--loss-tag", metavar="TAG", help="default: found by its name, such as val_loss")
+    store = commands.add_parser(
+        "store",
+        help="hold the store of a run whose ranks may outlive each other",
+        description="Hold a run's store (torch's TCPStore) until the last process that was connected to it has ended. "
+        "Prints its port. Give every rank MASTER_ADDR, MASTER_PORT and TORCHELASTIC_USE_AGENT_STORE=True.",
+    )
+    store.add_argument("--port", type=int, default=29500, help="0 for any free one; default: %(default)s")
+    store.add_argument(
+        "--wait", metavar="SECONDS", type=float, default=600, help="for the first connection; default: %(default)g"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.command == "store":
+        return _store(arguments.port, arguments.wait)
     return _report(arguments.runs, arguments.out, arguments.accuracy_tag, arguments.loss_tag)
+
+
+def _store(port: int, wait: float) -> int:
+    from lightning_gossip.arguments import check_integer, check_number
+    from lightning_gossip.control.store import serve_store
+
+    try:
+        check_integer("port", port, low=0, high=(1 << 16) - 1)
+        serve_store(port, timedelta(seconds=check_number("wait", wait, low=0, open_low=True)))
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"lightning-gossip store: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _report(runs: Sequence[Path], out: Path, accuracy_tag: str | None, loss_tag: str | None) -> int:

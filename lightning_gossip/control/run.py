@@ -15,13 +15,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
 from lightning_gossip.control.calls import Calls
+from lightning_gossip.control.meeting import Heartbeats, Meeting
 from lightning_gossip.control.stop import Stop, raise_stop
 
 T = TypeVar("T")
@@ -36,38 +37,6 @@ LOOK = 0.2
 
 _STOP = "stop"
 _END = "end"
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """What all ranks know after a meeting.
-
-    Attributes:
-        clock: the largest of the ranks' exchange clocks.
-        skipped: whether some rank skipped a partner since the meeting before: their links are out of step.
-        ending: whether some rank wants all to end training.
-        number: of the meeting.
-    """
-
-    clock: int
-    skipped: bool
-    ending: bool
-    number: int
-
-
-class _Heartbeats:
-    """For how long ranks have been silent, by this process' own clock."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._seen: dict[int, tuple[int, float]] = {}
-
-    def silence(self, rank: int) -> float:
-        """Return the seconds since the heartbeat of ``rank`` was last seen to change."""
-        beat, now = self._store.add(f"alive/{rank}", 0), time.monotonic()
-        if rank not in self._seen or self._seen[rank][0] != beat:
-            self._seen[rank] = (beat, now)
-        return now - self._seen[rank][1]
 
 
 class Control:
@@ -107,7 +76,10 @@ class Control:
         self._lock = threading.Lock()
         self._store = connect()
         self._thread_store = connect()
+        self._heartbeats = Heartbeats(self._store)
+        self._watch = Heartbeats(self._thread_store)
         self._closing = threading.Event()
+        self._pause = threading.Event()  # set where the thread has to look at once
         self._thread = threading.Thread(target=self._listen, name=f"control-{rank}", daemon=True)
         self._thread.start()
 
@@ -186,6 +158,20 @@ class Control:
         if stop is not None and stop.lost != lost:
             self.check()
 
+    # -- whom it loses: the run ends with any ---------------------------------------------------------------------
+
+    def is_lost(self, rank: int) -> bool:
+        """Whether ``rank`` is known to take part no more, while the run goes on."""
+        return False
+
+    def goes_on_without(self, rank: int, why: str) -> bool:
+        """Whether the run goes on without ``rank``, whom this rank can not reach any more."""
+        return False
+
+    def patience(self) -> float:
+        """Return until when (of :func:`time.monotonic`) this rank may wait for a partner that gives a sign of life."""
+        return time.monotonic() + self.timeout.total_seconds()
+
     # -- meeting ------------------------------------------------------------------------------------------------
 
     def meet(self, reason: str, ending: bool = False, follow: Callable[[str], bool] | None = None) -> Meeting:
@@ -207,20 +193,12 @@ class Control:
         self.check()
         if self.world_size == 1:
             self._meetings += 1
-            return Meeting(self._clock(), skipped=False, ending=ending, number=self._meetings)
-        while (first := self.claim(reason))[1] != reason:
-            if follow is None or not follow(first[1]):
-                raise RuntimeError(
-                    f"the ranks disagree on what comes next: rank {first[0]} is at '{first[1]}',"
-                    f" rank {self.rank} at '{reason}'"
-                )
+            return Meeting(self._clock(), skipped=False, ending=ending, number=self._meetings, members=(self.rank,))
+        self._claim_or_follow(reason, follow)
         self._meetings += 1
         key = f"meet/{self._meetings}"
         with self._reaching_store():
-            if ending:
-                self._store.set(f"{key}/ending", "1")
-                self._store.set(_END, str(self._meetings))
-            self._store.set(f"at/{self.rank}", f"{self._meetings}:{self._clock()}")
+            self._announce(key, ending)
             if self._store.add(f"{key}/count", 1) == self.world_size:
                 clock = max(self._whereabouts(rank)[1] for rank in range(self.world_size))
                 notes = [int(self._store.check([f"{key}/{note}"])) for note in ("skipped", "ending")]
@@ -231,7 +209,23 @@ class Control:
                 # everybody has left the meeting before this one
                 for field in ("reason", "count", "go", "skipped", "ending"):
                     self._store.delete_key(f"meet/{self._meetings - 1}/{field}")
-        return Meeting(clock, bool(skipped), bool(some_ending), self._meetings)
+        return Meeting(clock, bool(skipped), bool(some_ending), self._meetings, tuple(range(self.world_size)))
+
+    def _claim_or_follow(self, reason: str, follow: Callable[[str], bool] | None) -> None:
+        """Let the next meeting be for ``reason``, once this rank has met for what others are at."""
+        while (first := self.claim(reason))[1] != reason:
+            if follow is None or not follow(first[1]):
+                raise RuntimeError(
+                    f"the ranks disagree on what comes next: rank {first[0]} is at '{first[1]}',"
+                    f" rank {self.rank} at '{reason}'"
+                )
+
+    def _announce(self, key: str, ending: bool) -> None:
+        """Tell that this rank is at the meeting, and with which clock."""
+        if ending:
+            self._store.set(f"{key}/ending", "1")
+            self._store.set(_END, str(self._meetings))
+        self._store.set(f"at/{self.rank}", f"{self._meetings}:{self._clock()}")
 
     def claim(self, reason: str) -> tuple[int, str]:
         """Let ``reason`` be that of the next meeting, unless another is; return the rank that came first, and its.
@@ -329,12 +323,11 @@ class Control:
 
     def _await(self, look: Callable[[], T | None], meeting: int, reason: str) -> T:
         """Call ``look`` until it finds something, as long as all who have not come to ``meeting`` are alive."""
-        heartbeats = _Heartbeats(self._store)
         limit = self.timeout.total_seconds()
         while (found := self.poll(look, time.monotonic() + min(2.0, limit / 4))) is None:
             for rank in range(self.world_size):
                 late = rank != self.rank and self._whereabouts(rank)[0] < meeting
-                if late and heartbeats.silence(rank) > limit:
+                if late and self._heartbeats.silence(rank) > limit:
                     raise RuntimeError(
                         f"rank {self.rank} waited at '{reason}' for rank {rank},"
                         f" which gave no sign of life for {limit:g} s"
@@ -351,21 +344,25 @@ class Control:
         if self._closing.is_set():
             return
         try:
-            self._store.add("left", 1)
             self._store.set(f"gone/{self.rank}", "1")
-            if self.rank == 0:
-                self._await_leaving(grace)
+            self._leave(grace)
         except (DistNetworkError, DistStoreError) as error:
             log.debug("rank %d left a run whose store is gone: %s", self.rank, error)
         self._closing.set()
+        self._pause.set()
         self._thread.join(timeout=2 * HEARTBEAT)
+
+    def _leave(self, grace: float) -> None:
+        """Stay up to ``grace`` seconds for the others, where this process holds the store."""
+        self._store.add("left", 1)
+        if self.rank == 0:
+            self._await_leaving(grace)
 
     def _await_leaving(self, grace: float) -> None:
         deadline = time.monotonic() + grace
-        heartbeats = _Heartbeats(self._store)
         while self._store.add("left", 0) < self.world_size and time.monotonic() < deadline:
             staying = [rank for rank in range(1, self.world_size) if not self._store.check([f"gone/{rank}"])]
-            if all(heartbeats.silence(rank) > 3 * HEARTBEAT for rank in staying):
+            if all(self._heartbeats.silence(rank) > 3 * HEARTBEAT for rank in staying):
                 return
             self._closing.wait(0.01)
 
@@ -376,18 +373,24 @@ class Control:
         looks = 0
         try:
             while True:
-                if looks % round(HEARTBEAT / LOOK) == 0:
-                    store.add(f"alive/{self.rank}", 1)
-                if self.stopped is None and store.check([_STOP]):
-                    self._receive(store.get(_STOP))
-                if store.check([_END]):
-                    self._end_asked_at = int(store.get(_END))
-                self.calls.look(store)
+                self._look(store, looks)
                 looks += 1
-                if self._closing.wait(LOOK):
+                self._pause.wait(LOOK)
+                self._pause.clear()
+                if self._closing.is_set():
                     return
         except (DistNetworkError, DistStoreError):
             self._lose_store()
+
+    def _look(self, store: Store, looks: int) -> None:
+        """Look at the store, for the ``looks``-th time, on the thread's own connection."""
+        if looks % round(HEARTBEAT / LOOK) == 0:
+            store.add(f"alive/{self.rank}", 1)
+        if self.stopped is None and store.check([_STOP]):
+            self._receive(store.get(_STOP))
+        if store.check([_END]):
+            self._end_asked_at = int(store.get(_END))
+        self.calls.look(store)
 
     def _receive(self, word: bytes) -> None:
         self.stopped = Stop(**json.loads(word))

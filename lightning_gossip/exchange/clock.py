@@ -9,50 +9,29 @@ Usable from any training loop::
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gossip.arguments import check_integer
+from lightning_gossip.arguments import check_choice, check_integer
 from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout, travelling
+from lightning_gossip.exchange.flat_mixing import is_finite, mix_segments
+from lightning_gossip.exchange.in_flight import InFlight
 from lightning_gossip.exchange.outer_gossip import OuterGossip
 from lightning_gossip.exchange.staging import Staging
-from lightning_gossip.exchange.stats import ExchangeStats, mean_distance
-from lightning_gossip.rules.mixing import CHUNK, MixingRule, Transfers, mix
+from lightning_gossip.exchange.stats import NONFINITE, ExchangeStats, NonFinite, NotFinite, mean_distance
+from lightning_gossip.rules.mixing import CHUNK, MixingRule, Transfers
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Schedule
-from lightning_gossip.transport.interface import Posted, Staged, Transport
+from lightning_gossip.transport.interface import Staged, Transport
 from lightning_gossip.transport.link import Header, Kind
 
-
-@dataclass
-class _InFlight:
-    """An exchange that was posted and is not applied yet.
-
-    Attributes:
-        step: at which it was posted.
-        parameters: by name, that travel.
-        layout: in which their snapshots lie.
-        own: this rank's snapshot, 1-D, uint8.
-        posted: the transfers; None where what arrived is this rank's own: copied, or from a checkpoint.
-        received: what arrived, in ascending rank, shaped as ``own``; None while it is on the wire.
-        partner: smallest rank exchanged with, -1 for none; known once it arrived.
-        proposal: what this rank's own outer step led to; None without one. There is a snapshot then, and it falls due,
-            also where the round brought no partner.
-    """
-
-    step: int
-    parameters: Mapping[str, Tensor]
-    layout: FlatLayout
-    own: Tensor
-    posted: Posted | None
-    received: list[Tensor] | None = None
-    partner: int = -1
-    proposal: FlatBuffer | None = None
+log = logging.getLogger(__name__)
 
 
 class Exchange:
@@ -71,6 +50,10 @@ class Exchange:
         outer: the step that every rank makes in each round with what it drifted since the last, before it exchanges
             what the step leads to (:mod:`~lightning_gossip.rules.outer`; with :class:`ElasticMixing`, whose mixing sums
             to zero); None exchanges the replicas as they are.
+        members: returns the ranks among which the round of a step is drawn, ascending; None for all, always. Where the
+            schedule can not serve as many, all are drawn, and the transport skips those that are lost.
+        nonfinite: what becomes of a replica that is not finite: it takes a partner's snapshot (``"heal"``), or whoever
+            finds it raises (``"error"``).
 
     Raises:
         ValueError: if ``delay`` or the world size does not suit the schedule.
@@ -87,6 +70,8 @@ class Exchange:
         delay: int = 0,
         wire_dtype: torch.dtype | None = None,
         outer: OuterStep | None = None,
+        members: Callable[[int], tuple[int, ...]] | None = None,
+        nonfinite: NonFinite = "error",
     ) -> None:
         check_integer("delay", delay, low=0, high=schedule.period - 1, why="at most period - 1")
         schedule.check_world_size(world_size)
@@ -94,6 +79,7 @@ class Exchange:
         self.world_size = world_size
         self.step = 0
         self.stats = ExchangeStats()
+        self.on_heal: Callable[[], None] = lambda: None  # called after this replica took a partner's snapshot
         self.measure = False  # whether to compute `stats.partner_distance`, one more pass over the snapshots
         self._schedule = schedule
         self._rule = rule
@@ -102,8 +88,11 @@ class Exchange:
         self._delay = delay
         self._wire_dtype = wire_dtype
         self._outer = None if outer is None else OuterGossip(outer)
+        self._members = members
+        self._heals = check_choice("nonfinite", nonfinite, NONFINITE) == "heal"
         self._drawn: dict[int, Transfers] = {}  # by step
-        self._in_flight: _InFlight | None = None
+        self._drawn_among: tuple[int, ...] = tuple(range(world_size))
+        self._in_flight: InFlight | None = None
         self._layout: FlatLayout | None = None
         self._signature: tuple[object, ...] = ()
         self._most_bytes = 0  # of a snapshot, when all parameters travel; 0: not known yet
@@ -136,8 +125,9 @@ class Exchange:
         """End a step, after the optimizer's update: apply the exchange that is due.
 
         Raises:
-            PartnerLost: if a partner died or stayed silent past the timeout.
+            PartnerLost: if a partner died or stayed silent past the timeout, and the run ends with that.
             RunStopped: if some rank stopped.
+            NotFinite: if a replica is not finite, and ``nonfinite`` is ``"error"``.
         """
         if self._in_flight is not None and self.step >= self._in_flight.step + self._delay:
             self._apply()
@@ -249,7 +239,7 @@ class Exchange:
         proposal = None
         if self._outer is not None:
             proposal = FlatBuffer(layout.unrounded, saved["proposal"].to(device) if layout.narrows else own)
-        self._in_flight = _InFlight(int(saved["step"]), tensors, layout, own, None, received, partner, proposal)
+        self._in_flight = InFlight(int(saved["step"]), tensors, layout, own, None, received, partner, proposal)
 
     def close(self) -> None:
         """Give up what is in flight and release the transport."""
@@ -263,12 +253,21 @@ class Exchange:
         Those of a block of rounds are drawn together: a forward and backward pass leaves the caches cold for a draw,
         which then takes ten times as long as one that follows another.
         """
+        if self._members is not None and (members := self._members(self.step)) != self._drawn_among:
+            self._drawn_among = members
+            self._drawn.clear()
         if self.step not in self._drawn:
-            period, block = self._schedule.period, self._schedule.drawn_together
-            steps = range(self.step, self.step + block * period, period)
-            choices = {step: self._schedule.choices(step, self.world_size) for step in steps}
-            self._drawn = {step: self._rule.transfers(chosen, self.rank) for step, chosen in choices.items()}
+            period = self._schedule.period
+            steps = range(self.step, self.step + self._schedule.drawn_together * period, period)
+            self._drawn = {step: self._draw(step, self._drawn_among) for step in steps}
         return self._drawn[self.step]
+
+    def _draw(self, step: int, members: tuple[int, ...]) -> Transfers:
+        """Return this rank's transfers in a round of ``members``, numbered among them for the schedule."""
+        if len(members) == self.world_size or not self._schedule.serves(len(members)):
+            return self._rule.transfers(self._schedule.choices(step, self.world_size), self.rank)
+        drawn = self._rule.transfers(self._schedule.choices(step, len(members)), members.index(self.rank))
+        return Transfers(*(tuple(members[k] for k in ranks) for ranks in (drawn.send_to, drawn.receive_from)))
 
     def _post(self, transfers: Transfers) -> None:
         parameters = self._parameters()
@@ -282,7 +281,7 @@ class Exchange:
         room = self._transport.room(layout.nbytes, self._most_bytes)
         ready = time.perf_counter()
         own, proposal, staged = self._snapshot(layout, tensors, room)
-        self._in_flight = _InFlight(self.step, tensors, layout, own, None, [], proposal=proposal)
+        self._in_flight = InFlight(self.step, tensors, layout, own, None, [], proposal=proposal)
         if transfers:
             header = Header(Kind.SNAPSHOT, self.step, layout.nbytes, layout.fingerprint)
             posted = self._transport.post(header, transfers.send_to, transfers.receive_from, staged)
@@ -340,9 +339,9 @@ class Exchange:
         """Wait until what is in flight has arrived."""
         if (exchange := self._in_flight) is None or exchange.posted is None:
             return
-        start = time.perf_counter()
-        done = exchange.posted.wait()
+        start, done = time.perf_counter(), exchange.posted.wait()
         exchange.received = [done.received[partner] for partner in sorted(done.received)]
+        exchange.received_from = tuple(sorted(done.received))
         exchange.partner = min({*done.received, *done.sent_to}, default=-1)
         self.stats.bytes_sent += len(done.sent_to) * exchange.layout.nbytes
         self.stats.wait_seconds += time.perf_counter() - start
@@ -366,19 +365,34 @@ class Exchange:
             weight = self._rule.weight(len(others)) if others else 0.0
             self._outer.apply(exchange.parameters, exchange.proposal, own, others, weight)
             self.stats.exchanges += len(others)
-        elif received:
-            weight = self._rule.weight(len(received))
-            for segment in layout.segments:
-                targets = [exchange.parameters[name] for name in segment.names]
-                snapshots = [segment.of(payload) for payload in received]
-                mix(
-                    targets,
-                    segment.of(exchange.own),
-                    snapshots,
-                    weight,
-                    self._scratch_of(segment.dtype, exchange.own.device),
-                )
-            self.stats.exchanges += len(received)
+        else:
+            if received and not self._mix(exchange, received):
+                received = self._mix_finite(exchange, received)
+            self.stats.exchanges += len(received or ())
         if exchange.posted is not None:
             exchange.posted.release()
         self.stats.mix_seconds += time.perf_counter() - start
+
+    def _mix(self, exchange: InFlight, received: Sequence[Tensor]) -> bool:
+        """Mix ``received`` in and return True; where something is not finite, change nothing and return False."""
+        weight, layout = self._rule.weight(len(received)), exchange.layout
+        return mix_segments(layout, exchange.parameters, exchange.own, received, weight, self._scratch_of)
+
+    def _mix_finite(self, exchange: InFlight, received: Sequence[Tensor]) -> list[Tensor]:
+        """Mix in what is finite, or take it in place of a replica that is not; return it, or raise NotFinite."""
+        finite = [is_finite(payload, exchange.layout) for payload in received]
+        healthy = is_finite(exchange.own, exchange.layout)
+        whose = [rank for rank, good in zip(exchange.received_from, finite, strict=False) if not good]
+        for rank in [*whose, *(() if healthy else (self.rank,))]:
+            found = NotFinite(rank, exchange.step, self.rank)
+            if not self._heals:
+                raise found
+            log.warning("%s: it is not mixed in", found)
+        left = [payload for payload, good in zip(received, finite, strict=True) if good]
+        if left and healthy:
+            self._mix(exchange, left)
+        elif left:
+            FlatBuffer(exchange.layout, left[0]).copy_to(exchange.parameters)
+            self.stats.healed += 1
+            self.on_heal()
+        return left

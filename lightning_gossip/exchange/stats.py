@@ -1,4 +1,4 @@
-"""What exchanges did, in numbers: counts, times, and how far partners are apart."""
+"""What exchanges did, in numbers, how far partners are apart, and whose replicas are not finite."""
 
 from __future__ import annotations
 
@@ -6,12 +6,32 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_gossip.exchange.tensors import wide
 from lightning_gossip.rules.mixing import CHUNK
+
+NonFinite = Literal["heal", "error"]
+NONFINITE: tuple[NonFinite, ...] = get_args(NonFinite)
+
+
+class NotFinite(RuntimeError):
+    """A replica has NaN or infinite parameters; with ``nonfinite="heal"`` it takes a partner's in their place.
+
+    Either way they are mixed into no other replica.
+
+    Attributes:
+        rank: whose replica it is.
+        step: of the exchange in which it was found.
+    """
+
+    def __init__(self, rank: int, step: int, found_by: int) -> None:
+        super().__init__(f"the replica of rank {rank} is not finite at step {step} (found by rank {found_by})")
+        self.rank = rank
+        self.step = step
 
 
 @dataclass
@@ -27,6 +47,7 @@ class ExchangeStats:
             exchange with all.
         partner_distance: ‖s_i − s_k‖ / ‖s_i‖ of the exchange applied in the last step, mean over its partners; None
             where there was none, or :attr:`Exchange.measure` was off.
+        healed: how often this replica was not finite, and took a partner's snapshot in its place.
     """
 
     exchanges: int = 0
@@ -35,6 +56,7 @@ class ExchangeStats:
     mix_seconds: float = 0.0
     partner: int | None = -1
     partner_distance: float | None = None
+    healed: int = 0
 
 
 def mean_distance(own: Sequence[Tensor], received: Sequence[Sequence[Tensor]]) -> float:

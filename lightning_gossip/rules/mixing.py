@@ -90,8 +90,11 @@ class PushMixing(MixingRule):
 @torch.no_grad()
 def mix(
     targets: Sequence[Tensor], own: Tensor, received: Sequence[Tensor], weight: float, scratch: Tensor | None = None
-) -> None:
+) -> bool:
     """Subtract weight · Σ_k (own − received_k) from ``targets``, in one pass over each.
+
+    It stops where a difference is not finite: that is seen while it lies in the cache, not in a pass of its own. What
+    was subtracted until then is added again: but for a rounding, the targets are as they were.
 
     The last come first: the optimizer has just left them in the cache, and the first layers are there for what follows.
 
@@ -103,21 +106,50 @@ def mix(
         weight: of the sum.
         scratch: 1-D, typed as the targets: as many elements are worked on together, few enough that a difference
             never leaves the cache. None: all at once.
+
+    Returns:
+        Whether all differences were finite, and so were subtracted.
     """
     chunk = own.numel() if scratch is None else scratch.numel()
-    for stretch, pieces in reversed(list(_cut(targets, max(1, chunk)))):
+
+    def difference(stretch: slice, dtype: torch.dtype) -> Tensor:
         size = stretch.stop - stretch.start
-        if scratch is None or size > chunk:  # a tensor that can not be cut
-            out = torch.empty_like(own[stretch], dtype=pieces[0].dtype)
-        else:
-            out = scratch[:size]
-        difference = sum_of_differences(own[stretch], [snapshot[stretch] for snapshot in received], out)
-        if len(pieces) == 1:
-            pieces[0].add_(difference.view(pieces[0].shape), alpha=-weight)
-        else:
-            parts = difference.split([piece.numel() for piece in pieces])
-            views = [part.view(piece.shape) for part, piece in zip(parts, pieces, strict=True)]
-            torch._foreach_add_(pieces, views, alpha=-weight)
+        fits = scratch is not None and size <= chunk  # not so a tensor that can not be cut
+        out = scratch[:size] if scratch is not None and fits else torch.empty_like(own[stretch], dtype=dtype)
+        return sum_of_differences(own[stretch], [snapshot[stretch] for snapshot in received], out)
+
+    done: list[tuple[slice, list[Tensor]]] = []
+    for stretch, pieces in reversed(list(_cut(targets, max(1, chunk)))):
+        moves = difference(stretch, pieces[0].dtype)
+        if not _is_finite(moves):
+            for earlier, mixed in done:
+                _add(mixed, difference(earlier, mixed[0].dtype), weight)
+            return False
+        _add(pieces, moves, -weight)
+        done.append((stretch, pieces))
+    return True
+
+
+def _add(pieces: list[Tensor], flat: Tensor, weight: float) -> None:
+    """Add weight · ``flat`` (1-D) to ``pieces``, which lie end to end in it."""
+    if len(pieces) == 1:
+        pieces[0].add_(flat.view(pieces[0].shape), alpha=weight)
+    else:
+        parts = flat.split([piece.numel() for piece in pieces])
+        views = [part.view(piece.shape) for part, piece in zip(parts, pieces, strict=True)]
+        torch._foreach_add_(pieces, views, alpha=weight)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    return bool(torch.isfinite(tensor).all())
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """As :func:`is_finite`, several times as fast where the answer is yes: a sum carries NaN and infinity on."""
+    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+        return True
+    return is_finite(tensor.sum()) or is_finite(tensor)
 
 
 def sum_of_differences(own: Tensor, received: Sequence[Tensor], out: Tensor) -> Tensor:

@@ -199,6 +199,14 @@ class Schedule:
         if isinstance(self.peers, Peers):
             self.peers.check_world_size(world_size)
 
+    def serves(self, world_size: int) -> bool:
+        """Whether the peers can serve ``world_size`` ranks."""
+        try:
+            self.check_world_size(world_size)
+        except ValueError:
+            return False
+        return True
+
     def _rewind(self, step: int) -> None:
         """Set the counter-based generator to the numbers of ``step`` (six times as fast as making a new one)."""
         self._start["state"]["counter"][:] = (0, 0, step, 0)

@@ -65,7 +65,7 @@ class Lane:
 
         Raises:
             LinkError: if the partner sends something else.
-            RuntimeError: if it is gone, or silent past the timeout.
+            SendFailed, RuntimeError: as :meth:`Link.swap`.
         """
         if not self._has_met:
             self._meet(link, header.step)

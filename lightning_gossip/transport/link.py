@@ -59,6 +59,14 @@ class LayoutMismatch(LinkError):
     """The other end sent a payload of the kind and step that were expected, but of other tensors."""
 
 
+class SendFailed(LinkError):
+    """The other end is gone before it took what was sent; :attr:`received` came whole, None where nothing did."""
+
+    def __init__(self, message: str, received: Tensor | None) -> None:
+        super().__init__(message)
+        self.received = received
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """What goes before a payload: 8 integers of 64 bits.
@@ -186,14 +194,19 @@ class Link:
         self._jobs.put((job, future))
         return future
 
-    def close(self) -> None:
-        """Give up the link, whatever its thread waits for. The other end notices within milliseconds."""
+    def close(self, seconds: float = 5.0) -> None:
+        """Give up the link, whatever its thread waits for. The other end notices within milliseconds.
+
+        Args:
+            seconds: how long to wait for the thread. Nothing wakes it while gloo connects to an end that is gone: it
+                does nothing any more once it returns from there.
+        """
         self._closed.set()
         self._jobs.put(None)
         for _ in range(5):
             if self._busy.is_set():
                 self._poison()  # once more where the group was only being made
-            self._thread.join(timeout=1)
+            self._thread.join(timeout=seconds / 5)
             if not self._thread.is_alive():
                 return
 
@@ -245,7 +258,8 @@ class Link:
         ran one after the other (measured: 0.5 of its rate instead of 0.94).
 
         Raises:
-            RuntimeError: if the other end is gone, or did not send or take it within the timeout.
+            RuntimeError: if the other end is gone, or did not send it within the timeout.
+            SendFailed: if it sent it whole, and did not take all that was sent to it.
         """
         group = self._connected()
         receiving = None if incoming is None else group.recv([incoming], 1 - self._index, _TAG)
@@ -253,7 +267,10 @@ class Link:
             self._sending.append((group.send([outgoing], 1 - self._index, _TAG), outgoing))
         if receiving is not None:
             receiving.wait(self._timeout)
-        self.flush()
+        try:
+            self.flush()
+        except RuntimeError as error:
+            raise SendFailed(str(error), incoming) from error
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -284,6 +301,8 @@ class Link:
             options._timeout = self._timeout
             options._threads = 1  # sends and receives need none of gloo's own
             self._group = ProcessGroupGloo(self._rendezvous, self._index, 2, options)
+            if self._closed.is_set():
+                raise _closed(self.own, self.peer)
         return self._group
 
     def _poison(self) -> None:
@@ -335,7 +354,7 @@ class Links:
         """Close the link to ``peer``, if there is one: both ends do, or meet no more before :meth:`reset`."""
         if link := self._links.pop(peer, None):
             self._parted[peer] += 1
-            link.close()
+            link.close(seconds=0.1)
 
     def close(self) -> None:
         """Close every link."""

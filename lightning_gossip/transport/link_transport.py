@@ -23,9 +23,10 @@ from lightning_gossip.control.run import LOOK, Control
 from lightning_gossip.control.stop import RunStopped
 from lightning_gossip.transport.interface import PartnerLost, Posted, Rooms, Staged, Transferred, Transport
 from lightning_gossip.transport.lanes import GLANCE, Lane, Transfer
-from lightning_gossip.transport.link import Header, LayoutMismatch, LinkError, Links, reason_of
+from lightning_gossip.transport.link import Header, LayoutMismatch, LinkError, Links, SendFailed, reason_of
 from lightning_gossip.transport.shared_memory import (
     AVAILABLE,
+    SLOTS,
     Inbox,
     Outbox,
     PinningError,
@@ -88,12 +89,20 @@ class LinkTransport(Transport):
         return outbox
 
     def _await_slot(self, outbox: Outbox) -> int:
-        limit = self._control.timeout.total_seconds()
-        slot = self._control.poll(outbox.free_slot, time.monotonic() + limit, GLANCE)
+        def free_slot() -> int | None:
+            for reader in {reader for slot in range(SLOTS) for reader in outbox.readers(slot)}:
+                if self._control.is_lost(reader):
+                    outbox.forget(reader)
+            return outbox.free_slot()
+
+        slot = outbox.free_slot()
+        if slot is None:
+            slot = self._control.poll(free_slot, self._control.patience(), GLANCE)
         if slot is None:
             if not (readers := outbox.readers(0)):
                 return 0  # they have finished just now
             reader, when = next(iter(readers.items()))
+            limit = self._control.timeout.total_seconds()
             why = f"it did not read this rank's snapshot of that step for {limit:g} s"
             raise _lost(self._control.rank, reader, step_of(when), why)
         return slot
@@ -118,7 +127,8 @@ class LinkTransport(Transport):
         else:
             payload = self._rooms[0]
         transfers = {}
-        for number, partner in enumerate(sorted({*send_to, *receive_from} - self._left), start=1):
+        partners = [k for k in sorted({*send_to, *receive_from} - self._left) if not self._control.is_lost(k)]
+        for number, partner in enumerate(partners, start=1):
             lane = self._lane(partner)
             transfer = Transfer(lane, sends=partner in send_to, receives=partner in receive_from)
             if staged is not None and transfer.receives:
@@ -185,6 +195,7 @@ class _PostedOnLinks(Posted):
         self._skip = skip
         self._announced = announced
         self._inboxes: list[Inbox] = []
+        self._left_whole: dict[int, Tensor] = {}  # what arrived whole from partners that were lost over the rest
         self._changed = threading.Event()  # a job is done, or failed
         for transfer in transfers.values():
             if transfer.job is not None:
@@ -192,7 +203,7 @@ class _PostedOnLinks(Posted):
 
     def wait(self) -> Transferred:
         received: dict[int, Tensor] = {}
-        deadline = time.monotonic() + self._control.timeout.total_seconds()
+        deadline = self._control.patience()
         try:
             if self._announced is not None:
                 self._announced.result()
@@ -210,7 +221,8 @@ class _PostedOnLinks(Posted):
         finally:
             for transfer in self._transfers.values():
                 transfer.given_up.set()
-        return Transferred(received, [partner for partner, transfer in self._transfers.items() if transfer.sends])
+        sent_to = [partner for partner, transfer in self._transfers.items() if transfer.sends]
+        return Transferred(received | self._left_whole, sent_to)
 
     def release(self) -> None:
         for inbox in self._inboxes:
@@ -221,13 +233,14 @@ class _PostedOnLinks(Posted):
         """Wait until a near partner has begun the step; return its snapshot, if this rank mixes it."""
         now = moment(self._header)
         while not self._control.poll(lambda: inbox.has_begun(now) or None, time.monotonic() + LOOK, GLANCE):
-            if self._skip_if_left(partner):
+            if self._skip_if_left(partner) or self._drop_if_lost(partner):
                 return None
-            if not inbox.owner_lives:
-                self._explain(partner, ConnectionError("its process is gone"))
+            if not inbox.owner_lives and not inbox.has_begun(now):
+                self._go_on_without(partner, ConnectionError("its process is gone"))
+                return None
             if time.monotonic() >= deadline:
                 self._explain(partner, self._silence())
-        if transfer.job is None:
+        if transfer.job is None and not self._control.is_lost(partner):
             self._part(partner)  # it came to know this rank in a step before, and has read what was sent then
         if transfer.sends and self._lend is not None:
             self._lend(partner, now)
@@ -251,7 +264,9 @@ class _PostedOnLinks(Posted):
                 if (overdue or failure is not None) and self._skip_if_left(partner):
                     continue
                 if failure is not None:
-                    self._explain(partner, failure)
+                    self._go_on_without(partner, failure)
+                elif overdue and not job.done():
+                    self._drop_if_lost(partner)
             if time.monotonic() >= deadline and (late := self._waiting()):
                 self._explain(next(iter(late)), self._silence())
 
@@ -271,6 +286,30 @@ class _PostedOnLinks(Posted):
         self._transfers.pop(partner).given_up.set()
         self._skip(partner)
         return True
+
+    def _drop_if_lost(self, partner: int) -> bool:
+        """Give up what is under way with a partner that is known to be lost."""
+        if not self._control.is_lost(partner):
+            return False
+        self._transfers.pop(partner).given_up.set()
+        self._part(partner)
+        return True
+
+    def _go_on_without(self, partner: int, error: BaseException) -> None:
+        """Leave out a partner whose link or memory is gone; raise why where the run does not go on without it.
+
+        From one that is lost, what arrived whole is mixed; from one that lives, nothing: it has this rank's not whole.
+        """
+        if isinstance(error, LayoutMismatch) or not self._control.goes_on_without(partner, reason_of(error)):
+            self._explain(partner, error)
+        if not self._control.is_lost(partner):
+            self._transfers.pop(partner).given_up.set()
+            self._skip(partner)
+            return
+        if isinstance(error, SendFailed) and error.received is not None:
+            land = self._transfers[partner].land
+            self._left_whole[partner] = error.received if land is None else land(error.received)
+        self._drop_if_lost(partner)
 
     def _explain(self, partner: int, error: BaseException) -> NoReturn:
         """Raise why ``partner`` is not there: the reason that a rank gave when it stopped, or else its loss."""

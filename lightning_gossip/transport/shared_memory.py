@@ -161,6 +161,11 @@ class Outbox:
         self._lent[slot] = {reader: when for reader, when in self._lent[slot].items() if read[reader] < when}
         return self._lent[slot]
 
+    def forget(self, reader: int) -> None:
+        """Take back what ``reader`` was lent: it is lost, and reads nothing that counts."""
+        for lent in self._lent:
+            lent.pop(reader, None)
+
     def free_slot(self) -> int | None:
         """Return the first slot that nobody reads: the first of all is likeliest to be in the cache."""
         return next((slot for slot in range(SLOTS) if not self.readers(slot)), None)

@@ -1,0 +1,42 @@
+"""What ranks know after a meeting, and of one another while they wait for it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from torch.distributed import Store
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What all ranks know after a meeting.
+
+    Attributes:
+        clock: the largest of the ranks' exchange clocks.
+        skipped: whether some rank skipped a partner since the meeting before: their links are out of step.
+        ending: whether some rank wants all to end training.
+        number: of the meeting.
+        members: the ranks that have met, ascending.
+    """
+
+    clock: int
+    skipped: bool
+    ending: bool
+    number: int
+    members: tuple[int, ...] = ()
+
+
+class Heartbeats:
+    """For how long ranks have been silent, by this process' own clock."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._seen: dict[int, tuple[int, float]] = {}
+
+    def silence(self, rank: int) -> float:
+        """Return the seconds since the heartbeat of ``rank`` was last seen to change."""
+        beat, now = self._store.add(f"alive/{rank}", 0), time.monotonic()
+        if rank not in self._seen or self._seen[rank][0] != beat:
+            self._seen[rank] = (beat, now)
+        return now - self._seen[rank][1]

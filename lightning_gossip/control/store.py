@@ -1,0 +1,107 @@
+"""The run's store in a process of its own: torch's ``TCPStore`` and nothing else (design §10).
+
+Where ranks are to outlive each other, none of them can hold the store. Start it by hand, on a machine that stays::
+
+    lightning-gossip store --port 29500
+
+and give every rank torch's own variables: ``MASTER_ADDR``, ``MASTER_PORT``, ``TORCHELASTIC_USE_AGENT_STORE=True``. It
+ends with the last process that is connected to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+
+from torch.distributed import Store, TCPStore
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "TORCHELASTIC_USE_AGENT_STORE"
+"""Of the environment, torch's own: ``True`` where somebody else than rank 0 holds the store."""
+
+_ESTABLISHED = "01"
+_LINGER = 3.0
+"""Seconds without a connection after which the run is over: between two, a process may have none for a moment."""
+
+
+def serve_store(port: int, first: timedelta = timedelta(minutes=10)) -> int:
+    """Hold a store until the last process that was connected to it has ended.
+
+    Args:
+        port: to listen at, on all interfaces; 0 for any free one. It is printed on standard output.
+        first: how long to wait for the first connection.
+
+    Returns:
+        The port.
+
+    Raises:
+        OSError: if the port is taken.
+        RuntimeError: where the system does not show its connections (other than Linux).
+    """
+    store = _listen(port)
+    print(store.port, flush=True)
+    pause = threading.Event()
+    last, seen = time.monotonic(), False
+    while True:
+        if connections(store.port) > 0:
+            last, seen = time.monotonic(), True
+        if time.monotonic() - last > (_LINGER if seen else first.total_seconds()):
+            return int(store.port)
+        pause.wait(0.5)
+
+
+def _listen(port: int) -> TCPStore:
+    try:
+        return TCPStore("0.0.0.0", port, None, True, timedelta(minutes=5), wait_for_workers=False)
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
+def connections(port: int) -> int:
+    """Return how many connections from other processes a port of this host has.
+
+    Raises:
+        RuntimeError: where the system does not show them.
+    """
+    own = 1  # the store's own client, of the process that holds it
+    rows: list[list[str]] = []
+    for name in ("tcp", "tcp6"):
+        try:
+            rows += [row.split() for row in Path("/proc/net", name).read_text().splitlines()[1:]]
+        except OSError:
+            continue
+    if not rows:
+        raise RuntimeError("the store counts its connections in /proc/net/tcp, which this system does not have")
+    return sum(row[1].endswith(f":{port:04X}") and row[3] == _ESTABLISHED for row in rows) - own
+
+
+def start_store(port: int) -> subprocess.Popen[str]:
+    """Start a store at ``port`` in a process of its own, which outlives this one.
+
+    It is in no terminal's foreground: Ctrl-C reaches the ranks, and they need it until they have ended.
+    """
+    command = [sys.executable, "-m", "lightning_gossip", "store", "--port", str(port)]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True, process_group=0)
+
+
+def connect(environment: Mapping[str, str] = os.environ, timeout: timedelta = timedelta(minutes=2)) -> Store:
+    """Return a connection to the store that the environment names.
+
+    Raises:
+        RuntimeError: where it names none, or nobody holds it within ``timeout``.
+    """
+    if environment.get(VARIABLE) != "True":
+        raise RuntimeError(
+            "`min_replicas` needs the run's store in a process of its own, so that it outlives every rank: start"
+            f" `lightning-gossip store --port PORT`, and give all ranks MASTER_ADDR, MASTER_PORT and {VARIABLE}=True"
+        )
+    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    return TCPStore(host, port, None, False, timeout, wait_for_workers=False)

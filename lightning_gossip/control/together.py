@@ -1,0 +1,47 @@
+"""What members do together, and repeat where one of them dies in it (see ``members``)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from lightning_gossip.control.member_control import MemberControl
+from lightning_gossip.control.run import Meeting
+
+T = TypeVar("T")
+
+_WORD = 1.0
+"""Seconds for which a loss may still be declared that explains why something failed."""
+
+_ATTEMPTS = 3
+"""Where nobody is lost: a network may drop a connection once."""
+
+
+def together(control: MemberControl, meet: Callable[[], Meeting], attempt: Callable[[Meeting], T]) -> T:
+    """Call ``attempt`` on all members at once, again by those that are left until it has succeeded on all of them.
+
+    Args:
+        control: of this rank.
+        meet: waits for the others, for the same reason; called before each attempt.
+        attempt: a collective of the members that have met; from unchanged inputs every time, and what it changes is
+            thrown away where it is repeated. It raises ``RuntimeError`` where one of them dies, at once on all.
+
+    Raises:
+        RunStopped: if the run ends meanwhile.
+        RuntimeError: what ``attempt`` raised for the third time, where nobody was lost.
+    """
+    unexplained = 0  # failures in a row after which nobody was lost
+    while True:
+        meeting = meet()
+        failure: RuntimeError | None = None
+        try:
+            result = attempt(meeting)
+        except RuntimeError as error:
+            failure = error
+        if control.agree(meeting, failure is None):
+            return result
+        if control.await_loss(meeting.members, time.monotonic() + _WORD):
+            unexplained = 0
+        elif (unexplained := unexplained + 1) == _ATTEMPTS:
+            raise failure or RuntimeError(f"another rank failed {_ATTEMPTS} times in what all did together")
