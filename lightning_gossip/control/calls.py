@@ -8,7 +8,7 @@ the largest of the promised steps. So nobody is held up by one that is slow, and
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch.distributed import Store
 
@@ -18,7 +18,7 @@ class Calls:
 
     Args:
         rank: of this process.
-        world_size: number of ranks.
+        members: returns the ranks that take part.
         clock: returns the step at which this rank is.
 
     Attributes:
@@ -26,10 +26,10 @@ class Calls:
             every rank stops at the end of the step that follows its present one.
     """
 
-    def __init__(self, rank: int, world_size: int, clock: Callable[[], int]) -> None:
+    def __init__(self, rank: int, members: Callable[[], Sequence[int]], clock: Callable[[], int]) -> None:
         self.together = True
         self._rank = rank
-        self._world_size = world_size
+        self._members = members
         self._clock = clock
         self._lock = threading.Lock()  # between reading the clock and making the promise this rank must not go on
         self._number = 0  # of the call
@@ -74,7 +74,7 @@ class Calls:
         key = f"call/{number}"
         if self._called is None:
             self._hear(store, number, key)
-        if self._called is not None and self._agreed is None and store.check([f"{key}/step"]):
+        if self._called is not None and self._agreed is None and self._settle(store, key):
             agreed = int(store.get(f"{key}/step"))
             with self._lock:
                 if number == self._number:
@@ -95,6 +95,11 @@ class Calls:
                 self._agreed = self._promised
                 return
         store.set(f"{key}/at/{self._rank}", str(self._promised))
-        if store.add(f"{key}/count", 1) == self._world_size:
-            steps = [int(store.get(f"{key}/at/{rank}")) for rank in range(self._world_size)]
-            store.set(f"{key}/step", str(max(steps)))
+
+    def _settle(self, store: Store, key: str) -> bool:
+        """Whether it is known where all will stop; found out here where all that take part have promised."""
+        if not store.check([f"{key}/step"]):
+            promises = [f"{key}/at/{rank}" for rank in self._members()]
+            if store.check(promises):
+                store.compare_set(f"{key}/step", "", str(max(int(store.get(promise)) for promise in promises)))
+        return bool(store.check([f"{key}/step"]))

@@ -14,14 +14,17 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.distributed import DistNetworkError, DistStoreError, Store
+from typing_extensions import override
 
 from lightning_gossip.control.member_log import MemberLog, ends_membership
 from lightning_gossip.control.members import LEFT, LOST, Change, Members
 from lightning_gossip.control.process_id import host_of, is_gone, own_process
 from lightning_gossip.control.run import HEARTBEAT, LOOK, Control, Heartbeats, Meeting, Stop
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +85,7 @@ class MemberControl(Control):
         self._processes: dict[int, str] = {}
         self._pace = _Pace()
         self._hurry = threading.Event()  # the training thread waits for the horizon
-        self._begun = time.monotonic()
+        self._look_up = min(2.0, survival.lost_after.total_seconds() / 4)  # seconds, while it waits
         self.declared: Change | None = None
         """The entry that says that this rank takes part no more."""
         super().__init__(connect, rank, world_size, timeout, **options)
@@ -92,8 +95,8 @@ class MemberControl(Control):
     # -- who is there -------------------------------------------------------------------------------------------
 
     @property
+    @override
     def members(self) -> tuple[int, ...]:
-        """The ranks that take part, as far as this rank knows, ascending."""
         return self._log.present
 
     @property
@@ -196,26 +199,8 @@ class MemberControl(Control):
         key = f"meet/{self._meetings}"
         with self._reaching_store():
             self._announce(key, ending)
-            looked = -1
-            if self._store.add(f"{key}/count", 1) < len(self._log.present):
-                looked = self._log.length  # the last that comes ends it, unless it dies over that
-
-            def word() -> bytes | None:
-                nonlocal looked
-                if self._store.check([f"{key}/go"]):
-                    return self._store.get(f"{key}/go")
-                if looked < self._log.length:
-                    self._log.read(self._store)
-                    looked = self._log.length
-                    self._end_meeting(key)
-                return None
-
-            found = None
-            while found is None:
-                found = self.poll(word, time.monotonic() + min(2.0, self._survival.lost_after.total_seconds() / 4))
-                if found is None:
-                    self._declare_late(lambda rank: self._whereabouts(rank)[0] < self._meetings)
-                    looked = -1
+            look = self._ended(f"{key}/go", f"{key}/count", lambda: self._end_meeting(key))
+            found = self._await(look, self._meetings, reason)
             number, clock, skipped, some_ending = map(int, found.split(b":"))
             members = self._log.fold(self._store, number)
             self.check()
@@ -226,6 +211,13 @@ class MemberControl(Control):
                 for field in [*fields, *(f"vote/{rank}" for rank in range(self.world_size))]:
                     self._store.delete_key(f"{before}/{field}")
         return Meeting(clock, bool(skipped), bool(some_ending), self._meetings, members)
+
+    @override
+    def _await(self, look: Callable[[], T | None], meeting: int, reason: str) -> T:
+        """Call ``look`` until it finds something; who has not come to ``meeting`` and is silent is declared lost."""
+        while (found := self.poll(look, time.monotonic() + self._look_up)) is None:
+            self._declare_late(lambda rank: self._whereabouts(rank)[0] < meeting)
+        return found
 
     def agree(self, meeting: Meeting, succeeded: bool) -> bool:
         """Return whether what the members met for has succeeded on all that are left: else all repeat it.
@@ -240,28 +232,31 @@ class MemberControl(Control):
         key = f"meet/{meeting.number}"
         with self._reaching_store():
             self._store.set(f"{key}/vote/{self.rank}", str(int(succeeded)))
-            looked = -1
-            if self._store.add(f"{key}/votes", 1) < len(self._log.present):
-                looked = self._log.length
-
-            def verdict() -> bytes | None:
-                nonlocal looked
-                if self._store.check([f"{key}/verdict"]):
-                    return self._store.get(f"{key}/verdict")
-                if looked < self._log.length:
-                    self._log.read(self._store)
-                    looked = self._log.length
-                    self._end_vote(key, meeting.members)
-                return None
-
-            found = None
-            while found is None:
-                found = self.poll(verdict, time.monotonic() + min(2.0, self._survival.lost_after.total_seconds() / 4))
-                if found is None:
-                    self._declare_late(lambda rank: not self._store.check([f"{key}/vote/{rank}"]))
-                    looked = -1
+            look = self._ended(f"{key}/verdict", f"{key}/votes", lambda: self._end_vote(key, meeting.members))
+            while (found := self.poll(look, time.monotonic() + self._look_up)) is None:
+                self._declare_late(lambda rank: not self._store.check([f"{key}/vote/{rank}"]))
         self.check()
         return found == b"1"
+
+    def _ended(self, word: str, arrivals: str, end: Callable[[], None]) -> Callable[[], bytes | None]:
+        """Arrive, and return what returns the word at key ``word`` once it is there: who comes last writes it.
+
+        Or, where that one dies over it, or the last of those that are left has come already, whoever reads so.
+        """
+        is_last = self._store.add(arrivals, 1) >= len(self._log.present)
+        looked, again = -1 if is_last else self._log.length, time.monotonic() + self._look_up
+
+        def look() -> bytes | None:
+            nonlocal looked, again
+            if self._store.check([word]):
+                return self._store.get(word)
+            if looked < self._log.length or time.monotonic() > again:
+                self._log.read(self._store)
+                looked, again = self._log.length, time.monotonic() + self._look_up
+                end()
+            return None
+
+        return look
 
     def _end_meeting(self, key: str) -> None:
         """Write the word that ends the meeting, if all that are left have come."""

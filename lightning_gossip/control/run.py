@@ -66,7 +66,7 @@ class Control:
         self.rank = rank
         self.world_size = world_size
         self.timeout = timeout
-        self.calls = Calls(rank, world_size, clock)
+        self.calls = Calls(rank, lambda: self.members, clock)
         self._clock = clock
         self.stopped: Stop | None = None
         self._end_asked_at = 0  # the meeting at which a rank waits that wants training to end
@@ -159,6 +159,11 @@ class Control:
             self.check()
 
     # -- whom it loses: the run ends with any ---------------------------------------------------------------------
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The ranks that take part, as far as this rank knows, ascending."""
+        return tuple(range(self.world_size))
 
     def is_lost(self, rank: int) -> bool:
         """Whether ``rank`` is known to take part no more, while the run goes on."""
@@ -258,7 +263,7 @@ class Control:
             self._waits[reason] += 1
             arrivals = f"await/{reason}/{self._waits[reason]}"
             with self._reaching_store():
-                self._store.add(arrivals, 1)
+                self._store.set(f"{arrivals}/{self.rank}", "1")
             while (called := self._await_call(reason, arrivals, ending)) != reason:
                 follow(called)
         return self.meet(reason, ending)
@@ -271,7 +276,7 @@ class Control:
         def look() -> str | None:
             if self._store.check([key]):
                 return self._store.get(key).decode().partition("|")[2]
-            return reason if self._store.add(arrivals, 0) == self.world_size else None
+            return reason if self._store.check([f"{arrivals}/{rank}" for rank in self.members]) else None
 
         with self._reaching_store():
             if ending:
@@ -355,12 +360,8 @@ class Control:
     def _leave(self, grace: float) -> None:
         """Stay up to ``grace`` seconds for the others, where this process holds the store."""
         self._store.add("left", 1)
-        if self.rank == 0:
-            self._await_leaving(grace)
-
-    def _await_leaving(self, grace: float) -> None:
         deadline = time.monotonic() + grace
-        while self._store.add("left", 0) < self.world_size and time.monotonic() < deadline:
+        while self.rank == 0 and self._store.add("left", 0) < self.world_size and time.monotonic() < deadline:
             staying = [rank for rank in range(1, self.world_size) if not self._store.check([f"gone/{rank}"])]
             if all(self._heartbeats.silence(rank) > 3 * HEARTBEAT for rank in staying):
                 return
