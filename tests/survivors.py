@@ -21,12 +21,13 @@ from lightning_gossip.control.together import together
 from lightning_gossip.exchange.clock import Exchange
 from lightning_gossip.rules.mixing import MixingRule
 from lightning_gossip.rules.schedule import Schedule
-from lightning_gossip.transport.group import CONNECT, MeetingStore, give_up
+from lightning_gossip.transport.group import MeetingStore, give_up
 from lightning_gossip.transport.interface import Posted, Transferred
 from lightning_gossip.transport.link import Link, Links, ProcessGroupGloo, gloo_device
 from lightning_gossip.transport.link_transport import LinkTransport
 
 SIZE = 6
+CONNECT = timedelta(seconds=0.3)
 
 
 class Killed(BaseException):

@@ -13,14 +13,15 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 from torch.distributed import Store, TCPStore
+
+from lightning_gossip.control.interpreter import module_command
 
 log = logging.getLogger(__name__)
 
@@ -84,24 +85,37 @@ def connections(port: int) -> int:
 
 
 def start_store(port: int) -> subprocess.Popen[str]:
-    """Start a store at ``port`` in a process of its own, which outlives this one.
+    """Start a store at ``port`` in a process of its own, which outlives this one, and wait until it is there.
 
     It is in no terminal's foreground: Ctrl-C reaches the ranks, and they need it until they have ended.
-    """
-    command = [sys.executable, "-m", "lightning_gossip", "store", "--port", str(port)]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True, process_group=0)
-
-
-def connect(environment: Mapping[str, str] = os.environ, timeout: timedelta = timedelta(minutes=2)) -> Store:
-    """Return a connection to the store that the environment names.
 
     Raises:
-        RuntimeError: where it names none, or nobody holds it within ``timeout``.
+        RuntimeError: if it ends at once: its port is taken.
     """
-    if environment.get(VARIABLE) != "True":
+    command = module_command("lightning_gossip", "store", "--port", str(port))
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, process_group=0)
+    with process.stdout or nullcontext() as output:
+        if output is None or not output.readline():
+            raise RuntimeError(f"the run's store did not start at port {port}: exit code {process.wait()}")
+    return process
+
+
+_reached: dict[tuple[str, int], Store] = {}
+"""Connections of this process: a store goes when nobody is connected any more."""
+
+
+def reach(host: str, port: int, timeout: timedelta = timedelta(minutes=2)) -> Store:
+    """Return this process's connection to the run's store, which it keeps.
+
+    Raises:
+        RuntimeError: if no rank may be sure that the store outlives it, or nobody holds it within ``timeout``.
+    """
+    if os.environ.get(VARIABLE) != "True":
         raise RuntimeError(
-            "`min_replicas` needs the run's store in a process of its own, so that it outlives every rank: start"
-            f" `lightning-gossip store --port PORT`, and give all ranks MASTER_ADDR, MASTER_PORT and {VARIABLE}=True"
+            "`min_replicas` needs the run's store in a process of its own, so that it outlives every rank. This package's"
+            " launchers start it where the script's first Trainer has `min_replicas`; else start `lightning-gossip store"
+            f" --port PORT`, and give all ranks MASTER_ADDR, MASTER_PORT and {VARIABLE}=True"
         )
-    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    return TCPStore(host, port, None, False, timeout, wait_for_workers=False)
+    if (host, port) not in _reached:
+        _reached[host, port] = TCPStore(host, port, None, False, timeout, wait_for_workers=False)
+    return _reached[host, port]

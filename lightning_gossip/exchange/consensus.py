@@ -20,6 +20,7 @@ from lightning_gossip.exchange.models import (
     agree,
     averaged_buffers,
     collective_device,
+    group_size,
     report_misfits,
     shared_buffers,
     shared_parameters,
@@ -36,16 +37,16 @@ _ROUNDING = 16
 class Consensus:
     """The replicas of one module, seen from one rank.
 
-    :meth:`adopt` and :meth:`enter` are collectives of the default group, the other methods are not.
+    :meth:`build` is a collective of the default group and leaves the module as it is, so that it can be repeated;
+    :meth:`enter` or :meth:`adopt` follows it.
 
     Args:
         module: this rank's replica.
-        world_size: number of replicas.
     """
 
-    def __init__(self, module: nn.Module, world_size: int) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._world_size = world_size
+        self._built: _Copy | None = None
         self._replica: _Copy | None = None
         self._square_of_alike = 0.0  # ‖·‖² of the parameters on which all ranks agree
         self._flagged = False  # whether some rank's :meth:`_flag` was raised when the ranks agreed last
@@ -64,28 +65,37 @@ class Consensus:
     def note(self) -> None:
         """Called before others may put something else in place of the replica, to be averaged by :meth:`enter`."""
 
-    def adopt(self) -> float:
-        """Make the module the consensus model for good; return the consensus distance before (design §1).
+    def prepare(self) -> None:
+        """Called on all ranks before they meet to build; may meet by itself."""
+
+    def build(self) -> float:
+        """Average the replicas; return the consensus distance (design §1).
 
         Raises:
             RuntimeError: naming a parameter that does not fit on all ranks.
         """
-        tensors = self._differing()
-        distance = self._average(_Copy(tensors))
+        self._built = None
+        built = _Copy(self._differing())
+        distance = self._average(built)
+        self._built = built
+        return distance
+
+    def adopt(self) -> None:
+        """Make the module the consensus model that was built, for good."""
+        self._take_built().restore()
         self.forget()
-        return distance
 
-    def enter(self) -> float:
-        """Make the module the consensus model until :meth:`leave`; return the consensus distance.
+    def enter(self) -> None:
+        """Make the module the consensus model that was built until :meth:`leave`."""
+        self._consensus = self._take_built()
+        self._replica = self._consensus.now()
+        self._consensus.restore()
 
-        Raises:
-            RuntimeError: naming a parameter that does not fit on all ranks.
-        """
-        tensors = self._differing()
-        replica, consensus = _Copy(tensors), _Copy(tensors)
-        distance = self._average(consensus)
-        self._replica, self._consensus = replica, consensus
-        return distance
+    def _take_built(self) -> _Copy:
+        built, self._built = self._built, None
+        if built is None:
+            raise RuntimeError("the consensus model was not built")
+        return built
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -151,13 +161,13 @@ class Consensus:
 
     def _differing(self) -> _Shared:
         """Agree with the other ranks on what to make alike."""
-        if self._world_size == 1:
+        if group_size() == 1:
             return _Shared(self._module)
         parameters, buffers = shared_parameters(self._module), shared_buffers(self._module)
         statistics = averaged_buffers(self._module)
         tensors: dict[str, Tensor] = {**parameters, **buffers}
         changing = {name for name, p in parameters.items() if p.requires_grad}
-        agreement = agree(tensors, self._world_size, changing, self._flag())
+        agreement = agree(tensors, changing, self._flag())
         report_misfits(agreement, parameters)
         self._flagged = agreement.flagged
         own = {name: data for name in agreement.differing if (data := elements(tensors[name])) is not None}
@@ -173,16 +183,15 @@ class Consensus:
 
     def _average(self, copy: _Copy) -> float:
         distance, norm = self._build(copy.parameters).tolist()
-        if self._world_size > 1:
+        if group_size() > 1:
             for flat in copy.statistics.segments:
-                _average_(flat, self._world_size)
+                _average_(flat)
             for flat in copy.others.segments:
                 _take_first_(flat)
             total = torch.tensor([distance], dtype=torch.float64, device=collective_device())
             dist.all_reduce(total)
-            distance = float(total) / self._world_size
+            distance = float(total) / group_size()
             norm += self._square_of_alike
-        copy.restore()
         return (distance / norm) ** 0.5 if norm > 0 else 0.0
 
     def _build(self, parameters: FlatBuffer) -> Tensor:
@@ -193,7 +202,7 @@ class Consensus:
         """
         squares = torch.zeros(2, dtype=torch.float64)
         for flat in parameters.segments:
-            squares += _average_(flat, self._world_size)
+            squares += _average_(flat)
         return squares
 
 
@@ -271,27 +280,26 @@ class _Copy:
                 yield list(zip(segment.names, buffer.layout.views(segment, flat), strict=True))
 
 
-def average_state(state: Mapping[str, Any], world_size: int, averaged: Callable[[str], bool]) -> dict[str, Any]:
+def average_state(state: Mapping[str, Any], averaged: Callable[[str], bool]) -> dict[str, Any]:
     """Return the mean over ranks of a state dict's entries that fit on all ranks, and the others as they are here.
 
     A collective of the default group; the ranks may have different entries.
 
     Args:
         state: tensors, and anything else, by name.
-        world_size: number of ranks.
         averaged: whether to take the mean of an entry of that name, where its dtype has one; or else rank 0's.
     """
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    if world_size == 1:
+    if group_size() == 1:
         return dict(state)
     made_alike = {}
-    for name in agree(tensors, world_size).differing:
+    for name in agree(tensors).differing:
         own = elements(tensors[name])
         if own is not None:
             copy = own.clone(memory_format=torch.contiguous_format)
             whole = copy.view(-1)
             if averaged(name) and has_mean(own):
-                _average_(whole, world_size)
+                _average_(whole)
             else:
                 _take_first_(whole)
             made_alike[name] = copy.expand(tensors[name].shape)
@@ -299,7 +307,7 @@ def average_state(state: Mapping[str, Any], world_size: int, averaged: Callable[
 
 
 @torch.no_grad()
-def _average_(flat: Tensor, world_size: int) -> Tensor:
+def _average_(flat: Tensor) -> Tensor:
     """Replace ``flat`` (1-D, of a dtype that has a mean) by the mean over ranks.
 
     Computed as x_0 + mean(x_i − x_0) in float32 or wider, so that elements on which all ranks agree, infinite ones
@@ -315,7 +323,7 @@ def _average_(flat: Tensor, world_size: int) -> Tensor:
         base, own = first.to(wide(flat.dtype)), chunk.to(wide(flat.dtype))
         offset = torch.where(own == base, 0, own - base)
         dist.all_reduce(torch.view_as_real(offset) if offset.is_complex() else offset)
-        mean = torch.where(offset == 0, base, base + offset / world_size).to(chunk.dtype)
+        mean = torch.where(offset == 0, base, base + offset / group_size()).to(chunk.dtype)
         squares += _squares(chunk, mean)
         chunk.copy_(mean)
     return squares

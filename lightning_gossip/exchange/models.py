@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from torch.distributed import Store
 
 from lightning_gossip.control.run import Control
 from lightning_gossip.exchange.tensors import describe, digest, elements, has_mean
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -85,22 +88,19 @@ def manifest(module: nn.Module) -> Manifest:
     return parameters | buffers
 
 
-def check_models_agree(module: nn.Module, rank: int, world_size: int) -> None:
+def check_models_agree(module: nn.Module) -> None:
     """Raise on every rank if a parameter or buffer of one differs from rank 0's; a collective of the default group.
 
     Raises:
         RuntimeError: naming it, the rank, and what both have.
     """
-    if world_size == 1:
+    if group_size() == 1:
         return
     own = manifest(module)
-    digests: list[str] = [""] * world_size
-    dist.all_gather_object(digests, hashlib.sha256(repr(list(own.items())).encode()).hexdigest())
+    digests = gathered(hashlib.sha256(repr(list(own.items())).encode()).hexdigest())
     if len(set(digests)) == 1:
         return
-    manifests: list[Manifest] = [{}] * world_size
-    dist.all_gather_object(manifests, own)
-    raise RuntimeError("the ranks have different models: " + "; ".join(_differences(manifests)))
+    raise RuntimeError("the ranks have different models: " + "; ".join(_differences(gathered(own))))
 
 
 def _differences(manifests: list[Manifest]) -> list[str]:
@@ -133,9 +133,7 @@ class Agreement:
     flagged: bool = False
 
 
-def agree(
-    tensors: Mapping[str, Tensor], world_size: int, changing: Collection[str] = (), flag: bool = False
-) -> Agreement:
+def agree(tensors: Mapping[str, Tensor], changing: Collection[str] = (), flag: bool = False) -> Agreement:
     """Find out which of the ranks' tensors differ; a collective of the default group.
 
     Where all are alike, as buffers mostly are, one small message a rank says so. Contents are hashed, but for
@@ -143,7 +141,6 @@ def agree(
 
     Args:
         tensors: by name.
-        world_size: number of ranks.
         changing: names of tensors that are taken to differ, if some rank says so.
         flag: anything that the others should know.
     """
@@ -154,7 +151,7 @@ def agree(
     everything = repr([(name, words[name], name in changes) for name in tensors])
     inventory = hashlib.blake2b(everything.encode(), digest_size=_DIGEST).digest()
     whole = hashlib.blake2b(b"".join(contents.values()), digest_size=_DIGEST).digest()
-    rows = _gathered_bytes(inventory + whole + bytes([flag]), world_size)
+    rows = _gathered_bytes(inventory + whole + bytes([flag]))
     flagged = any(row[-1] for row in rows)
     if len({row[:-1] for row in rows}) == 1:
         return Agreement(tuple(name for name in tensors if name in changes), {}, flagged)
@@ -162,16 +159,14 @@ def agree(
         hashed = [name for name in tensors if name not in changes]
         columns = [
             {row[_DIGEST * i : _DIGEST * (i + 1)] for row in rows}
-            for rows in [_gathered_bytes(b"".join(contents[name] for name in hashed), world_size)]
+            for rows in [_gathered_bytes(b"".join(contents[name] for name in hashed))]
             for i in range(len(hashed))
         ]
         unlike = changes | {name for name, column in zip(hashed, columns, strict=True) if len(column) > 1}
         fits = {name for name in unlike if own[name] is not None}
         misfits = {name: f"{words[name]} on every rank, of other contents" for name in unlike - fits}
         return Agreement(tuple(name for name in tensors if name in fits), misfits, flagged)
-    everybody: list[dict[str, tuple[str, bytes]]] = [{}] * world_size
-    dist.all_gather_object(everybody, {name: (words[name], contents[name]) for name in tensors})
-    return _compare(everybody, flagged)
+    return _compare(gathered({name: (words[name], contents[name]) for name in tensors}), flagged)
 
 
 def _compare(everybody: list[dict[str, tuple[str, bytes]]], flagged: bool) -> Agreement:
@@ -199,13 +194,31 @@ def _words(tensor: Tensor, own: Tensor | None) -> str:
     return describe(tensor) + ("" if own.shape == tensor.shape else f", expanded from {tuple(own.shape)}")
 
 
-def _gathered_bytes(data: bytes, world_size: int) -> list[bytes]:
+def gathered(value: T) -> list[T]:
+    """Return the value of each rank, which pickles; a collective of the default group."""
+    values = [value] * group_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def _gathered_bytes(data: bytes) -> list[bytes]:
     """Return the bytes of each rank; all give as many."""
     device = collective_device()
     mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
-    rows = [torch.empty_like(mine) for _ in range(world_size)]
+    rows = [torch.empty_like(mine) for _ in range(group_size())]
     dist.all_gather(rows, mine)
     return [row.cpu().numpy().tobytes() for row in rows]
+
+
+def group_size() -> int:
+    """Return the number of ranks in the default group: of members, where a run goes on without those it loses."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def group_rank() -> int:
+    """Return this process's rank in the default group."""
+    return dist.get_rank() if group_size() > 1 else 0
 
 
 def collective_device() -> torch.device:
@@ -214,28 +227,38 @@ def collective_device() -> torch.device:
 
 
 @torch.no_grad()
-def take_rank_zeros(module: nn.Module, world_size: int) -> None:
-    """Give every rank rank 0's parameters and buffers; a collective of the default group.
+def rank_zeros(module: nn.Module) -> dict[str, Tensor]:
+    """Return rank 0's parameters and buffers where some rank's differ, by name; a collective of the default group.
 
-    What is alike on all ranks, and what cannot be written in place, is left alone.
+    What cannot be written in place is left alone. :func:`take` puts them into the module.
 
     Raises:
         RuntimeError: naming a parameter that does not fit.
     """
-    if world_size == 1:
-        return
+    if group_size() == 1:
+        return {}
     tensors: dict[str, Tensor] = {**shared_parameters(module), **shared_buffers(module)}
-    agreement = agree(tensors, world_size)
+    agreement = agree(tensors)
     report_misfits(agreement, shared_parameters(module))
+    found = {}
     for name in agreement.differing:
         # as bytes, which every backend moves; in the order of the elements, which ranks may lay out differently
         data = elements(tensors[name])
         if data is None:
             raise RuntimeError(f"{name} cannot be written in place")  # `agree` told so
-        whole = data.contiguous()
-        dist.broadcast(whole.view(-1).view(torch.uint8), src=0)
-        if whole is not data:
-            data.copy_(whole)
+        found[name] = data.clone(memory_format=torch.contiguous_format)
+        dist.broadcast(found[name].view(-1).view(torch.uint8), src=0)
+    return found
+
+
+@torch.no_grad()
+def take(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Write ``values`` into the module's parameters and buffers of these names."""
+    tensors: dict[str, Tensor] = {**shared_parameters(module), **shared_buffers(module)}
+    for name, value in values.items():
+        data = elements(tensors[name])
+        if data is not None:
+            data.copy_(value)
 
 
 _reported: set[str] = set()

@@ -126,7 +126,8 @@ def group_store() -> GroupStore | None:
     if dist.is_available() and dist.is_initialized():
         world_size = dist.get_world_size()
         return GroupStore(_get_default_store(), dist.get_rank(), world_size) if world_size > 1 else None
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("WORLD_SIZE", "1") == "1":
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "RANK" in os.environ
+    if not by_torchrun or os.environ.get("WORLD_SIZE", "1") == "1":
         return None
     store = _agent_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.getpid())
     return GroupStore(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))

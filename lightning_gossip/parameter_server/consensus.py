@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_gossip.exchange.consensus import Consensus, squares_to
 from lightning_gossip.exchange.flat import FlatBuffer
-from lightning_gossip.exchange.models import shared_parameters
+from lightning_gossip.exchange.models import group_rank, group_size, shared_parameters
 
 
 class Server(Protocol):
@@ -60,8 +60,6 @@ class ServerConsensus(Consensus):
 
     Args:
         module: this worker's replica.
-        rank: of this worker.
-        world_size: number of workers.
         server: returns what knows the server's parameters, or None where nothing does; on all ranks alike.
         meet: waits for all ranks.
     """
@@ -69,16 +67,29 @@ class ServerConsensus(Consensus):
     def __init__(
         self,
         module: nn.Module,
-        rank: int,
-        world_size: int,
         server: Callable[[], Server | None],
         meet: Callable[[str], None],
     ) -> None:
-        super().__init__(module, world_size)
-        self._rank = rank
+        super().__init__(module)
         self._server = server
         self._meet = meet
         self._noted: dict[str, Tensor] = {}
+        self._pulled: dict[str, Tensor] = {}
+
+    @override
+    def prepare(self) -> None:
+        """Pull the server's parameters on rank 0, so that nobody waits in a collective for a shard."""
+        self._pulled = {}
+        if (server := self._server()) is not None:
+            server.drain()
+            self._meet("all pushes are on the server")
+            if group_rank() == 0:
+                self._pulled = self._pull(server)
+
+    def _pull(self, server: Server) -> dict[str, Tensor]:
+        values = {name: p.data.clone() for name, p in self._module.named_parameters() if name in server.names}
+        server.pull_now(values)
+        return values
 
     @override
     def note(self) -> None:
@@ -98,20 +109,14 @@ class ServerConsensus(Consensus):
         server = self._server()
         if server is None or self._flagged:
             return super()._build(parameters)
-        server.drain()
-        self._meet("all pushes are on the server")
         views = parameters.views
-        if self._rank == 0:
-            values = {name: p.data.clone() for name, p in self._module.named_parameters() if name in server.names}
-            server.pull_now(values)
-        else:
-            values = views
-        self._meet("the server's parameters are here")  # so that nobody waits in a collective for a shard
+        # where rank 0 was lost after it had pulled, another is rank 0 now
+        values = views if group_rank() else self._pulled or self._pull(server)
         names = [name for name in views if name in server.names]
         own, held = (FlatBuffer.packed({name: tensors[name] for name in names}) for tensors in (views, values))
         squares = torch.zeros(2, dtype=torch.float64)
         for replica, consensus in zip(own.segments, held.segments, strict=True):
-            if self._world_size > 1:
+            if group_size() > 1:
                 dist.broadcast(consensus.view(torch.uint8), src=0)
             squares += squares_to(replica, consensus)
         held.copy_to({name: views[name] for name in names})

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,22 +19,25 @@ from typing_extensions import override
 
 from lightning_gossip.arguments import check_choice, check_timeout
 from lightning_gossip.control.run import Control
-from lightning_gossip.exchange.models import check_models_agree, take_rank_zeros
+from lightning_gossip.exchange.models import check_models_agree, rank_zeros, take
 from lightning_gossip.strategies import lightning_compat, lightning_counts
-from lightning_gossip.strategies.consensus import ConsensusStrategy, Evaluate
+from lightning_gossip.strategies.consensus import Evaluate
 from lightning_gossip.strategies.counting import Counting
 from lightning_gossip.strategies.meeting import TIMEOUT, StartMethod
+from lightning_gossip.strategies.saving import CheckpointedStrategy
+from lightning_gossip.strategies.surviving import LOST_AFTER, NonFinite
 
-__all__ = ["TIMEOUT", "Evaluate", "ReplicaStrategy", "StartMethod"]
+__all__ = ["LOST_AFTER", "TIMEOUT", "Evaluate", "NonFinite", "ReplicaStrategy", "StartMethod"]
 
 
-class ReplicaStrategy(ConsensusStrategy):
+class ReplicaStrategy(CheckpointedStrategy):
     """Every rank trains its own replica; a subclass says how replicas are pulled together.
 
     Args:
         evaluate: what validation and test during and after ``fit`` run on: ``"consensus"``, the mean of the replicas,
             the data sharded over the ranks; or ``"replica"``, each rank's own on the whole data.
         timeout: how long a rank waits for one that gives no sign of life.
+        min_replicas, lost_after, nonfinite: see :class:`~lightning_gossip.strategies.surviving.SurvivingStrategy`.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             start_method: as for Lightning's ``DDPStrategy``.
 
@@ -46,6 +50,9 @@ class ReplicaStrategy(ConsensusStrategy):
         *,
         evaluate: Evaluate,
         timeout: timedelta,
+        min_replicas: int | None = None,
+        lost_after: timedelta = LOST_AFTER,
+        nonfinite: NonFinite | None = None,
         accelerator: Accelerator | None,
         parallel_devices: list[torch.device] | None,
         cluster_environment: ClusterEnvironment | None,
@@ -56,6 +63,9 @@ class ReplicaStrategy(ConsensusStrategy):
     ) -> None:
         super().__init__(
             evaluate=evaluate,
+            min_replicas=min_replicas,
+            lost_after=lost_after,
+            nonfinite=nonfinite,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -74,6 +84,9 @@ class ReplicaStrategy(ConsensusStrategy):
         return {
             "evaluate": self.evaluate,
             "timeout": self.timeout_seconds,
+            "min_replicas": self.min_replicas,
+            "lost_after": self.lost_after.total_seconds(),
+            "nonfinite": self.nonfinite,
             "process_group_backend": self.process_group_backend,
             "start_method": self._start_method,
         }
@@ -124,9 +137,11 @@ class ReplicaStrategy(ConsensusStrategy):
             )
         self._meet("adopt_rank_zero")
         self.give_up()
-        self._meet("nothing is under way")
-        take_rank_zeros(self._module, self.world_size)
+        self._take_rank_zeros("nothing is under way")
         self.begin_anew()
+
+    def _take_rank_zeros(self, reason: str) -> None:
+        take(self._module, self._together(reason, partial(rank_zeros, self._module)))
 
     # -- set-up -------------------------------------------------------------------------------------------------
 
@@ -141,15 +156,16 @@ class ReplicaStrategy(ConsensusStrategy):
         lightning_compat.handle_sigterm(trainer, self._receive_sigterm)
         lightning_compat.handle_requeue_signal(trainer, self._receive_requeue_signal)
         lightning_counts.share_validation_lengths(trainer, self.gather)
+        if self.survives:
+            lightning_compat.share_log_folders(trainer, self.broadcast)
         self._meet_in_metrics(module)
         fitting = lightning_compat.is_fitting(trainer)
         if fitting:
-            self._meet("the check that all ranks have the same model")
-            check_models_agree(module, self.global_rank, self.world_size)
+            self._together("the check that all ranks have the same model", partial(check_models_agree, module))
         # replicas differ on purpose where they are evaluated after a fit, and where a checkpoint was loaded
         fresh = not lightning_compat.is_resuming(trainer)
         if fresh and (fitting or self.evaluate == "consensus"):
-            take_rank_zeros(module, self.world_size)
+            self._take_rank_zeros("rank 0's parameters")
         if fitting:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -168,6 +184,12 @@ class ReplicaStrategy(ConsensusStrategy):
         name = type(self).__name__
         counting = Counting(trainer, name, self.gather, self._await_all, self._acts, self._refuse_unequal_lengths)
         counting.install(self._answer_call)
+        if self.survives:
+            lightning_compat.deal_anew(trainer, self._members_that_meet)
+
+    def _members_that_meet(self) -> tuple[int, ...]:
+        self._meet("the dealing of the data")
+        return self.members
 
     def _refuse_unequal_lengths(self, lengths: list[float]) -> None:
         if self.process_group_backend == "nccl" and self.world_size > 1:

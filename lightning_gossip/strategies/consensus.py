@@ -1,37 +1,28 @@
-"""The consensus model under Lightning: evaluation on it, and checkpoints of it beside the replicas (design §2, §4)."""
+"""The consensus model under Lightning: when it is built, evaluated and adopted (design §2, §4)."""
 
 from __future__ import annotations
 
-import time
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch.distributed as dist
-from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_gossip.arguments import check_choice
-from lightning_gossip.exchange.consensus import Consensus, average_state
-from lightning_gossip.exchange.models import averaged_buffers
-from lightning_gossip.strategies import checkpoint as files
+from lightning_gossip.exchange.consensus import Consensus
 from lightning_gossip.strategies import lightning_compat
-from lightning_gossip.strategies.meeting import MeetingStrategy
-from lightning_gossip.strategies.saved_state import CURRENT_STATE, Dumped
 from lightning_gossip.strategies.stand_in import SharedStandIn
+from lightning_gossip.strategies.surviving import SurvivingStrategy
 from lightning_gossip.strategies.window import ConsensusWindow
 
 Evaluate = Literal["consensus", "replica"]
 
 
-class ConsensusStrategy(MeetingStrategy):
-    """Ranks with replicas of one model, whose consensus is what is evaluated and what a checkpoint holds.
+class ConsensusStrategy(SurvivingStrategy):
+    """Ranks with replicas of one model, whose consensus is what is evaluated.
 
     Args:
         evaluate: see :class:`~lightning_gossip.strategies.base.ReplicaStrategy`.
@@ -49,73 +40,28 @@ class ConsensusStrategy(MeetingStrategy):
         self._consensus: Consensus | None = None  # in a `fit`
         self._window: ConsensusWindow | None = None  # in a `fit` whose validations run on the consensus model
         self._unsynced: list[tuple[Metric, Any]] = []  # torchmetrics objects, and when they sync otherwise
-        self._dumped: dict[str, Any] = {}  # the module's state, as last given to a checkpoint
-        self._replica_state: dict[str, Any] | None = None  # this replica's, while the consensus model is saved
-        self._resume: dict[str, Any] | None = None  # this package's entry in the checkpoint that is resumed
-        self._began = 0.0  # when this call of the Trainer did
-        self._saved: dict[str, str] = {}  # id of the last save to a path
-        self._own_disk = False  # whether rank 0's files are out of sight, and this rank keeps order on its node
-        self._resumed: tuple[_PATH, bool | None] | None = None  # where it came from, until its training ends
 
     # -- what a subclass does -----------------------------------------------------------------------------------
 
     def make_consensus(self, module: pl.LightningModule) -> Consensus:
         """Return what builds the consensus model, in ``fit`` and after it: the mean of the replicas, by default."""
-        return Consensus(module, self.world_size)
-
-    @abstractmethod
-    def training_state(self) -> dict[str, Any]:
-        """Return what this rank needs to continue, as tensors and primitives; called on all ranks at one clock."""
-
-    @abstractmethod
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`training_state` returned."""
-
-    def continue_from(self, step: int) -> None:
-        """Set the exchange clock, where a training goes on from a consensus model."""
+        return Consensus(module)
 
     # -- life of a call of the Trainer ---------------------------------------------------------------------------
-
-    @override
-    def setup_environment(self) -> None:
-        self._resume = self._resumed = None
-        self._began = time.time()
-        super().setup_environment()
 
     def _set_up_consensus(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Begin a ``fit``: until :meth:`teardown` validations and checkpoints may build the consensus model."""
         self._consensus = self.make_consensus(module)
         if self.evaluate == "consensus":
             swaps = any(self.gather(lightning_compat.may_swap_in_validation(trainer)))
-            mean = Consensus(module, self.world_size)
-            self._window = ConsensusWindow(self._consensus, mean, self._build, self.gather, swaps)
+            self._window = ConsensusWindow(self._consensus, Consensus(module), self._build, self.gather, swaps)
             lightning_compat.open_in_validation(trainer, self._window)
-            lightning_compat.save_within(trainer, self._saving)
-
-    def _resume_training(self, trainer: pl.Trainer) -> None:
-        """Go on from the checkpoint that was loaded, if one was."""
-        resume = self._resume
-        if resume is not None and "state" in resume:
-            self.load_training_state(resume["state"])
-            lightning_compat.before_iterating(trainer, lambda: files.restore_rng_state(resume["rng"]))
-        elif resume is not None:
-            self.continue_from(resume["step"])
 
     @override
     def on_train_end(self) -> None:
-        self._resumed = None
         if self.evaluate == "consensus" and self._consensus is not None:
-            self._build(self._consensus.adopt, "the end of training")
-
-    def end_resumed(self) -> None:
-        """Take over the consensus model that was saved, where a training was at its end when it was resumed.
-
-        Lightning calls no hook of training then, and the modules hold the replicas of the replica files.
-        """
-        if self._resumed is not None and self.evaluate == "consensus":
-            checkpoint = super().load_checkpoint(*self._resumed)
-            self._module.on_load_checkpoint(checkpoint)
-            self.load_model_state_dict(checkpoint, strict=self._module.strict_loading)
+            self._build(self._consensus, "the end of training")
+            self._consensus.adopt()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -127,7 +73,6 @@ class ConsensusStrategy(MeetingStrategy):
     @override
     def teardown(self) -> None:
         self._consensus = self._window = None
-        self._dumped = {}
         super().teardown()
 
     @override
@@ -143,10 +88,13 @@ class ConsensusStrategy(MeetingStrategy):
             return {"num_replicas": 1, "rank": 0}  # each rank evaluates its own replica on the whole data
         return super().distributed_sampler_kwargs
 
-    def _build(self, build: Callable[[], float], reason: str) -> None:
-        self._meet(f"consensus for {reason}")
-        self.consensus_distance = build()
-        self.consensus_built += 1
+    def _build(self, consensus: Consensus, reason: str) -> None:
+        """Build what :meth:`Consensus.enter` or :meth:`Consensus.adopt` takes; a collective."""
+        consensus.prepare()
+        distance = self._together(f"consensus for {reason}", consensus.build)
+        if consensus is self._consensus:
+            self.consensus_distance = distance
+            self.consensus_built += 1
 
     @property
     def _reaches_others(self) -> bool:
@@ -165,9 +113,10 @@ class ConsensusStrategy(MeetingStrategy):
                 "adopt_consensus() needs the other ranks, and they are not there: with `start_method='spawn'` and"
                 " 'fork' their processes end with `fit`. Use `evaluate='consensus'`, or start with 'popen' or torchrun."
             )
-        self._meet("adopt_consensus")
         with self._on_root_device():
-            self.make_consensus(self._module).adopt()
+            consensus = self.make_consensus(self._module)
+            self._build(consensus, "adopt_consensus")
+            consensus.adopt()
 
     @contextmanager
     def _on_root_device(self) -> Iterator[None]:
@@ -209,184 +158,6 @@ class ConsensusStrategy(MeetingStrategy):
         for metric, available in self._unsynced:
             metric.distributed_available_fn = available
         self._unsynced = []
-
-    # -- checkpoints --------------------------------------------------------------------------------------------
-
-    @property
-    @override
-    def checkpoint_io(self) -> CheckpointIO:
-        if self._checkpoint_io is None:
-            self._checkpoint_io = files.AtomicCheckpointIO()
-        elif files.is_wrapper(self._checkpoint_io) and self._checkpoint_io.checkpoint_io is None:
-            self._checkpoint_io.checkpoint_io = files.AtomicCheckpointIO()
-        return self._checkpoint_io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO) -> None:
-        self._checkpoint_io = io
-
-    @contextmanager
-    def _saving(self) -> Iterator[None]:
-        """Have the module, its state and so whatever hooks see be the consensus model while a checkpoint is saved.
-
-        Not where this rank ends on an exception: then its replica is saved alone.
-        """
-        if self._alone or self._window is None or self._replica_state is not None:
-            yield
-            return
-        with self._window.replica():
-            self._replica_state = _copied(super().lightning_module_state_dict())
-        self._dumped = {}
-        try:
-            with self._window.saving():
-                yield
-        finally:
-            self._replica_state = None
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the module's state: in a save the consensus model's, but its own where replicas are evaluated."""
-        if self._replica_state is not None and self._dumped:
-            return dict(self._dumped)  # a hook asks for it once more
-        with self._window.replica() if self._window is not None and self._replica_state is None else nullcontext():
-            self._dumped = _copied(super().lightning_module_state_dict())
-        return dict(self._dumped)
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        if self._alone or not self._reaches_others:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-            return
-        path, save_id = self.broadcast((str(filepath), files.new_save_id()))
-        replica, consensus = self._parted(checkpoint)
-        whole = "optimizer_states" in checkpoint  # not `weights_only`
-        replicas = whole and self._consensus is not None  # after `fit` the clock is all that is left of the training
-        if whole:
-            entry = {"save_id": save_id if replicas else None, "world_size": self.world_size, "step": self.step}
-            consensus[files.KEY] = entry
-        if replicas:
-            self._save_replica(replica, path, save_id, storage_options)
-        io = self.checkpoint_io
-        try:
-            self._meet("replica files are complete")
-            if replicas and self.local_rank == 0 and not self.is_global_zero:
-                self._own_disk = not files.exists(files.replica_path(path, save_id, 0))
-            others = files.other_saves(path, save_id) if self.is_global_zero or self._own_disk else []
-            super().save_checkpoint(consensus, path, storage_options)
-        except BaseException:
-            if self.is_global_zero:
-                files.remove_save(io, path, save_id)
-            raise
-        if self.is_global_zero:
-            written = {*self._saved, path}
-
-            def tidy() -> None:
-                files.remove_saves(io, path, others)
-                for folder in files.orphans(path, written, self._began):
-                    files.remove(io, folder)
-
-            lightning_compat.after_saving(io, tidy)
-        else:  # rank 0 may be writing still: what the `.ckpt` of before names stays until the next save
-            files.remove_saves(io, path, set(others) - {self._saved.get(path)})
-        self._saved[path] = save_id
-
-    def _save_replica(self, checkpoint: dict[str, Any], path: str, save_id: str, storage_options: Any | None) -> None:
-        entry = {
-            "save_id": save_id,
-            "rank": self.global_rank,
-            "strategy": type(self).__name__,
-            "state": self.training_state(),
-            "rng": files.rng_state(),
-        }
-        file = files.replica_path(path, save_id, self.global_rank)
-        whole = checkpoint | {files.KEY: entry | checkpoint.get(files.KEY, {})}
-        files.synchronous(self.checkpoint_io).save_checkpoint(whole, file, storage_options)
-
-    def _parted(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return ``checkpoint`` with this replica's state, and with the consensus model's; a collective."""
-        state, self._dumped = self._dumped, {}
-        if self._replica_state is not None:
-            replica, consensus = self._replica_state, state
-        else:
-            replica, consensus = state, self._consensus_state()
-        dumped = Dumped(checkpoint, state)
-        own, replaced = dumped.of_replica(replica)
-        if replaced:  # by a hook: the replica goes on from what it is all the same
-            own[files.KEY] = {"replaced": replaced}
-        ours = set(dict(self._module.named_buffers())) - averaged_buffers(self._module)
-        saved = dumped.of_consensus(consensus, lambda name: name not in ours, self.world_size)
-        if CURRENT_STATE in saved and self._window is not None and self._window.swapped:
-            saved[CURRENT_STATE] = average_state(own[CURRENT_STATE], self.world_size, lambda name: name not in ours)
-        return own, saved
-
-    def _consensus_state(self) -> dict[str, Any]:
-        consensus = self._consensus or self.make_consensus(self._module)
-        with self._on_root_device():
-            if consensus.holds:
-                return _copied(super().lightning_module_state_dict())
-            self._build(consensus.enter, "a checkpoint")
-            built = _copied(super().lightning_module_state_dict())
-            consensus.leave()
-            consensus.forget()
-        return built
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        super().load_model_state_dict(checkpoint, strict)
-        replaced = checkpoint.get(files.KEY, {}).get("replaced")
-        if replaced:
-            self._module.load_state_dict(replaced, strict=False)
-
-    @override
-    def remove_checkpoint(self, filepath: _PATH) -> None:
-        super().remove_checkpoint(filepath)
-        self._saved.pop(str(filepath), None)
-        if self.is_global_zero or self._own_disk:  # after the file that names them; of a symbolic link there are none
-            self.checkpoint_io.remove_checkpoint(files.replica_folder(filepath))
-
-    @override
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        entry = checkpoint.get(files.KEY)
-        if entry is None or not lightning_compat.is_fitting(self._trainer):
-            return checkpoint
-        replica: dict[str, Any] = {}
-        problem = ""
-        try:
-            replica = self._load_replica(entry, checkpoint_path, weights_only)
-        except files.ReplicaFileError as error:
-            problem = str(error)
-        problems = [p for p in self.gather(problem) if p]
-        if problems:  # all ranks or none
-            rank_zero_warn(
-                f"Resuming all ranks from the consensus model and rank 0's optimizer state in {checkpoint_path}, not"
-                f" from their replicas: {'; '.join(dict.fromkeys(problems))}."
-            )
-            self._resume = {"step": entry["step"]}
-            return checkpoint
-        self._resume = replica[files.KEY]
-        if self._consensus is None:
-            self._resumed = (checkpoint_path, weights_only)
-        else:  # in the middle of a fit, as the learning-rate finder does
-            self.load_training_state(self._resume["state"])
-        return replica
-
-    def _load_replica(self, entry: dict[str, Any], path: _PATH, weights_only: bool | None) -> dict[str, Any]:
-        if entry["save_id"] is None:
-            raise files.ReplicaFileError("it was saved after `fit`, when the replicas' states were gone")
-        if entry["world_size"] != self.world_size:
-            raise files.ReplicaFileError(
-                f"it was saved by {entry['world_size']} ranks, and there are {self.world_size} now"
-            )
-        path = files.followed(path)
-        replica = files.load_replica(self.checkpoint_io, path, entry["save_id"], self.global_rank, weights_only)
-        if (saved_by := replica[files.KEY]["strategy"]) != type(self).__name__:
-            raise files.ReplicaFileError(f"it was saved by {saved_by}, and this is {type(self).__name__}")
-        return replica
-
-
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
 
 
 def _not_available() -> bool:

@@ -235,7 +235,7 @@ class DownpourStrategy(ReplicaStrategy):
 
     @override
     def make_consensus(self, module: pl.LightningModule) -> ServerConsensus:
-        return ServerConsensus(module, self.global_rank, self.world_size, self._server, self._meet)
+        return ServerConsensus(module, self._server, self._meet)
 
     def _server(self) -> Server | None:
         """Return what knows the server's parameters: the client in a training, after it what was kept of them."""

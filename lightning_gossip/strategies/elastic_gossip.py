@@ -19,7 +19,7 @@ from lightning_gossip.control.run import Control
 from lightning_gossip.rules.mixing import ElasticMixing
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Chooser, Peers, stability_limit
-from lightning_gossip.strategies.base import TIMEOUT, Evaluate, StartMethod
+from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, Evaluate, NonFinite, StartMethod
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
 
 
@@ -53,6 +53,13 @@ class ElasticGossipStrategy(PairwiseStrategy):
             rank waits for one that gives no sign of life.
         shared_memory: whether ranks on one host read each other's snapshots where they were written, instead of
             sending them over loopback; found out for each pair by itself. Linux; page-locked on CUDA.
+        min_replicas: None: the run ends with the first rank that is lost. With a number it begins with so many ranks at
+            least, and goes on as long as so many are left: whoever is lost is skipped, and rounds are drawn among the
+            others. It needs gloo, and the run's store in a process of its own, which our launchers start.
+        lost_after: with ``min_replicas``: a rank that gives no sign of life for so long is lost; more than 2 s.
+        nonfinite: what becomes of a replica with NaN or infinite parameters, which is never mixed into another:
+            ``"heal"``: it takes a partner's, and its optimizers begin anew; ``"error"``: whoever finds it ends. None is
+            ``"heal"`` with ``min_replicas``, and else ``"error"``.
         outer_lr: η, above 0, of the outer step; DiLoCo's 0.7 is a good start where there is momentum.
         outer_momentum: γ, at least 0 and below 1, of the outer step; DiLoCo's is 0.9. 1 and 0 are plain elastic gossip.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
@@ -78,6 +85,9 @@ class ElasticGossipStrategy(PairwiseStrategy):
         seed: int = 0,
         timeout: timedelta = TIMEOUT,
         shared_memory: bool = True,
+        min_replicas: int | None = None,
+        lost_after: timedelta = LOST_AFTER,
+        nonfinite: NonFinite | None = None,
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
         accelerator: Accelerator | None = None,
@@ -103,6 +113,9 @@ class ElasticGossipStrategy(PairwiseStrategy):
             seed=seed,
             timeout=timeout,
             shared_memory=shared_memory,
+            min_replicas=min_replicas,
+            lost_after=lost_after,
+            nonfinite=nonfinite,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_gossip.arguments import check_choice
 from lightning_gossip.rules.mixing import MixingRule, PullMixing, PushMixing
 from lightning_gossip.rules.schedule import Chooser, Peers
-from lightning_gossip.strategies.base import TIMEOUT, Evaluate, StartMethod
+from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, Evaluate, NonFinite, StartMethod
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
 
 _RULES: dict[str, MixingRule] = {"pull": PullMixing(), "push": PushMixing()}
@@ -41,6 +41,13 @@ class GossipStrategy(PairwiseStrategy):
             rank waits for one that gives no sign of life.
         shared_memory: whether ranks on one host read each other's snapshots where they were written, instead of
             sending them over loopback; found out for each pair by itself. Linux; page-locked on CUDA.
+        min_replicas: None: the run ends with the first rank that is lost. With a number it begins with so many ranks at
+            least, and goes on as long as so many are left: whoever is lost is skipped, and rounds are drawn among the
+            others. It needs gloo, and the run's store in a process of its own, which our launchers start.
+        lost_after: with ``min_replicas``: a rank that gives no sign of life for so long is lost; more than 2 s.
+        nonfinite: what becomes of a replica with NaN or infinite parameters, which is never mixed into another:
+            ``"heal"``: it takes a partner's, and its optimizers begin anew; ``"error"``: whoever finds it ends. None is
+            ``"heal"`` with ``min_replicas``, and else ``"error"``.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             start_method: as for Lightning's ``DDPStrategy``.
 
@@ -64,6 +71,9 @@ class GossipStrategy(PairwiseStrategy):
         seed: int = 0,
         timeout: timedelta = TIMEOUT,
         shared_memory: bool = True,
+        min_replicas: int | None = None,
+        lost_after: timedelta = LOST_AFTER,
+        nonfinite: NonFinite | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -84,6 +94,9 @@ class GossipStrategy(PairwiseStrategy):
             seed=seed,
             timeout=timeout,
             shared_memory=shared_memory,
+            min_replicas=min_replicas,
+            lost_after=lost_after,
+            nonfinite=nonfinite,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,

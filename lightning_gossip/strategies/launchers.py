@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from typing_extensions import override
 
+from lightning_gossip.control import store as run_store
 from lightning_gossip.control.interpreter import path_in_environment
 from lightning_gossip.strategies.lightning_compat import SIGKILL
 from lightning_gossip.strategies.ownership import own_parameters
@@ -44,6 +46,7 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
         cluster_environment, num_processes, num_nodes: as Lightning's launcher.
         report: called with a rank and a text when a child failed; tells the run, and returns whether there was one.
         timeout: seconds after a child's failure at which a call of the Trainer that has not ended is hanging.
+        survives: whether the run goes on without a rank that fails, with its store in a process of its own.
     """
 
     def __init__(
@@ -53,17 +56,22 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
         num_nodes: int,
         report: Callable[[int, str], bool],
         timeout: float,
+        survives: bool = False,
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
         self.report = report
         self.timeout = timeout
+        self.survives = survives
+        self.left = False  # whether this process takes part no more, and its children go on
 
     @override
     def _call_children_scripts(self) -> None:
+        if self.survives:
+            hold_store(self.cluster_environment)
         with path_in_environment():
             super()._call_children_scripts()
         _started.extend(self.procs)
-        atexit.register(end_processes, self.procs, grace_of(self.timeout))
+        atexit.register(self._await_children)
         first_rank = self.cluster_environment.node_rank() * self.num_processes
         _Observer(self.procs, first_rank + 1).start()
 
@@ -81,6 +89,10 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
         finally:
             _running.remove(self)
 
+    def _await_children(self) -> None:
+        """Let the children end by themselves: without a limit where they go on without this process."""
+        end_processes(self.procs, math.inf if self.left else grace_of(self.timeout))
+
     @override
     def kill(self, signum: Any) -> None:
         if signum == SIGKILL:
@@ -89,11 +101,23 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
             super().kill(signum)
 
 
+def hold_store(environment: ClusterEnvironment) -> None:
+    """Start the run's store in a process of its own, on node 0, unless somebody has."""
+    if os.environ.get(run_store.VARIABLE) != "True":
+        os.environ[run_store.VARIABLE] = "True"
+        if environment.node_rank() == 0:
+            run_store.start_store(environment.main_port)
+        run_store.reach(environment.main_address, environment.main_port)
+
+
 class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
     """Starts the ranks as processes of their own (spawn, fork, forkserver), and leaves none behind."""
 
     grace: float = 30.0
     """Seconds that processes get to end by themselves."""
+
+    survives: bool = False
+    """Whether the run goes on without a rank that fails."""
 
     @override
     def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
@@ -137,33 +161,38 @@ class _Observer(threading.Thread):
 
     @override
     def run(self) -> None:
-        while (failed := self._failed()) is None:
-            if all(proc.returncode == 0 for proc in self._procs):
-                return
-            self._pause.wait(_POLL)
-        self._pause.wait(1.0)  # the rank's own word, or its partners', says more
         told: ReplicaSubprocessLauncher | None = None
-        reported = False
-        deadline = 0.0
-        while True:
+        reported: set[int] = set()
+        deadline = math.inf
+        while not self._have_ended():
+            failed = self._failed()
             launcher = _running[-1] if _running else None
             if launcher is not told:  # whoever called the Trainer before has the exception now
-                told, reported = launcher, False
-                deadline = time.monotonic() + (0.0 if launcher is None else launcher.timeout)
-            if launcher is not None:
-                reported = reported or launcher.report(self._first_rank + failed, _ending(self._procs[failed]))
-                if time.monotonic() > deadline:
-                    break
+                told, reported, deadline = launcher, set(), math.inf
+            if launcher is not None and failed - reported:
+                if not launcher.survives:
+                    deadline = min(deadline, time.monotonic() + launcher.timeout)
+                self._pause.wait(1.0)  # the rank's own word, or its partners', says more
+                reported |= {k for k in failed - reported if launcher.report(self._first_rank + k, self._how(k))}
+            if launcher is not None and time.monotonic() > deadline:
+                break
             self._pause.wait(_POLL)
+        else:
+            return
         log.error(
             "the launching process hangs since a child failed, for %.0f s; killing it", told.timeout if told else 0
         )
         end_processes(self._procs, 0)
         os.kill(os.getpid(), SIGKILL)
 
-    def _failed(self) -> int | None:
-        codes = [proc.poll() for proc in self._procs]
-        return next((index for index, code in enumerate(codes) if code), None)
+    def _have_ended(self) -> bool:
+        return all(proc.poll() == 0 for proc in self._procs)
+
+    def _failed(self) -> set[int]:
+        return {index for index, proc in enumerate(self._procs) if proc.poll()}
+
+    def _how(self, index: int) -> str:
+        return _ending(self._procs[index])
 
 
 def _ending(proc: subprocess.Popen) -> str:

@@ -19,12 +19,16 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.signal_connector import _get_sigkill_signal
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import Store, distributed_c10d
 
 from lightning_gossip.strategies.stand_in import put, take_away
@@ -43,6 +47,52 @@ optimizers_to_device = _optimizers_to_device
 def run_store() -> Store:
     """Return the store on which the default process group was made."""
     return distributed_c10d._get_default_store()
+
+
+def begin_ranks(strategy: DDPStrategy) -> None:
+    """Do what Lightning's ``setup_distributed`` does before it makes a process group."""
+    reset_seed()
+    strategy.set_world_ranks()
+
+
+def take_over_from_rank_zero(trainer: pl.Trainer | None) -> None:
+    """Let this process do what only rank 0 does: what is decorated so, loggers, and the progress bar."""
+    setattr(rank_zero_only, "rank", 0)  # noqa: B010 - a function's attribute
+    if trainer is not None and trainer.progress_bar_callback is not None:
+        trainer.progress_bar_callback.enable()
+
+
+def share_log_folders(trainer: pl.Trainer, broadcast: Callable[[Any], Any]) -> None:
+    """Let every rank's loggers know rank 0's folder: one of them may have to go on in it."""
+    for logger in trainer.loggers:
+        if isinstance(logger, (TensorBoardLogger, CSVLogger)) and logger._version is None:
+            logger._version = broadcast(logger.version if trainer.is_global_zero else None)
+
+
+def deal_anew(trainer: pl.Trainer, members: Callable[[], Any]) -> None:
+    """Make the loaders of training and validation anew, by their data sets, wherever others take part than before.
+
+    Args:
+        trainer: in ``fit``.
+        members: meets, and returns who takes part; called before every epoch and validation but the first.
+    """
+    for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop):
+        _deal_anew_in(loop, members)
+
+
+def _deal_anew_in(loop: Any, members: Callable[[], Any]) -> None:
+    set_up = loop.setup_data
+    dealt_among: list[Any] = []
+
+    def setup_data() -> None:
+        if loop._combined_loader is not None:
+            present = members()
+            if dealt_among and dealt_among != [present]:
+                loop._combined_loader = None
+            dealt_among[:] = [present]
+        set_up()
+
+    put(loop, "setup_data", setup_data)
 
 
 def stop_broadcasting_before_batches(trainer: pl.Trainer, check: Callable[[], None]) -> None:
@@ -270,6 +320,8 @@ def restore(trainer: pl.Trainer) -> None:
         (loop.manual_optimization, "run"),
         (trainer.fit_loop, "_load_combined_loader_states"),
         (trainer.fit_loop, "on_run_end"),
+        (trainer.fit_loop, "setup_data"),
+        (loop.val_loop, "setup_data"),
         (trainer._signal_connector, "_sigterm_notifier_fn"),
         (trainer._signal_connector, "_slurm_sigusr_handler_fn"),
         (trainer, "save_checkpoint"),

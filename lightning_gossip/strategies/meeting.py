@@ -8,10 +8,9 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from lightning.fabric.utilities.types import ReduceOp
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy
@@ -26,6 +25,7 @@ from typing_extensions import override
 
 from lightning_gossip.control.run import Control, Meeting
 from lightning_gossip.control.stop import RunStopped, Stop
+from lightning_gossip.exchange.models import gathered
 from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.launchers import (
     ReplicaMultiProcessingLauncher,
@@ -39,8 +39,11 @@ log = logging.getLogger(__name__)
 TIMEOUT = timedelta(minutes=5)
 """Of every strategy by default."""
 
-_START_TIMEOUT = timedelta(minutes=2)
+START_TIMEOUT = timedelta(minutes=2)
 """For all processes to start; a shorter `timeout` of the user's holds from then on."""
+
+C = TypeVar("C", bound=Control)
+T = TypeVar("T")
 
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
@@ -63,6 +66,9 @@ class MeetingStrategy(DDPStrategy):
     _gathering: tuple[Metric, ...] = ()
     _saved_for_requeue = False  # in this call of the Trainer, or is about to
     _requeued = False
+
+    survives: bool = False
+    """Whether the run goes on without a rank that it loses."""
 
     steps_go_together: bool = True
     """Whether all ranks make their steps at one pace; else each has one of its own."""
@@ -107,10 +113,12 @@ class MeetingStrategy(DDPStrategy):
                 self.num_nodes,
                 report=self._report_child,
                 timeout=self.timeout_seconds,
+                survives=self.survives,
             )
         else:
             launcher = ReplicaMultiProcessingLauncher(self, start_method=self._start_method)
             launcher.grace = grace_of(self.timeout_seconds)
+            launcher.survives = self.survives
             self._launcher = launcher
 
     def _report_child(self, rank: int, how: str) -> bool:
@@ -123,11 +131,30 @@ class MeetingStrategy(DDPStrategy):
     @override
     def setup_distributed(self) -> None:
         # processes may take their time to start; once they have met, `_meet` watches over them
-        timeout, self._timeout = self._timeout, max(self._timeout or TIMEOUT, _START_TIMEOUT)
+        timeout, self._timeout = self._timeout, max(self._timeout or TIMEOUT, START_TIMEOUT)
         try:
             super().setup_distributed()
         finally:
             self._timeout = timeout
+        self._reach_store(lightning_compat.run_store())
+        self._take_control(Control)
+
+    def _reach_store(self, store: Store) -> None:
+        """Use ``store`` for a call of the Trainer, under a prefix of its own."""
+        prefix = f"lightning_gossip/{next(_runs)}"
+
+        def connect() -> Store:
+            return PrefixStore(prefix, store.clone())
+
+        self._connect = connect
+
+    def _take_control(self, make: Callable[..., C], *args: Any, **kwargs: Any) -> C:
+        """Take part in the run: make this rank's control, with these arguments besides those of all."""
+        timeout = self._timeout or TIMEOUT
+        kwargs |= {"clock": lambda: self.step, "raise_stop": _raise_stop}
+        self._control = control = make(self._connect, self.global_rank, self.world_size, timeout, *args, **kwargs)
+        control.calls.together = self.steps_go_together
+        return control
 
     @override
     def setup_environment(self) -> None:
@@ -136,21 +163,9 @@ class MeetingStrategy(DDPStrategy):
                 f"{type(self).__name__} runs on CPU and CUDA devices, not on {type(self.accelerator).__name__};"
                 " set `Trainer(accelerator='cpu')` or `'cuda'`."
             )
-        super().setup_environment()
         self._failed = self._requeued = self._saved_for_requeue = False
         self._acts = {REQUEUE: self._save_and_requeue}
-        prefix = f"lightning_gossip/{next(_runs)}"
-        default_store = lightning_compat.run_store()
-
-        def connect() -> Store:
-            return PrefixStore(prefix, default_store.clone())
-
-        self._connect = connect
-        timeout = self._timeout or TIMEOUT
-        self._control = Control(
-            connect, self.global_rank, self.world_size, timeout, clock=lambda: self.step, raise_stop=_raise_stop
-        )
-        self._control.calls.together = self.steps_go_together
+        super().setup_environment()
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -184,8 +199,21 @@ class MeetingStrategy(DDPStrategy):
     def _meet(self, reason: str) -> None:
         """Wait for all ranks, at the same point of the program."""
         if self._control is not None:
-            self.before_meeting()
-            self._have_met(self._control.meet(reason, self._wants_to_end, self._follow_call))
+            self._met(reason)
+
+    def _met(self, reason: str) -> Meeting:
+        self.before_meeting()
+        meeting = self.control.meet(reason, self._wants_to_end, self._follow_call)
+        self._have_met(meeting)
+        return meeting
+
+    def _together(self, reason: str, attempt: Callable[[], T]) -> T:
+        """Meet, and return what ``attempt`` does: a collective of the default group.
+
+        It changes nothing that it would not find as it was, were it called again.
+        """
+        self._meet(reason)
+        return attempt()
 
     def _await_all(self, reason: str, follow: Callable[[str], None]) -> None:
         """Wait for all ranks, and take part in what the others meet for meanwhile."""
@@ -236,8 +264,7 @@ class MeetingStrategy(DDPStrategy):
         """Let the module's torchmetrics objects wait for slow ranks too: until :meth:`teardown` they meet to pool."""
 
         def gather(result: Tensor, group: Any | None = None) -> list[Tensor]:
-            self._meet("torchmetrics")
-            return gather_all_tensors(result, group)
+            return self._together("torchmetrics", lambda: gather_all_tensors(result, group))
 
         metrics = (m for m in module.modules() if isinstance(m, Metric))
         self._gathering = tuple(m for m in metrics if m.dist_sync_fn is None)
@@ -246,36 +273,32 @@ class MeetingStrategy(DDPStrategy):
 
     def gather(self, value: Any, reason: str = "gather") -> list[Any]:
         """Return the value of each rank; a collective, before which all meet for ``reason``."""
-        values: list[Any] = [value] * self.world_size
-        if self.world_size > 1:
-            self._meet(reason)
-            dist.all_gather_object(values, value)
-        return values
+        return [value] if self.world_size == 1 else self._together(reason, lambda: gathered(value))
 
     @override
     def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
         if not self._alone:
-            self._meet(f"barrier {name}")
-            super().barrier(name)
+            barrier = super().barrier
+            self._together(f"barrier {name}", lambda: barrier(name))
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
         if self._alone:
             return obj
-        self._meet("broadcast")
-        return super().broadcast(obj, src)
+        broadcast = super().broadcast
+        return self._together("broadcast", lambda: broadcast(obj, src))
 
     @override
     def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean") -> Tensor:
         if self._alone or not isinstance(tensor, Tensor):
             return tensor
-        self._meet("reduce")
-        return super().reduce(tensor, group, reduce_op)
+        reduce = super().reduce
+        return self._together("reduce", lambda: reduce(tensor.clone(), group, reduce_op))
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        self._meet("all_gather")
-        return super().all_gather(tensor, group, sync_grads)
+        all_gather = super().all_gather
+        return self._together("all_gather", lambda: all_gather(tensor, group, sync_grads))
 
     # -- endings ----------------------------------------------------------------------------------------------------
 
@@ -309,7 +332,11 @@ class MeetingStrategy(DDPStrategy):
         if self._control is not None and not isinstance(exception, RunStopped):
             kind = {SIGTERMException: "SIGTERM", KeyboardInterrupt: "SIGINT"}.get(type(exception), "error")
             cause = f"{type(exception).__name__}: {exception}" if kind == "error" else f"it received {kind}"
-            self._control.stop(kind, cause, lost=getattr(exception, "partner", -1))
+            self._tell_ending(kind, cause, lost=getattr(exception, "partner", -1))
+
+    def _tell_ending(self, kind: str, cause: str, lost: int) -> None:
+        """Tell the others that this rank ends, and why (see :meth:`Control.stop`)."""
+        self.control.stop(kind, cause, lost)
 
     @override
     def teardown(self) -> None:

@@ -12,6 +12,7 @@ from torch.distributed import DistNetworkError, DistStoreError, Store
 from typing_extensions import override
 
 from lightning_gossip.arguments import check_choice, check_integer
+from lightning_gossip.control.member_control import MemberControl
 from lightning_gossip.control.run import Control
 from lightning_gossip.exchange.clock import Exchange
 from lightning_gossip.exchange.models import has_told_trained, tell_trained
@@ -80,7 +81,8 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
     @override
     def make_exchange(self, parameters: Parameters, control: Control, store: Store) -> Exchange:
         self._store = store
-        return Exchange(
+        members = control.members_at if isinstance(control, MemberControl) else None
+        exchange = Exchange(
             self.global_rank,
             self.world_size,
             self.schedule,
@@ -90,7 +92,16 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
             delay=self.delay,
             wire_dtype=self.wire_dtype,
             outer=self.outer,
+            members=members,
+            nonfinite=self.nonfinite,
         )
+        exchange.on_heal = self._begin_optimizers_anew
+        return exchange
+
+    def _begin_optimizers_anew(self) -> None:
+        """Forget what optimizers made of a replica that was not finite."""
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
 
     def _make_transport(self, control: Control, store: Store) -> Transport:
         if self.process_group_backend == "nccl" and self.world_size > 1:

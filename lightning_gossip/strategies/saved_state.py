@@ -41,9 +41,7 @@ class Dumped:
         }
         return checkpoint, replaced
 
-    def of_consensus(
-        self, consensus: Mapping[str, Any], averaged: Callable[[str], bool], world_size: int
-    ) -> dict[str, Any]:
+    def of_consensus(self, consensus: Mapping[str, Any], averaged: Callable[[str], bool]) -> dict[str, Any]:
         """Return the checkpoint with the consensus model's state where the given one stands.
 
         What hooks replaced is averaged over ranks where all have replaced it alike, and else rank 0's. A collective.
@@ -51,7 +49,6 @@ class Dumped:
         Args:
             consensus: its state.
             averaged: whether to average an entry of that name, or to take rank 0's.
-            world_size: number of ranks.
         """
         foreign = {
             f"{key}/{name}": value
@@ -59,7 +56,7 @@ class Dumped:
             for name, value in _mapping(self._checkpoint.get(key)).items()
             if isinstance(value, Tensor) and id(value) not in self._names
         }
-        alike = average_state(foreign, world_size, lambda entry: averaged(entry.partition("/")[2]))
+        alike = average_state(foreign, lambda entry: averaged(entry.partition("/")[2]))
         checkpoint = self._with(consensus, self._checkpoint, set())
         for entry, value in alike.items():
             key, _, name = entry.partition("/")

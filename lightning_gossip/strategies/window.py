@@ -29,7 +29,7 @@ class ConsensusWindow:
     Args:
         consensus: of the replicas.
         mean: of what callbacks swap in at the start of a validation's epoch.
-        build: makes the module the consensus model, by the function that it is given and for a reason in words.
+        build: builds one of them, for a reason in words.
         gather: returns the value of each rank.
         swaps: whether, on some rank, anybody has a hook at the start of a validation's epoch.
     """
@@ -38,7 +38,7 @@ class ConsensusWindow:
         self,
         consensus: Consensus,
         mean: Consensus,
-        build: Callable[[Callable[[], float], str], None],
+        build: Callable[[Consensus, str], None],
         gather: Callable[[Any], list[Any]],
         swaps: bool,
     ) -> None:
@@ -65,11 +65,13 @@ class ConsensusWindow:
 
     def after_start_hooks(self) -> None:
         """Open the window; a collective."""
-        self._build(self._consensus.enter, "validation")
+        self._build(self._consensus, "validation")
+        self._consensus.enter()
 
     def after_epoch_start_hooks(self) -> None:
         """Validate the mean of what was swapped in at the start of the epoch, if anything was; a collective."""
         if self._swaps and any(self._gather(self._consensus.changed())):
+            self._build(self._mean, "what was swapped in for validation")
             self._mean.enter()
 
     def before_epoch_end_hooks(self) -> None:
@@ -115,7 +117,8 @@ class ConsensusWindow:
             with self._validated.again():
                 yield
         else:
-            self._build(self._consensus.enter, "a checkpoint")
+            self._build(self._consensus, "a checkpoint")
+            self._consensus.enter()
             try:
                 yield
             finally:

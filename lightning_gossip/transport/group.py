@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import Store
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store
 
-CONNECT = timedelta(seconds=0.3)
-"""For each of gloo's five attempts to connect the members of a group: nothing else wakes it in its constructor."""
+from lightning_gossip.control.run import Meeting
+
+_CONNECT = timedelta(seconds=2)
+"""For each of gloo's attempts to connect the members of a group: nothing else wakes it in its constructor."""
 
 _TAG = 2
 """Of messages that nobody sends."""
@@ -47,6 +50,14 @@ class MeetingStore(Store):
         """Add to the number at ``key``."""
         return int(self._store.add(key, value))
 
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        """Set ``key`` if it is ``expected``, or not there; return what it is then."""
+        return self._store.compare_set(key, expected, desired)
+
+    def delete_key(self, key: str) -> bool:
+        """Remove ``key``."""
+        return bool(self._store.delete_key(key))
+
     def check(self, keys: list[str]) -> bool:
         """Whether all ``keys`` are there."""
         return bool(self._store.check(keys))
@@ -57,12 +68,12 @@ class MeetingStore(Store):
         return self._store.get(key)
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """Wait until ``keys`` are there.
+        """Wait until ``keys`` are there; the store's own timeout holds, for gloo gives that of a connection.
 
         Raises:
             MemberLost: if a member is lost, or does not come within the timeout.
         """
-        deadline = time.monotonic() + (timeout or self._timeout).total_seconds()
+        deadline = time.monotonic() + self._timeout.total_seconds()
         pause = 0.0005
         while not self._store.check(keys):
             if self._is_lost():
@@ -71,6 +82,85 @@ class MeetingStore(Store):
                 raise MemberLost(f"a member did not join the group within {self._timeout.total_seconds():g} s")
             self._pause.wait(pause)
             pause = min(2 * pause, 0.02)
+
+
+class DefaultGroup:
+    """torch's default process group, made anew among those that have met wherever they are others than before.
+
+    Ranks in it are dense: the index of a member among the members. One a process, for all calls of the Trainer.
+
+    Args:
+        rank: of this process: its seat.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._sound = False
+        self._busy = False
+        self.members: tuple[int, ...] = ()
+        """Whose group it is; those that have met last."""
+
+    def fits(self, meeting: Meeting) -> bool:
+        """Whether this is a group of those that have met, and none of them has given it up."""
+        return self._sound and self.members == meeting.members
+
+    def follow(self, meeting: Meeting, store: Store, is_lost: Callable[[int], bool], timeout: timedelta) -> None:
+        """Make the group anew, unless it fits; a collective of those that have met.
+
+        Args:
+            meeting: of its members; its number is used once with ``store``.
+            store: of the run, on a connection that nobody blocks.
+            is_lost: whether a member is lost.
+            timeout: of waits in the group.
+
+        Raises:
+            RuntimeError: if one of them is lost meanwhile.
+        """
+        if self.fits(meeting):
+            return
+        self.destroy()
+        patient = MeetingStore(store, lambda: any(map(is_lost, meeting.members)), timeout)
+        index = meeting.members.index(self._rank)
+        self.members = meeting.members
+        dist.init_process_group(
+            "gloo",
+            store=PrefixStore(f"group/{meeting.number}", patient),
+            rank=index,
+            world_size=len(meeting.members),
+            timeout=_CONNECT,
+        )
+        dist.set_timeout(timeout)
+        self._sound = True
+
+    @contextlib.contextmanager
+    def collective(self) -> Iterator[None]:
+        """Give the group up where what is done within fails: so that it fails on all."""
+        self._busy = True
+        try:
+            yield
+        except RuntimeError:
+            self.spoil()
+            raise
+        finally:
+            self._busy = False
+
+    def wake(self, lost: int) -> None:
+        """Let a collective that is under way fail where it waits for ``lost``; from another thread."""
+        if self._busy and lost in self.members:
+            self.spoil()
+
+    def spoil(self) -> None:
+        """Let every wait in the group fail, here and at its neighbours: it is made anew before it is used again."""
+        self._sound = False
+        if dist.is_initialized():
+            group: Any = dist.group.WORLD
+            give_up(group._get_backend(torch.device("cpu")), dist.get_rank(), dist.get_world_size())
+
+    def destroy(self) -> None:
+        """Leave the group."""
+        self._sound = False
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def give_up(group: Any, index: int, size: int) -> None:

@@ -12,11 +12,12 @@ from datetime import timedelta
 import pytest
 
 from lightning_gossip.__main__ import main
-from lightning_gossip.control.store import VARIABLE, connect
+from lightning_gossip.control.store import VARIABLE, reach
 
 CLIENT = (
-    "import sys, time\nfrom lightning_gossip.control.store import connect\n"
-    "store = connect()\nprint(store.add('clients', 1), 'lightning' in sys.modules, flush=True)\ntime.sleep(60)\n"
+    "import os, sys, time\nfrom lightning_gossip.control.store import reach\n"
+    "store = reach(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']))\n"
+    "print(store.add('clients', 1), 'lightning' in sys.modules, flush=True)\ntime.sleep(60)\n"
 )
 
 
@@ -54,5 +55,6 @@ def test_bad_ports_are_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_rank_without_the_variable_is_told_what_to_start() -> None:
-    with pytest.raises(RuntimeError, match=r"lightning-gossip store --port PORT.*TORCHELASTIC_USE_AGENT_STORE=True"):
-        connect({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, timedelta(seconds=1))
+    what = r"(?s)lightning-gossip store --port PORT.*TORCHELASTIC_USE_AGENT_STORE=True"
+    with pytest.raises(RuntimeError, match=what):
+        reach("127.0.0.1", 1, timedelta(seconds=1))

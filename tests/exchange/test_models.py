@@ -12,7 +12,7 @@ from ranks import Rank, run_ranks
 from torch import Tensor, nn
 from torch.distributed import HashStore, PrefixStore
 
-from lightning_gossip.exchange.models import take_rank_zeros
+from lightning_gossip.exchange.models import rank_zeros, take
 from lightning_gossip.transport.link import ProcessGroupGloo
 
 
@@ -55,7 +55,7 @@ def test_every_rank_has_rank_zeros_values_and_nothing_else_changes(gloo: Any) ->
         module.register_buffer("empty", torch.empty(0))
         for dtype in DTYPES:
             module.register_buffer(f"of_{dtype}".replace(".", "_"), torch.full((3,), 1 - rank.rank, dtype=dtype))
-        take_rank_zeros(module, rank.world_size)
+        take(module, rank_zeros(module))
         around = torch.cat((memory[:, :1], memory[:, 3:]), dim=1) - 100 * rank.rank
         return [around, *(tensor.detach() for tensor in (*module.parameters(), *module.buffers()))]
 

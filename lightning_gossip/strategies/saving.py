@@ -1,0 +1,296 @@
+"""Checkpoints under Lightning: the consensus model, with each rank's replica beside it (design §4)."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_gossip.exchange.consensus import average_state
+from lightning_gossip.exchange.models import averaged_buffers
+from lightning_gossip.strategies import checkpoint as files
+from lightning_gossip.strategies import lightning_compat
+from lightning_gossip.strategies.consensus import ConsensusStrategy, Evaluate
+from lightning_gossip.strategies.saved_state import CURRENT_STATE, Dumped
+
+
+class CheckpointedStrategy(ConsensusStrategy):
+    """Ranks with replicas of one model, whose consensus is what a checkpoint holds, with the replicas beside it.
+
+    Args:
+        evaluate: see :class:`~lightning_gossip.strategies.base.ReplicaStrategy`.
+        launch: as for Lightning's ``DDPStrategy``.
+    """
+
+    def __init__(self, *, evaluate: Evaluate, **launch: Any) -> None:
+        super().__init__(evaluate=evaluate, **launch)
+        self._dumped: dict[str, Any] = {}  # the module's state, as last given to a checkpoint
+        self._replica_state: dict[str, Any] | None = None  # this replica's, while the consensus model is saved
+        self._resume: dict[str, Any] | None = None  # this package's entry in the checkpoint that is resumed
+        self._began = 0.0  # when this call of the Trainer did
+        self._saved: dict[str, str] = {}  # id of the last save to a path
+        self._own_disk = False  # whether rank 0's files are out of sight, and this rank keeps order on its node
+        self._resumed: tuple[_PATH, bool | None] | None = None  # where it came from, until its training ends
+
+    # -- what a subclass does -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def training_state(self) -> dict[str, Any]:
+        """Return what this rank needs to continue, as tensors and primitives; called on all ranks at one clock."""
+
+    @abstractmethod
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`training_state` returned."""
+
+    def continue_from(self, step: int) -> None:
+        """Set the exchange clock, where a training goes on from a consensus model."""
+
+    # -- life of a call of the Trainer ---------------------------------------------------------------------------
+
+    @override
+    def setup_environment(self) -> None:
+        self._resume = self._resumed = None
+        self._began = time.time()
+        super().setup_environment()
+
+    @override
+    def _set_up_consensus(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        super()._set_up_consensus(trainer, module)
+        if self._window is not None:
+            lightning_compat.save_within(trainer, self._saving)
+
+    def _resume_training(self, trainer: pl.Trainer) -> None:
+        """Go on from the checkpoint that was loaded, if one was."""
+        resume = self._resume
+        if resume is not None and "state" in resume:
+            self.load_training_state(resume["state"])
+            lightning_compat.before_iterating(trainer, lambda: files.restore_rng_state(resume["rng"]))
+        elif resume is not None:
+            self.continue_from(resume["step"])
+
+    @override
+    def on_train_end(self) -> None:
+        self._resumed = None
+        super().on_train_end()
+
+    def end_resumed(self) -> None:
+        """Take over the consensus model that was saved, where a training was at its end when it was resumed.
+
+        Lightning calls no hook of training then, and the modules hold the replicas of the replica files.
+        """
+        if self._resumed is not None and self.evaluate == "consensus":
+            checkpoint = super().load_checkpoint(*self._resumed)
+            self._module.on_load_checkpoint(checkpoint)
+            self.load_model_state_dict(checkpoint, strict=self._module.strict_loading)
+
+    @override
+    def teardown(self) -> None:
+        self._dumped = {}
+        super().teardown()
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = files.AtomicCheckpointIO()
+        elif files.is_wrapper(self._checkpoint_io) and self._checkpoint_io.checkpoint_io is None:
+            self._checkpoint_io.checkpoint_io = files.AtomicCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Have the module, its state and so whatever hooks see be the consensus model while a checkpoint is saved.
+
+        Not where this rank ends on an exception: then its replica is saved alone.
+        """
+        if self._alone or self._window is None or self._replica_state is not None:
+            yield
+            return
+        with self._window.replica():
+            self._replica_state = _copied(super().lightning_module_state_dict())
+        self._dumped = {}
+        try:
+            with self._window.saving():
+                yield
+        finally:
+            self._replica_state = None
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the module's state: in a save the consensus model's, but its own where replicas are evaluated."""
+        if self._replica_state is not None and self._dumped:
+            return dict(self._dumped)  # a hook asks for it once more
+        with self._window.replica() if self._window is not None and self._replica_state is None else nullcontext():
+            self._dumped = _copied(super().lightning_module_state_dict())
+        return dict(self._dumped)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        if self._alone or not self._reaches_others:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path, save_id = self.broadcast((str(filepath), files.new_save_id()))
+        replica, consensus = self._parted(checkpoint)
+        whole = "optimizer_states" in checkpoint  # not `weights_only`
+        replicas = whole and self._consensus is not None  # after `fit` the clock is all that is left of the training
+        if replicas:
+            self._save_replica(replica, path, save_id, storage_options)
+        self._meet("replica files are complete")
+        while True:
+            members = self.members
+            if whole:
+                consensus[files.KEY] = self._entry(save_id if replicas else None)
+            self._write(consensus, path, save_id, replicas, storage_options)
+            if not self.survives:
+                break
+            self._meet("the checkpoint is written")
+            if members[0] in self.members:
+                break  # else it is not known whether its writer came to the end of that
+        self._saved[path] = save_id
+
+    def _entry(self, save_id: str | None) -> dict[str, Any]:
+        """Return what a checkpoint says of the ranks that wrote replica files beside it."""
+        return {"save_id": save_id, "world_size": len(self.members), "ranks": list(self.members), "step": self.step}
+
+    def _write(
+        self, consensus: dict[str, Any], path: str, save_id: str, replicas: bool, storage_options: Any | None
+    ) -> None:
+        """Write the checkpoint that names the replica files, on rank 0, and remove those of the saves before."""
+        io = self.checkpoint_io
+        try:
+            if replicas and self.local_rank == 0 and not self.is_global_zero:
+                self._own_disk = not files.exists(files.replica_path(path, save_id, self.members[0]))
+            others = files.other_saves(path, save_id) if self.is_global_zero or self._own_disk else []
+            super().save_checkpoint(consensus, path, storage_options)
+        except BaseException:
+            if self.is_global_zero:
+                files.remove_save(io, path, save_id)
+            raise
+        if self.is_global_zero:
+            written = {*self._saved, path}
+
+            def tidy() -> None:
+                files.remove_saves(io, path, others)
+                for folder in files.orphans(path, written, self._began):
+                    files.remove(io, folder)
+
+            lightning_compat.after_saving(io, tidy)
+        else:  # rank 0 may be writing still: what the `.ckpt` of before names stays until the next save
+            files.remove_saves(io, path, set(others) - {self._saved.get(path)})
+
+    def _save_replica(self, checkpoint: dict[str, Any], path: str, save_id: str, storage_options: Any | None) -> None:
+        entry = {
+            "save_id": save_id,
+            "rank": self.global_rank,
+            "strategy": type(self).__name__,
+            "state": self.training_state(),
+            "rng": files.rng_state(),
+        }
+        file = files.replica_path(path, save_id, self.global_rank)
+        whole = checkpoint | {files.KEY: entry | checkpoint.get(files.KEY, {})}
+        files.synchronous(self.checkpoint_io).save_checkpoint(whole, file, storage_options)
+
+    def _parted(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return ``checkpoint`` with this replica's state, and with the consensus model's; a collective."""
+        state, self._dumped = self._dumped, {}
+        if self._replica_state is not None:
+            replica, consensus = self._replica_state, state
+        else:
+            replica, consensus = state, self._consensus_state()
+        dumped = Dumped(checkpoint, state)
+        own, replaced = dumped.of_replica(replica)
+        if replaced:  # by a hook: the replica goes on from what it is all the same
+            own[files.KEY] = {"replaced": replaced}
+        ours = set(dict(self._module.named_buffers())) - averaged_buffers(self._module)
+        of_consensus = partial(dumped.of_consensus, consensus, lambda name: name not in ours)
+        saved = self._together("what hooks put into a checkpoint", of_consensus)
+        if CURRENT_STATE in saved and self._window is not None and self._window.swapped:
+            mean = partial(average_state, own[CURRENT_STATE], lambda name: name not in ours)
+            saved[CURRENT_STATE] = self._together("the present state in a checkpoint", mean)
+        return own, saved
+
+    def _consensus_state(self) -> dict[str, Any]:
+        consensus = self._consensus or self.make_consensus(self._module)
+        with self._on_root_device():
+            if consensus.holds:
+                return _copied(super().lightning_module_state_dict())
+            self._build(consensus, "a checkpoint")
+            consensus.enter()
+            built = _copied(super().lightning_module_state_dict())
+            consensus.leave()
+            consensus.forget()
+        return built
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_model_state_dict(checkpoint, strict)
+        replaced = checkpoint.get(files.KEY, {}).get("replaced")
+        if replaced:
+            self._module.load_state_dict(replaced, strict=False)
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        super().remove_checkpoint(filepath)
+        self._saved.pop(str(filepath), None)
+        if self.is_global_zero or self._own_disk:  # after the file that names them; of a symbolic link there are none
+            self.checkpoint_io.remove_checkpoint(files.replica_folder(filepath))
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        entry = checkpoint.get(files.KEY)
+        if entry is None or not lightning_compat.is_fitting(self._trainer):
+            return checkpoint
+        replica: dict[str, Any] = {}
+        problem = ""
+        try:
+            replica = self._load_replica(entry, checkpoint_path, weights_only)
+        except files.ReplicaFileError as error:
+            problem = str(error)
+        problems = [p for p in self.gather(problem) if p]
+        if problems:  # all ranks or none
+            rank_zero_warn(
+                f"Resuming all ranks from the consensus model and rank 0's optimizer state in {checkpoint_path}, not"
+                f" from their replicas: {'; '.join(dict.fromkeys(problems))}."
+            )
+            self._resume = {"step": entry["step"]}
+            return checkpoint
+        self._resume = replica[files.KEY]
+        if self._consensus is None:
+            self._resumed = (checkpoint_path, weights_only)
+        else:  # in the middle of a fit, as the learning-rate finder does
+            self.load_training_state(self._resume["state"])
+        return replica
+
+    def _load_replica(self, entry: dict[str, Any], path: _PATH, weights_only: bool | None) -> dict[str, Any]:
+        if entry["save_id"] is None:
+            raise files.ReplicaFileError("it was saved after `fit`, when the replicas' states were gone")
+        if entry["world_size"] != (present := len(self.members)):
+            raise files.ReplicaFileError(f"it was saved by {entry['world_size']} ranks, and there are {present} now")
+        ranks = entry.get("ranks", range(present))  # all, in checkpoints of before there were members
+        path = files.followed(path)
+        rank = ranks[self.members.index(self.global_rank)]
+        replica = files.load_replica(self.checkpoint_io, path, entry["save_id"], rank, weights_only)
+        if (saved_by := replica[files.KEY]["strategy"]) != type(self).__name__:
+            raise files.ReplicaFileError(f"it was saved by {saved_by}, and this is {type(self).__name__}")
+        return replica
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
