@@ -112,9 +112,10 @@ def reach(host: str, port: int, timeout: timedelta = timedelta(minutes=2)) -> St
     """
     if os.environ.get(VARIABLE) != "True":
         raise RuntimeError(
-            "`min_replicas` needs the run's store in a process of its own, so that it outlives every rank. This package's"
-            " launchers start it where the script's first Trainer has `min_replicas`; else start `lightning-gossip store"
-            f" --port PORT`, and give all ranks MASTER_ADDR, MASTER_PORT and {VARIABLE}=True"
+            "`min_replicas` needs the run's store in a process of its own, so that it outlives every rank: this"
+            " package's launchers start it where the script's first Trainer has `min_replicas`. Else start"
+            " `lightning-gossip store --port PORT`, and give all ranks MASTER_ADDR, MASTER_PORT and"
+            f" {VARIABLE}=True"
         )
     if (host, port) not in _reached:
         _reached[host, port] = TCPStore(host, port, None, False, timeout, wait_for_workers=False)

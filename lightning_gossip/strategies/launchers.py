@@ -10,21 +10,25 @@ import atexit
 import logging
 import math
 import os
+import pickle
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
+import torch.multiprocessing as mp
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from typing_extensions import override
 
 from lightning_gossip.control import store as run_store
 from lightning_gossip.control.interpreter import path_in_environment
-from lightning_gossip.strategies.lightning_compat import SIGKILL
+from lightning_gossip.strategies.lightning_compat import SIGKILL, global_states, outlive_parent, refuse_bad_start
 from lightning_gossip.strategies.ownership import own_parameters
 
 log = logging.getLogger(__name__)
@@ -121,22 +125,77 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
 
     @override
     def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        launch = self._launch_members if self.survives else super().launch
         try:
-            return super().launch(function, *args, trainer=trainer, **kwargs)
+            return launch(function, *args, trainer=trainer, **kwargs)
         except KeyboardInterrupt:
             self.kill(signal.SIGINT)  # they have it already where a terminal sent it to the whole group
             raise
         finally:
             end_processes(self.procs, self.grace)
 
+    def _launch_members(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """As in the base class, but that no process is ended because another one failed.
+
+        Raises:
+            RuntimeError: if none came to the end.
+        """
+        refuse_bad_start(self, trainer)
+        strategy: Any = self._strategy
+        environment: ClusterEnvironment = strategy.cluster_environment
+        os.environ["MASTER_PORT"] = str(environment.main_port)
+        hold_store(environment)
+        queue = mp.get_context(self._start_method).SimpleQueue()
+        started = mp.start_processes(
+            self._wrapping_function,
+            args=(trainer, function, args, kwargs, queue, *global_states(self._start_method)),
+            nprocs=strategy.num_processes,
+            start_method=self._start_method,
+            join=False,
+        )
+        self.procs = started.processes
+        output, failures = None, dict[int, str]()
+        pause = threading.Event()
+        while any(map(_alive, self.procs)) or not queue.empty():
+            if not queue.empty():
+                output = queue.get()
+            for index, process in enumerate(self.procs):
+                if process.exitcode and index not in failures:
+                    failures[index] = f"its process (pid {process.pid}) {_how_ended(process.exitcode)}"
+                    log.warning("rank %d: %s%s", index, failures[index], _told(started.error_files[index]))
+            pause.wait(_POLL / 4)
+        for file in started.error_files:
+            with suppress(FileNotFoundError):
+                os.unlink(file)
+        if output is None:
+            endings = "; ".join(f"rank {index}: {how}" for index, how in failures.items())
+            raise RuntimeError(f"no rank came to the end of the run: {endings}")
+        if trainer is None:
+            return output
+        self._already_fit |= trainer.state.fn == "fit"
+        self._recover_results_in_main_process(output, trainer)
+        return output.trainer_results
+
     @override
     def _wrapping_function(
-        self, process_idx: int, trainer: Any, function: Callable, args: Any, kwargs: Any, *rest: Any
+        self, process_idx: int, trainer: Any, function: Callable, args: Any, kwargs: Any, queue: Any, *rest: Any
     ) -> None:
         callbacks = [] if trainer is None else [vars(callback) for callback in vars(trainer)["callbacks"]]
         own_parameters([*args, *kwargs.values(), *callbacks])
         self._start_method = "fork"  # or Lightning, which does so after a spawn, takes apart what shares a storage
-        super()._wrapping_function(process_idx, trainer, function, args, kwargs, *rest)
+        if self.survives:
+            outlive_parent()
+        returned: list[Any] = []
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            returned.append(function(*args, **kwargs))
+            return returned[0]
+
+        super()._wrapping_function(process_idx, trainer, run, args, kwargs, queue, *rest)
+        if process_idx != 0 and self._strategy.is_global_zero:  # rank 0, which gives the results, was lost
+            os.environ["LOCAL_RANK"] = "0"
+            results = returned[0] if trainer is None else self._collect_rank_zero_results(trainer, returned[0])
+            queue.put(move_data_to_device(results, "cpu"))
 
     @override
     def _recover_results_in_main_process(self, worker_output: Any, trainer: Any) -> None:
@@ -196,9 +255,20 @@ class _Observer(threading.Thread):
 
 
 def _ending(proc: subprocess.Popen) -> str:
-    code = proc.returncode
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return f"its process (pid {proc.pid}) {how}"
+    return f"its process (pid {proc.pid}) {_how_ended(proc.returncode)}"
+
+
+def _how_ended(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _told(error_file: str) -> str:
+    """Return the traceback that a process of :mod:`torch.multiprocessing` left, on lines of its own; empty for none."""
+    try:
+        with open(error_file, "rb") as file:
+            return f"\n{pickle.load(file)}"
+    except (OSError, EOFError):
+        return ""
 
 
 def grace_of(timeout: float) -> float:

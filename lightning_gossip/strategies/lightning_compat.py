@@ -24,12 +24,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import (
+    _check_bad_cuda_fork,
+    _check_missing_main_guard,
+    _GlobalStateSnapshot,
+    _MultiProcessingLauncher,
+)
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.signal_connector import _get_sigkill_signal
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import Store, distributed_c10d
+from torch.multiprocessing.spawn import _prctl_pr_set_pdeathsig
 
 from lightning_gossip.strategies.stand_in import put, take_away
 from lightning_gossip.strategies.window import ConsensusWindow
@@ -42,6 +49,26 @@ SIGKILL = _get_sigkill_signal()
 
 optimizers_to_device = _optimizers_to_device
 """Move the state of optimizers to a device."""
+
+
+def refuse_bad_start(launcher: _MultiProcessingLauncher, trainer: pl.Trainer | None) -> None:
+    """Raise where Lightning's launcher would not start processes: CUDA before a fork, no main guard, a second fit."""
+    if launcher._start_method == "spawn":
+        _check_missing_main_guard()
+    else:
+        _check_bad_cuda_fork()
+    if launcher._already_fit and is_fitting(trainer):
+        raise NotImplementedError("`fit` works once a Trainer where it starts processes: make a new Trainer")
+
+
+def global_states(start_method: str) -> tuple[Any, ...]:
+    """Return what Lightning's launcher gives to processes besides, by its start method."""
+    return (_GlobalStateSnapshot.capture(),) if start_method == "spawn" else ()
+
+
+def outlive_parent() -> None:
+    """Undo what :mod:`torch.multiprocessing` asks for in a process: SIGINT where its parent ends."""
+    _prctl_pr_set_pdeathsig(0)
 
 
 def run_store() -> Store:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
@@ -149,6 +150,12 @@ class SurvivingStrategy(MeetingStrategy):
                 return attempt()
 
         return together(control, lambda: self._met(reason), once)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Return whether all ranks, or any, say so; Lightning's own counts those that began."""
+        decisions = self.gather(bool(decision), "a decision")
+        return bool(np.all(decisions) if all else np.any(decisions))
 
     @override
     def _have_met(self, meeting: Meeting) -> None:
