@@ -34,11 +34,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Mark tests of real processes; run those that fork before those that start threads in this process.
 
     A fork copies locks, not their holders. Tests of real processes are tried once more: on a crowded machine one in
-    some hundred is late. One that fails twice fails; pytest's summary names the others as rerun.
+    some hundred is late. One that fails twice fails; pytest's summary names the others as rerun. Not those about
+    faults, which say ``flaky(reruns=0)``: one that needs a second try has found a fault.
     """
     mark_processes(items)
     for item in items:
-        if item.get_closest_marker("processes"):
+        if item.get_closest_marker("processes") and not item.get_closest_marker("flaky"):
             item.add_marker(pytest.mark.flaky(reruns=1))
     if not config.getoption("--long") and (long := [item for item in items if item.get_closest_marker("long")]):
         config.hook.pytest_deselected(items=long)

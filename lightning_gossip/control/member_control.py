@@ -104,6 +104,11 @@ class MemberControl(Control):
         """How many ranks do not take part any more."""
         return self.world_size - len(self._log.present)
 
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """Who is lost, or left, as far as this rank knows, in the order in which it was declared."""
+        return self._log.changes
+
     def members_at(self, step: int) -> tuple[int, ...]:
         """Return the ranks among which the round of ``step`` is drawn, ascending: the same on all of them.
 

@@ -39,6 +39,11 @@ class MemberLog:
         return len(self._members.changes)
 
     @property
+    def changes(self) -> tuple[Change, ...]:
+        """The entries read."""
+        return tuple(self._members.changes)
+
+    @property
     def present(self) -> tuple[int, ...]:
         """See :attr:`Members.present`."""
         return self._members.present

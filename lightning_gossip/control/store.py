@@ -28,7 +28,10 @@ log = logging.getLogger(__name__)
 VARIABLE = "TORCHELASTIC_USE_AGENT_STORE"
 """Of the environment, torch's own: ``True`` where somebody else than rank 0 holds the store."""
 
-_ESTABLISHED = "01"
+_ESTABLISHED, _LISTENING = "01", "0A"
+_TAKEN = 10.0
+"""Seconds for which the store of a run before may still be at its port."""
+
 _LINGER = 3.0
 """Seconds without a connection after which the run is over: between two, a process may have none for a moment."""
 
@@ -47,6 +50,11 @@ def serve_store(port: int, first: timedelta = timedelta(minutes=10)) -> int:
         OSError: if the port is taken.
         RuntimeError: where the system does not show its connections (other than Linux).
     """
+    deadline = time.monotonic() + _TAKEN
+    while port and _count(port, _LISTENING):  # torch would share it: ranks would find one store or the other
+        if time.monotonic() > deadline:
+            raise OSError(f"port {port} is taken")
+        time.sleep(0.1)
     store = _listen(port)
     print(store.port, flush=True)
     pause = threading.Event()
@@ -72,7 +80,10 @@ def connections(port: int) -> int:
     Raises:
         RuntimeError: where the system does not show them.
     """
-    own = 1  # the store's own client, of the process that holds it
+    return _count(port, _ESTABLISHED) - 1  # the store's own client, of the process that holds it
+
+
+def _count(port: int, state: str) -> int:
     rows: list[list[str]] = []
     for name in ("tcp", "tcp6"):
         try:
@@ -81,7 +92,7 @@ def connections(port: int) -> int:
             continue
     if not rows:
         raise RuntimeError("the store counts its connections in /proc/net/tcp, which this system does not have")
-    return sum(row[1].endswith(f":{port:04X}") and row[3] == _ESTABLISHED for row in rows) - own
+    return sum(row[1].endswith(f":{port:04X}") and row[3] == state for row in rows)
 
 
 def start_store(port: int) -> subprocess.Popen[str]:
@@ -104,13 +115,23 @@ _reached: dict[tuple[str, int], Store] = {}
 """Connections of this process: a store goes when nobody is connected any more."""
 
 
+def is_held() -> bool:
+    """Whether somebody else than a rank holds the store, as far as the environment tells."""
+    return os.environ.get(VARIABLE) == "True"
+
+
+def part(host: str, port: int) -> None:
+    """Give up this process's connection to the run's store."""
+    _reached.pop((host, port), None)
+
+
 def reach(host: str, port: int, timeout: timedelta = timedelta(minutes=2)) -> Store:
     """Return this process's connection to the run's store, which it keeps.
 
     Raises:
         RuntimeError: if no rank may be sure that the store outlives it, or nobody holds it within ``timeout``.
     """
-    if os.environ.get(VARIABLE) != "True":
+    if not is_held():
         raise RuntimeError(
             "`min_replicas` needs the run's store in a process of its own, so that it outlives every rank: this"
             " package's launchers start it where the script's first Trainer has `min_replicas`. Else start"

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch.multiprocessing as mp
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
@@ -71,7 +72,7 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
     @override
     def _call_children_scripts(self) -> None:
         if self.survives:
-            hold_store(self.cluster_environment)
+            _start_store(self.cluster_environment)
         with path_in_environment():
             super()._call_children_scripts()
         _started.extend(self.procs)
@@ -105,13 +106,15 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
             super().kill(signum)
 
 
-def hold_store(environment: ClusterEnvironment) -> None:
-    """Start the run's store in a process of its own, on node 0, unless somebody has."""
-    if os.environ.get(run_store.VARIABLE) != "True":
-        os.environ[run_store.VARIABLE] = "True"
-        if environment.node_rank() == 0:
-            run_store.start_store(environment.main_port)
-        run_store.reach(environment.main_address, environment.main_port)
+def _start_store(environment: ClusterEnvironment) -> bool:
+    """Start the run's store in a process of its own, on node 0, unless somebody has; return whether nobody had."""
+    if run_store.is_held():
+        return False
+    os.environ[run_store.VARIABLE] = "True"
+    if environment.node_rank() == 0:
+        run_store.start_store(environment.main_port)
+    run_store.reach(environment.main_address, environment.main_port)
+    return True
 
 
 class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
@@ -143,8 +146,29 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
         refuse_bad_start(self, trainer)
         strategy: Any = self._strategy
         environment: ClusterEnvironment = strategy.cluster_environment
+        given_port = os.environ.get("MASTER_PORT")
+        if strategy.num_nodes == 1 and not run_store.is_held():
+            # the store outlives the run for a moment, and Lightning keeps to one port
+            os.environ["MASTER_PORT"] = str(find_free_network_port())
         os.environ["MASTER_PORT"] = str(environment.main_port)
-        hold_store(environment)
+        started_store = _start_store(environment)
+        try:
+            output = self._run_members(trainer, function, args, kwargs)
+        finally:
+            if started_store:
+                del os.environ[run_store.VARIABLE]
+                run_store.part(environment.main_address, environment.main_port)
+                os.environ.pop("MASTER_PORT")
+                if given_port is not None:
+                    os.environ["MASTER_PORT"] = given_port
+        if trainer is None:
+            return output
+        self._already_fit |= trainer.state.fn == "fit"
+        self._recover_results_in_main_process(output, trainer)
+        return output.trainer_results
+
+    def _run_members(self, trainer: Any, function: Callable, args: Any, kwargs: Any) -> Any:
+        strategy: Any = self._strategy
         queue = mp.get_context(self._start_method).SimpleQueue()
         started = mp.start_processes(
             self._wrapping_function,
@@ -156,8 +180,10 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
         self.procs = started.processes
         output, failures = None, dict[int, str]()
         pause = threading.Event()
-        while any(map(_alive, self.procs)) or not queue.empty():
-            if not queue.empty():
+        running = True
+        while running:
+            running = any(map(_alive, self.procs))
+            while not queue.empty():
                 output = queue.get()
             for index, process in enumerate(self.procs):
                 if process.exitcode and index not in failures:
@@ -170,11 +196,7 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
         if output is None:
             endings = "; ".join(f"rank {index}: {how}" for index, how in failures.items())
             raise RuntimeError(f"no rank came to the end of the run: {endings}")
-        if trainer is None:
-            return output
-        self._already_fit |= trainer.state.fn == "fit"
-        self._recover_results_in_main_process(output, trainer)
-        return output.trainer_results
+        return output
 
     @override
     def _wrapping_function(
@@ -188,7 +210,12 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
         returned: list[Any] = []
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            returned.append(function(*args, **kwargs))
+            try:
+                returned.append(function(*args, **kwargs))
+            except BaseException as error:
+                if self.survives:  # Lightning calls this where one process is the launching one, and a rank
+                    self._strategy.on_exception(error)
+                raise
             return returned[0]
 
         super()._wrapping_function(process_idx, trainer, run, args, kwargs, queue, *rest)

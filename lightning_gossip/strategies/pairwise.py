@@ -74,6 +74,9 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
             "peers": peers if isinstance(peers, str) else repr(peers),
             "delay": self.delay,
             "shared_memory": self.shared_memory,
+            "min_replicas": self.min_replicas,
+            "lost_after": self.lost_after.total_seconds(),
+            "nonfinite": self.nonfinite,
             "seed": self.schedule.seed,
             **super().hyperparameters,
         }

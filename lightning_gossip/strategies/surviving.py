@@ -83,6 +83,12 @@ class SurvivingStrategy(MeetingStrategy):
         return control.lost if isinstance(control, MemberControl) else self.world_size - len(self.members)
 
     @property
+    def changes(self) -> tuple[Change, ...]:
+        """Which ranks the run has lost, when and how, as far as this rank knows; none outside a call of the Trainer."""
+        control = self._control
+        return control.changes if isinstance(control, MemberControl) else ()
+
+    @property
     @override
     def is_global_zero(self) -> bool:
         """Whether this rank has rank 0's duties: the lowest that is left."""

@@ -160,7 +160,7 @@ def test_resuming_on_another_world_size_warns_and_starts_from_the_consensus(
     path = saved / "last.ckpt"
     consensus = torch.load(path, weights_only=True)["state_dict"]
     warned = tmp_path / "warned"
-    monkeypatch.setattr("lightning_gossip.strategies.consensus.rank_zero_warn", warned.write_text)
+    monkeypatch.setattr("lightning_gossip.strategies.saving.rank_zero_warn", warned.write_text)
     ranks = fit(tmp_path, Start(), make("elastic"), devices=devices, ckpt_path=path, max_epochs=3)
     assert f"it was saved by 4 ranks, and there are {devices} now" in warned.read_text()
     assert ranks[0]["step"] == 6 + 12 // devices, "the clock goes on: 3 steps an epoch before, then 12 batches"
@@ -249,7 +249,7 @@ def damaged(tmp_path: Path, saved: Path, damage: Any, monkeypatch: Any) -> str:
     save_id = torch.load(path, weights_only=True)[files.KEY]["save_id"]
     damage(Path(files.replica_path(path, save_id, 1)))
     warned = tmp_path / "warned"
-    monkeypatch.setattr("lightning_gossip.strategies.consensus.rank_zero_warn", warned.write_text)
+    monkeypatch.setattr("lightning_gossip.strategies.saving.rank_zero_warn", warned.write_text)
     ranks = fit(tmp_path, Start(), make("elastic"), devices=4, ckpt_path=path, max_epochs=3)
     consensus = torch.load(path, weights_only=True)["state_dict"]
     for rank in ranks:
@@ -419,7 +419,7 @@ def test_a_checkpoint_saved_after_fit_holds_the_consensus_and_the_clock(
     mean = torch.stack([rank["state"]["layer.weight"] for rank in replicas]).mean(0)
     torch.testing.assert_close(state["layer.weight"], mean, rtol=1e-12, atol=1e-12)
     warned = tmp_path / "warned"
-    monkeypatch.setattr("lightning_gossip.strategies.consensus.rank_zero_warn", warned.write_text)
+    monkeypatch.setattr("lightning_gossip.strategies.saving.rank_zero_warn", warned.write_text)
     resumed = fit(tmp_path, Start(), make("elastic"), ckpt_path=path, max_epochs=2)
     assert "it was saved after `fit`" in warned.read_text()
     for rank in resumed:

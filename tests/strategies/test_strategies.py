@@ -439,6 +439,9 @@ def test_hyperparameters_hold_every_argument() -> None:
         "evaluate": "consensus",
         "timeout": 300.0,
         "shared_memory": True,
+        "min_replicas": None,
+        "lost_after": 30.0,
+        "nonfinite": "error",
         "process_group_backend": None,
         "start_method": "popen",
     }

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_gossip import DownpourStrategy, ElasticGossipStrategy
 from lightning_gossip.exchange.tensors import digest
-from lightning_gossip.strategies import consensus
+from lightning_gossip.strategies import saving
 
 
 def elastic(**kwargs: Any) -> ElasticGossipStrategy:
@@ -174,7 +174,7 @@ def test_what_is_refused_is_not_called_torn(tmp_path: Path, monkeypatch: pytest.
     def tell(message: str) -> None:
         (tmp_path / "warnings.txt").open("a").write(message)
 
-    monkeypatch.setattr(consensus, "rank_zero_warn", tell)
+    monkeypatch.setattr(saving, "rank_zero_warn", tell)
     ranks = fit(tmp_path, Goes(), elastic(period=10**6), max_epochs=2, ckpt_path=path)
     assert not resumed_apart(ranks)
     text = (tmp_path / "warnings.txt").read_text()
