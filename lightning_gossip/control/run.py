@@ -150,10 +150,7 @@ class Control:
         return self.stopped
 
     def check_cause(self, lost: int) -> None:
-        """Raise as :meth:`check` where a rank is gone because some rank stopped, for another cause than that loss.
-
-        The stop word gets a second to arrive.
-        """
+        """Raise as :meth:`check` where a rank is gone because some rank stopped, for another cause than that loss."""
         stop = self.await_stop(1.0)
         if stop is not None and stop.lost != lost:
             self.check()
