@@ -91,6 +91,7 @@ def test_nothing_is_left(network: Any, number: signal.Signals) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", HOLD], env=environment, stdout=subprocess.PIPE) as owner:
         try:
+            assert owner.stdout is not None
             assert owner.stdout.readline() == b"up\n"
             names = own_namespaces(owner.pid)
             assert len(names) == 3, "two ranks and the switch"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from forked import Linear, Recorder, fit, regression
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader
@@ -80,7 +81,9 @@ class Unused(Linear):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 2 and self.when == "added":
-            self.optimizers().add_param_group({"params": self.head.parameters()})
+            optimizer = self.optimizers()
+            assert isinstance(optimizer, LightningOptimizer)
+            optimizer.add_param_group({"params": self.head.parameters()})
         if batch_idx == 2 and self.when == "unfrozen":
             self.layer.bias.requires_grad_(True)
 
@@ -114,7 +117,7 @@ def test_without_an_optimizer_of_lightnings_everything_is_work(tmp_path: Path) -
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             with torch.no_grad():
-                self.layer.bias += 1.0
+                self.layer.bias.add_(1.0)
             return torch.zeros(())
 
         def configure_optimizers(self) -> None:
@@ -150,6 +153,8 @@ class Back(Callback):
 
 
 class Counted(Linear):
+    seen: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("seen", torch.zeros(2))

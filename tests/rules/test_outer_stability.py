@@ -194,7 +194,7 @@ def test_a_mixing_moves_a_replica_over_all_its_future_by_less_than_it_gave_to_th
 def test_mixing_leaves_the_sums_over_the_replicas(peers: str) -> None:
     """Whoever mixes with whom, in whichever order: so the mean makes DiLoCo's step on the mean drift."""
     replicas = Replicas(8, [0.9], "rule", [5.0])
-    mix, errors = replicas.mix, []
+    mix, errors = replicas.mix, list[Tensor]()
 
     def watched(rows: slice, laplacian: Tensor) -> None:
         tensors = (replicas.theta, replicas.start, replicas.velocity)

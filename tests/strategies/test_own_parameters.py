@@ -18,6 +18,8 @@ from lightning_gossip.strategies.ownership import own_parameters
 class Tied(Linear):
     """Two layers of one weight, a buffer that counts, and a view of one flat parameter."""
 
+    seen: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Linear(3, 1, dtype=torch.float64)
