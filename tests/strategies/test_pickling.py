@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from environments import LEAN
 from forked import Linear, fit, recorded, regression
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from torch.utils.data import DataLoader
@@ -94,7 +95,7 @@ def test_modules_metrics_and_callbacks_are_written_in_mid_training(tmp_path: Pat
     written = [str(tmp_path / f"{when}_{rank}.pt") for when in ("train", "validation") for rank in range(2)]
     paths = [str(tmp_path / "saved" / "last.ckpt"), *written]
     here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent)))}
+    environment = LEAN | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, LEAN["PYTHONPATH"])))}
     subprocess.run([sys.executable, "-c", LOAD, *paths], check=True, env=environment)
 
 
