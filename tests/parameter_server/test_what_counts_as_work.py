@@ -59,9 +59,8 @@ class Own(Recorder):
 @pytest.mark.parametrize("evaluate", ["consensus", "replica"])
 def test_what_no_optimizer_owns_is_not_added_up(tmp_path: Path, evaluate: Any) -> None:
     strategy = DownpourStrategy(n_push=1, n_pull=1, evaluate=evaluate, start_method="fork")
-    results = fit(
-        tmp_path, Momentum(), strategy, devices=4, recorder=Own(tmp_path), train=DataLoader(regression(96), 4)
-    )
+    train = DataLoader(regression(96), 4)
+    results = fit(tmp_path, Momentum(), strategy, devices=4, recorder=Own(tmp_path), train=train, max_epochs=40)
     largest = max(result["largest"] for result in results)
     means = [torch.stack(values).mean(0) for values in zip(*(result["own"] for result in results), strict=True)]
     for rank, result in enumerate(results):
