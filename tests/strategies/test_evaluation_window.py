@@ -325,6 +325,7 @@ class Late(Callback):
         self.of.on_exception(*args)
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("hooks_of_exceptions")
 @pytest.mark.parametrize("pair", [None, PAIRS[0], PAIRS[2]])
 def test_an_exception_in_validation_leaves_the_replica(tmp_path: Path, pair: tuple[str, str] | None) -> None:
@@ -344,6 +345,7 @@ class InRanks(OnExceptionCheckpoint):
 
 
 @pytest.mark.usefixtures("hooks_of_exceptions")
+@pytest.mark.faults
 def test_a_save_on_an_exception_in_validation_holds_the_replica(tmp_path: Path) -> None:
     checkpoint = InRanks(tmp_path, "failed")
     with pytest.raises(Exception, match="no such batch"):
