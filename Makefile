@@ -14,10 +14,10 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/iris.py --devices 4 --strategy elastic-gossip
 
 test: test-quick
-	$(BIN)/python -m pytest -m "processes or slow"
+	$(BIN)/python -m pytest -m "processes or slow" -n logical --maxprocesses 4 --dist load
 
 test-quick: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not processes and not slow"
+	$(BIN)/python -m pytest -m "not processes and not slow" -n logical --maxprocesses 4 --dist worksteal
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest --long -m long || test $$? -eq 5  # no test is marked so

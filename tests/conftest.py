@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import count, groupby
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from curves import AsProcess, Connect
+from forked_shards import ForkedShard
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_gossip.monitoring import loggers, run_folder
 from lightning_gossip.monitoring.run_folder import GroupStore
+from lightning_gossip.parameter_server import process
 
 # torch looks up the name of every address to which it connects, some ten times a rank; a name server that loses one
 # answer in fifty then costs five seconds each time. With this, for all processes that tests start too, none is asked.
@@ -28,18 +33,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure() -> None:
     sys.addaudithook(see_process_starts)
+    # a process started by `forkserver` then takes a moment
+    multiprocessing.set_forkserver_preload(["lightning.pytorch", "lightning_gossip.parameter_server"])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark tests of real processes; run those that fork before those that start threads in this process.
 
-    A fork copies locks, not their holders. Tests of real processes are tried once more: on a crowded machine one in
-    some hundred is late. One that fails twice fails; pytest's summary names the others as rerun. Not those about
-    faults, which say ``flaky(reruns=0)``: one that needs a second try has found a fault.
+    A fork copies locks, not their holders. Tests of real processes are tried once more, but for those about faults: on
+    a crowded machine one in some hundred is late. One that fails twice fails; pytest's summary names others as rerun.
     """
     mark_processes(items)
     for item in items:
-        if item.get_closest_marker("processes") and not item.get_closest_marker("flaky"):
+        if item.get_closest_marker("processes") and not item.get_closest_marker("faults"):
             item.add_marker(pytest.mark.flaky(reruns=1))
     if not config.getoption("--long") and (long := [item for item in items if item.get_closest_marker("long")]):
         config.hook.pytest_deselected(items=long)
@@ -86,6 +92,13 @@ def see_process_starts(event: str, arguments: tuple[Any, ...]) -> None:
     starts = event == "os.fork" or (event == "subprocess.Popen" and sys.executable in (arguments[0], *arguments[1]))
     if starts and running and not running[0].get_closest_marker("processes"):
         raise RuntimeError(f"{running[0].nodeid} starts a process, and is not marked `pytest.mark.processes`")
+
+
+@pytest.fixture(autouse=True)
+def _shards_are_forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ranks are; shards that start as a user's do are in test_shard_endings.py and test_launch.py."""
+    if forks(request.module):
+        monkeypatch.setattr(process, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": ForkedShard}))
 
 
 @pytest.fixture

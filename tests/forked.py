@@ -53,6 +53,12 @@ class Recorder(Callback):
         torch.save(self.seen, self.folder / f"rank_{trainer.global_rank}.pt")
 
 
+def recorded(module: pl.LightningModule) -> dict[str, Any]:
+    """What this rank's recorder has seen so far; what is put there is written at the end."""
+    trainer: Any = module.trainer
+    return next(callback for callback in trainer.callbacks if isinstance(callback, Recorder)).seen
+
+
 def fit(
     folder: Path,
     module: pl.LightningModule,

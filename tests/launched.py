@@ -1,7 +1,7 @@
 """The one helper that starts `programs/train.py`, and sees that nothing is left of it.
 
 Most tests of launched programs are about how they end. Those programs are started cheaply: their processes import
-Lightning at half the cost (`programs/lean.py`), and the launching one is forked from a process that has it already.
+Lightning at half the cost (`environments.py`), and the launching one is forked from a process that has it already.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from environments import ENVIRONMENT, LEAN
 
 from lightning_gossip.strategies import checkpoint as files
 
 PROGRAMS = Path(__file__).parent / "programs"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 @dataclass
@@ -77,11 +77,12 @@ class Program:
 
     def _run(self, out: Path, launcher: tuple[str, ...]) -> Ended:
         (out / "tmp").mkdir(parents=True, exist_ok=True)
-        environment = {**ENVIRONMENT, "TMPDIR": str(out / "tmp")}
+        as_a_user = self.as_a_user or bool(launcher)
+        environment = {**(ENVIRONMENT if as_a_user else LEAN), "TMPDIR": str(out / "tmp")}
         arguments = [str(out), *map(str, self.arguments)]
         with tempfile.NamedTemporaryFile("r", dir=out, prefix="printed_") as printed:
             process: Process
-            if launcher or self.as_a_user:
+            if as_a_user:
                 command = [*launcher, str(PROGRAMS / "train.py"), *arguments]
                 process = Executed(command, environment, printed.name)
             else:
@@ -158,7 +159,7 @@ class Forked:
         ours, theirs = Pipe()
         command = [sys.executable, str(PROGRAMS / "zygote.py"), str(theirs.fileno())]
         with theirs:
-            return subprocess.Popen(command, env=ENVIRONMENT, pass_fds=[theirs.fileno()]), ours
+            return subprocess.Popen(command, env=LEAN, pass_fds=[theirs.fileno()]), ours
 
     @classmethod
     def end_all(cls) -> None:

@@ -90,7 +90,7 @@ def replay_all_reduce(
             if t % period == parts[name] * period // fragments:
                 at_snapshot = [theta[i][name].copy() for i in range(ranks)]
                 start = common[name].detach().numpy()
-                mean = rounding(sum(rounding(start - x) for x in at_snapshot) / ranks)
+                mean = rounding(np.asarray(sum(rounding(start - x) for x in at_snapshot)) / ranks)
                 due.setdefault(t + delay, []).append((name, mean, at_snapshot))
         for i in range(ranks):
             for name in initial:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from environments import LEAN
 
 from benchmarks import ROOT
 from benchmarks.gpu import profiling
@@ -19,8 +19,7 @@ from benchmarks.shared.rows import read
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170, check=False)
+    return subprocess.run(command, cwd=ROOT, env=LEAN, capture_output=True, text=True, timeout=170, check=False)
 
 
 def test_the_rehearsal_goes_through_every_part(tmp_path: Path) -> None:

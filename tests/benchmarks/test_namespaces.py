@@ -86,11 +86,13 @@ def test_ranks_reach_one_another_and_nobody_else(network: Any) -> None:
     assert b"refused" in error, "the loopback of a rank is its own"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left(network: Any, number: signal.Signals) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", HOLD], env=environment, stdout=subprocess.PIPE) as owner:
         try:
+            assert owner.stdout is not None
             assert owner.stdout.readline() == b"up\n"
             names = own_namespaces(owner.pid)
             assert len(names) == 3, "two ranks and the switch"

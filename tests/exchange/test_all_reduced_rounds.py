@@ -177,7 +177,7 @@ def test_a_resume_continues_in_mid_round_and_in_mid_flight(saved_at: int, wire_d
     """Parts of a round are in flight at any of these steps: delay 5 of a period of 8, four parts 2 steps apart."""
 
     def body(rank: Rank) -> Any:
-        kwargs = {"delay": 5, "fragments": 4, "wire_dtype": wire_dtype}
+        kwargs: dict[str, Any] = {"delay": 5, "fragments": 4, "wire_dtype": wire_dtype}
         unbroken = Training(rank, SCHEMES["DiLoCo"], **kwargs)
         for _ in range(saved_at):
             unbroken.step()

@@ -75,7 +75,7 @@ def test_what_did_not_happen_is_not_counted(shared_memory: bool) -> None:
     """Rank 1 is done after a step; rank 0 has two more rounds with it, and skips it in the wait and then at once."""
     schedule = Schedule(Script({1: (0, 1), 2: (0, 1), 3: (0, 2), 4: (0, 1)}))
 
-    def body(rank: Rank) -> list[tuple[int, int, int]]:
+    def body(rank: Rank) -> list[tuple[int, int, int | None]]:
         exchange = rank.exchange(schedule, ElasticMixing(0.5), {"w": torch.zeros(16).requires_grad_()}, shared_memory)
         rank.clock = lambda: exchange.step
         seen = []
@@ -95,7 +95,7 @@ def test_what_did_not_happen_is_not_counted(shared_memory: bool) -> None:
 
 
 def test_partner_and_distance_are_of_the_exchange_that_a_step_applies() -> None:
-    def body(rank: Rank) -> list[tuple[int, bool, int]]:
+    def body(rank: Rank) -> list[tuple[int | None, bool, int]]:
         parameters = {"w": torch.randn(16).requires_grad_()}
         exchange = rank.exchange(Schedule(period=3), ElasticMixing(0.5), parameters, delay=1)
         exchange.measure = True

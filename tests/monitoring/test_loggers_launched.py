@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from curves import scalars
+from environments import LEAN
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -27,12 +28,12 @@ from lightning_gossip.monitoring.loggers import RankTensorBoardLogger
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_fork"])
 def test_every_rank_of_a_launched_run_has_its_values_in_one_folder(tmp_path: Path, strategy: str) -> None:
     program = Path(__file__).parents[1] / "programs" / "log_on_every_rank.py"
-    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join((str(Path(__file__).parents[2]), LEAN["PYTHONPATH"]))
     (tmp_path / "temporary").mkdir()
-    inherited = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "NODE_RANK")}
+    inherited = {key: value for key, value in LEAN.items() if key not in ("LOCAL_RANK", "NODE_RANK")}
     process = subprocess.Popen(
         [sys.executable, str(program), str(tmp_path), strategy],
-        env=inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "TMPDIR": str(tmp_path / "temporary")},
+        env=inherited | {"PYTHONPATH": path, "TMPDIR": str(tmp_path / "temporary")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

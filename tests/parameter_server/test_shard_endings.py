@@ -30,11 +30,11 @@ from lightning_gossip.parameter_server.protocol import ARRIVALS, SHARD, Message,
 from lightning_gossip.parameter_server.shard_links import ShardLost
 from lightning_gossip.transport.link import Header, Link, gloo_device
 
+pytestmark = pytest.mark.faults
 SHORT = timedelta(seconds=1)
 LIMIT = timedelta(seconds=20)
-# forks of a process that has imported everything and has no threads, as this one has
+# forks of a process that has imported everything (conftest.py) and has no threads, as this one has
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["lightning_gossip.parameter_server"])
 
 
 # -- in one process -------------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from launched import ENVIRONMENT
+from environments import ENVIRONMENT
 
 import lightning_gossip
 from lightning_gossip.control.interpreter import module_command, path_in_environment
 from lightning_gossip.parameter_server.process import ShardProcess
 
+NOT_DEPENDED_ON = ("matplotlib", "scipy", "torchvision")  # torchmetrics would import them, for seconds
 SOURCES = Path(lightning_gossip.__file__).parent
 
 PROGRAM = """
@@ -49,11 +50,11 @@ def job(tmp_path: Path) -> Path:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Without the package: an isolated user site, no `PYTHONPATH`, and what is installed but for this package."""
+    """Without the package: an isolated user site, and of what is installed what a package like it brings along."""
     libraries = folder / "libraries"
     libraries.mkdir()
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
-        if "lightning_gossip" not in entry.name:
+        if "lightning_gossip" not in entry.name and not entry.name.startswith(NOT_DEPENDED_ON):
             (libraries / entry.name).symlink_to(entry)
     return {**ENVIRONMENT, "PYTHONPATH": str(libraries), "PYTHONNOUSERSITE": "1"}
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from forked import Linear, Recorder, fit, regression
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader
@@ -58,9 +59,8 @@ class Own(Recorder):
 @pytest.mark.parametrize("evaluate", ["consensus", "replica"])
 def test_what_no_optimizer_owns_is_not_added_up(tmp_path: Path, evaluate: Any) -> None:
     strategy = DownpourStrategy(n_push=1, n_pull=1, evaluate=evaluate, start_method="fork")
-    results = fit(
-        tmp_path, Momentum(), strategy, devices=4, recorder=Own(tmp_path), train=DataLoader(regression(96), 4)
-    )
+    train = DataLoader(regression(96), 4)
+    results = fit(tmp_path, Momentum(), strategy, devices=4, recorder=Own(tmp_path), train=train, max_epochs=40)
     largest = max(result["largest"] for result in results)
     means = [torch.stack(values).mean(0) for values in zip(*(result["own"] for result in results), strict=True)]
     for rank, result in enumerate(results):
@@ -80,7 +80,9 @@ class Unused(Linear):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 2 and self.when == "added":
-            self.optimizers().add_param_group({"params": self.head.parameters()})
+            optimizer = self.optimizers()
+            assert isinstance(optimizer, LightningOptimizer)
+            optimizer.add_param_group({"params": self.head.parameters()})
         if batch_idx == 2 and self.when == "unfrozen":
             self.layer.bias.requires_grad_(True)
 
@@ -114,7 +116,7 @@ def test_without_an_optimizer_of_lightnings_everything_is_work(tmp_path: Path) -
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             with torch.no_grad():
-                self.layer.bias += 1.0
+                self.layer.bias.add_(1.0)
             return torch.zeros(())
 
         def configure_optimizers(self) -> None:
@@ -150,6 +152,8 @@ class Back(Callback):
 
 
 class Counted(Linear):
+    seen: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("seen", torch.zeros(2))

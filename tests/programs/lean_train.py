@@ -1,4 +1,4 @@
-"""train.py with Lightning imported at half the cost."""
+"""train.py with Lightning imported at the least cost."""
 
 import lean  # noqa: F401  # before all others
 from train import main

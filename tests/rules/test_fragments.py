@@ -23,7 +23,7 @@ def test_equal_layers_are_strided() -> None:
 
 
 def test_unequal_layers_come_to_parts_about_as_large() -> None:
-    sizes = {}
+    sizes: dict[str, int] = {}
     for block in range(8):  # of a transformer
         sizes |= {f"{block}.norm.weight": 64, f"{block}.qkv.weight": 3 * 64**2, f"{block}.proj.weight": 64**2}
         sizes |= {f"{block}.fc.weight": 4 * 64**2, f"{block}.out.weight": 4 * 64**2}

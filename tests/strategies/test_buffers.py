@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Linear, fit, regression
+from forked import Linear, fit, recorded, regression
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader
@@ -34,14 +34,19 @@ class Buffers(Linear):
         self.fill()
 
     def on_validation_epoch_start(self) -> None:
-        self.trainer.callbacks[-1].seen["validated"] = {name: b.clone() for name, b in self.named_buffers()}
+        recorded(self)["validated"] = {name: b.clone() for name, b in self.named_buffers()}
 
     def on_validation_end(self) -> None:
-        self.trainer.callbacks[-1].seen["after"] = {name: b.clone() for name, b in self.named_buffers()}
+        recorded(self)["after"] = {name: b.clone() for name, b in self.named_buffers()}
 
 
 class Kinds(Buffers):
     averaged_buffers = ("center",)
+    mask: Tensor
+    bank: Tensor
+    scale: Tensor
+    center: Tensor
+    running_mean: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +99,7 @@ def test_under_spectral_norm_the_validated_model_is_sound(tmp_path: Path, how: s
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self.hidden(batch[0])
-            seen = self.trainer.callbacks[-1].seen
+            seen = recorded(self)
             seen["largest"] = float(torch.linalg.matrix_norm(self.hidden.weight, 2))
             vectors = [b for name, b in self.named_buffers() if name.endswith(("_u", "_v"))]
             seen["lengths"] = [float(vector.norm()) for vector in vectors]
@@ -133,6 +138,8 @@ def test_buffers_that_grow_unequally_stay_with_each_rank(tmp_path: Path, persist
 
 def test_what_ddp_is_told_to_ignore_stays_with_each_rank(tmp_path: Path) -> None:
     class Own(Buffers):
+        mine: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("mine", torch.zeros(2))
@@ -197,10 +204,10 @@ def test_a_momentum_encoder_is_averaged_however_it_is_written(tmp_path: Path) ->
             self.slow.bias.data.lerp_(self.layer.bias.data, 0.1)
 
         def on_train_epoch_end(self) -> None:
-            self.trainer.callbacks[-1].seen["own"] = self.slow.weight.data.clone()
+            recorded(self)["own"] = self.slow.weight.data.clone()
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.trainer.callbacks[-1].seen["slow"] = self.slow.weight.data.clone()
+            recorded(self)["slow"] = self.slow.weight.data.clone()
 
     ranks = fit(tmp_path, Momentum(), elastic(period=10**6), max_epochs=2, val=loader())
     mean = torch.stack([rank["own"] for rank in ranks]).mean(0)

@@ -19,6 +19,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from environments import LEAN
 from forked import Linear, Recorder, fit, regression
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
@@ -238,7 +239,8 @@ def test_the_checkpoint_loads_without_this_package_and_gives_the_validated_metri
         assert len({rank["metrics"]["val_loss"] for rank in ranks}) == 1
         validated.append(ranks[0]["metrics"]["val_loss"])
     command = [sys.executable, "-c", LOAD, str(tmp_path / "plain.ckpt"), str(tmp_path / "averaged.ckpt")]
-    printed = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=LEAN, capture_output=True, text=True, check=True)
+    printed = done.stdout
     assert list(map(float, printed.split())) == pytest.approx(validated, rel=1e-9)
     assert validated[0] != validated[1]
 

@@ -20,6 +20,8 @@ from test_checkpoint import Noisy, make, replica_of
 
 from lightning_gossip.strategies import checkpoint as files
 
+pytestmark = pytest.mark.faults
+
 
 class FailingIO(files.AtomicCheckpointIO):
     """Its disk is full for one kind of file from the second save on."""

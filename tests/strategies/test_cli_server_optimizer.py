@@ -82,6 +82,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     as_json = json.dumps({"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}})
     arguments += [f"--trainer.strategy.server_optimizer={as_json}"]
     cli = LightningCLI(Model, args=arguments, run=False, save_config_callback=None)
+    assert isinstance(cli.trainer.strategy, DownpourStrategy)
     assert cli.trainer.strategy.hyperparameters["server_optimizer"] == {"class": "torch.optim.SGD", "lr": 0.5}
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_gossip import DownpourStrategy, ElasticGossipStrategy, GossipStrategy
 
 
-class Unsized(IterableDataset):  # type: ignore[type-arg]
+class Unsized(IterableDataset):
     """Rows of which nobody knows the number."""
 
     def __init__(self, rows: int) -> None:

@@ -7,14 +7,12 @@ import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from forked import Linear, Recorder, fit, regression
-from forked_shards import ForkedShard
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     Callback,
@@ -37,12 +35,6 @@ from lightning_gossip.strategies import downpour as downpour_strategy
 
 LR = 0.01
 State = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _shards_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that start as a user's do are in test_shard_endings.py and test_launch.py."""
-    monkeypatch.setattr(process, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": ForkedShard}))
 
 
 def downpour(**kwargs: Any) -> DownpourStrategy:
@@ -398,6 +390,7 @@ class Raising(Callback):
             raise ValueError("boom")
 
 
+@pytest.mark.faults
 def test_an_exception_on_one_worker_leaves_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # processes of their own, as a user's: a fork of a rank with threads may find a lock held, and end late
     monkeypatch.setattr(process, "subprocess", subprocess)

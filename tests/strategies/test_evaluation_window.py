@@ -10,13 +10,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
-from forked import Linear, Recorder, fit, regression
+from forked import Linear, Recorder, fit, recorded, regression
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.trainer import call
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_gossip import DownpourStrategy, ElasticGossipStrategy
+from lightning_gossip.strategies.base import ReplicaStrategy
 
 PAIRS = [
     ("on_validation_start", "on_validation_end"),
@@ -39,7 +40,7 @@ class Replicas(Linear):
     """Keeps this rank's parameters after every step, and what its last validation ran on."""
 
     def seen(self) -> dict[str, Any]:
-        return next(callback for callback in self.trainer.callbacks if isinstance(callback, Recorder)).seen
+        return recorded(self)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.seen().setdefault("steps", []).append(weights(self))
@@ -198,8 +199,10 @@ def test_under_downpour_the_mean_of_averages_is_validated_and_training_goes_on_f
     tmp_path: Path, start: str, end: str
 ) -> None:
     class Checks(AverageCallback):
+        last: Tensor | None = None
+
         def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            kept, self.last = getattr(self, "last", None), None
+            kept, self.last = self.last, None
             if kept is not None:
                 pl_module.seen().setdefault("off", []).append(float((weights(pl_module) - kept).abs().max()))
 
@@ -222,6 +225,7 @@ def test_what_was_validated_is_what_a_checkpoint_saves_and_it_is_built_once(
 ) -> None:
     class Counts(Replicas):
         def on_train_end(self) -> None:
+            assert isinstance(self.trainer.strategy, ReplicaStrategy)
             self.seen()["built"] = self.trainer.strategy.consensus_built
 
     checkpoint = ModelCheckpoint(tmp_path / "saved", "last", save_on_train_epoch_end=False, save_last=True)
@@ -321,6 +325,7 @@ class Late(Callback):
         self.of.on_exception(*args)
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("hooks_of_exceptions")
 @pytest.mark.parametrize("pair", [None, PAIRS[0], PAIRS[2]])
 def test_an_exception_in_validation_leaves_the_replica(tmp_path: Path, pair: tuple[str, str] | None) -> None:
@@ -340,6 +345,7 @@ class InRanks(OnExceptionCheckpoint):
 
 
 @pytest.mark.usefixtures("hooks_of_exceptions")
+@pytest.mark.faults
 def test_a_save_on_an_exception_in_validation_holds_the_replica(tmp_path: Path) -> None:
     checkpoint = InRanks(tmp_path, "failed")
     with pytest.raises(Exception, match="no such batch"):
@@ -355,6 +361,9 @@ def test_validate_and_test_by_themselves_give_back_what_callbacks_find(tmp_path:
     hook = "validation" if fn == "validate" else "test"
 
     class Finds(Callback):
+        before: Tensor
+        found: Tensor
+
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             self.average = torch.arange(4.0, dtype=torch.float64)
 

@@ -492,6 +492,7 @@ class Raises(Linear):
         return super().training_step(batch, batch_idx)
 
 
+@pytest.mark.faults
 def test_on_exception_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="boom"):
         fit(

@@ -2,9 +2,6 @@
 
 What these tests show lies between processes: launchers, signals, exit codes, and that nothing is left. All others run
 ranks as threads (ranks.py) or as forks (forked.py).
-
-Every process imports Lightning, for seconds. So that both cores have something to do, the programs of all selected
-tests are run ahead of them, two at a time.
 """
 
 from __future__ import annotations
@@ -15,13 +12,14 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from launched import Ended, Forked, Process, Program, wait_for
+
+pytestmark = pytest.mark.faults
 
 
 def program(*arguments: Any, **options: Any) -> pytest.MarkDecorator:
@@ -30,21 +28,15 @@ def program(*arguments: Any, **options: Any) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("ended", [Program(arguments, **options)], indirect=True, ids=[name])
 
 
-@pytest.fixture(scope="module")
-def begun(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[dict[Program, Future[Ended]]]:
-    """Begin the programs of all selected tests of this module."""
-    selected = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
-    programs = [callspec.params["ended"] for callspec in selected if callspec and "ended" in callspec.params]
-    with ThreadPoolExecutor(2) as pool:
-        yield {each: pool.submit(each.run, tmp_path_factory.mktemp("program")) for each in programs}
-        pool.shutdown(cancel_futures=True)
+@pytest.fixture(scope="module", autouse=True)
+def _processes_to_fork_from_end() -> Iterator[None]:
+    yield
     Forked.end_all()
 
 
 @pytest.fixture
-def ended(request: pytest.FixtureRequest, tmp_path: Path, begun: dict[Program, Future[Ended]]) -> Ended:
-    future = begun.pop(request.param, None)
-    return request.param.run(tmp_path) if future is None else future.result()  # None: the test is run once more
+def ended(request: pytest.FixtureRequest, tmp_path: Path) -> Ended:
+    return request.param.run(tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 import lightning_gossip
 from lightning_gossip import DiLoCoStrategy, ElasticGossipStrategy, GossipMonitor, LocalSGDStrategy
 from lightning_gossip.strategies.base import ReplicaStrategy
+from lightning_gossip.strategies.clocked import ClockedStrategy
 
 ROUNDS: dict[str, Any] = {"period": 4, "delay": 3}  # 6 steps an epoch: an epoch ends in mid-flight and in mid-round
 
@@ -45,7 +46,9 @@ class Starts(Callback):
         self.recorder = recorder
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(trainer.strategy, ClockedStrategy)
         exchange = trainer.strategy.exchange
+        assert exchange is not None
         if hasattr(exchange, "starts"):
             self.recorder.seen["starts"] = {name: start.clone() for name, start in exchange.starts.items()}
         self.recorder.seen["stats"] = exchange.stats
@@ -88,7 +91,7 @@ def test_a_resume_is_exact_in_mid_round_and_in_mid_flight(tmp_path: Path, scheme
 def test_two_ranks_that_gossip_in_every_round_train_as_under_diloco(tmp_path: Path) -> None:
     """Two protocols, one result: pairs over shared memory, and the all-reduce over links."""
     diloco = run(tmp_path, DiLoCoStrategy(**ROUNDS, start_method="fork"), max_epochs=6)
-    outer = {"outer_lr": 0.7, "outer_momentum": 0.9}
+    outer: Any = {"outer_lr": 0.7, "outer_momentum": 0.9}
     gossip = run(tmp_path, ElasticGossipStrategy(alpha=0.5, **outer, **ROUNDS, start_method="fork"), max_epochs=6)
     plain = run(tmp_path, ElasticGossipStrategy(alpha=0.5, **ROUNDS, start_method="fork"), max_epochs=6)
     torch.testing.assert_close(parameters(diloco[0]), parameters(gossip[0]), rtol=0, atol=1e-12)
@@ -138,7 +141,9 @@ def test_training_gets_somewhere_and_the_monitor_counts_it(tmp_path: Path) -> No
 
     class Keep(Callback):
         def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            recorder.seen["logged"] = dict(trainer.loggers[0].logged)
+            [logger] = trainer.loggers
+            assert isinstance(logger, Memory)
+            recorder.seen["logged"] = dict(logger.logged)
 
     recorder = Recorder(tmp_path)
     pl.seed_everything(3, verbose=False)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from environments import LEAN
 from forked import Linear, Recorder, fit
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
@@ -17,6 +18,8 @@ from lightning_gossip.strategies.ownership import own_parameters
 
 class Tied(Linear):
     """Two layers of one weight, a buffer that counts, and a view of one flat parameter."""
+
+    seen: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +62,10 @@ class Own(Recorder):
     ("name", "start_method"),
     [("elastic", "fork"), ("elastic", "forkserver"), ("elastic", "spawn"), ("downpour", "forkserver")],
 )
-def test_ranks_train_parameters_of_their_own(tmp_path: Path, name: str, start_method: Any, shared: bool) -> None:
+def test_ranks_train_parameters_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, start_method: Any, shared: bool
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", LEAN["PYTHONPATH"])
     torch.manual_seed(0)
     module, teacher = Tied(), Teacher()
     if shared:

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Linear, fit, regression
+from environments import LEAN
+from forked import Linear, fit, recorded, regression
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, MetricCollection, MetricTracker
@@ -94,7 +95,7 @@ def test_modules_metrics_and_callbacks_are_written_in_mid_training(tmp_path: Pat
     written = [str(tmp_path / f"{when}_{rank}.pt") for when in ("train", "validation") for rank in range(2)]
     paths = [str(tmp_path / "saved" / "last.ckpt"), *written]
     here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent)))}
+    environment = LEAN | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, LEAN["PYTHONPATH"])))}
     subprocess.run([sys.executable, "-c", LOAD, *paths], check=True, env=environment)
 
 
@@ -123,7 +124,7 @@ def test_copies_of_metrics_made_in_training_pool_the_ranks(tmp_path: Path) -> No
             self.tracker.update(float(self.global_rank))
 
         def on_validation_epoch_end(self) -> None:
-            self.trainer.callbacks[-1].seen["mean"] = float(self.tracker.compute())
+            recorded(self)["mean"] = float(self.tracker.compute())
 
     ranks = fit(tmp_path, Tracks(), strategies()[0], max_epochs=1, val=DataLoader(regression(), 8))
     assert [rank["mean"] for rank in ranks] == [0.5, 0.5]

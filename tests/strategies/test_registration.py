@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from environments import LEAN
 
 from lightning_gossip.strategies.registration import register_with_lightning
 
-PROGRAMS = Path(__file__).parents[1] / "programs"
 REPORT = """
 import inspect
 import sys
@@ -31,11 +30,11 @@ NAMES = [
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("imports", ["import lightning_gossip\nimport lean", "import lean\nimport lightning_gossip"])
+@pytest.mark.parametrize("imports", ["lightning_gossip, lightning.pytorch", "lightning.pytorch, lightning_gossip"])
 def test_names_are_registered_in_whichever_order_the_two_are_imported(imports: str) -> None:
-    """`lean` imports Lightning. The finder that waited for it is gone afterwards, and Lightning's source is found."""
-    program = f"import sys\nsys.path.append({str(PROGRAMS)!r})\n{imports}\n{REPORT}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    """The finder that waited for Lightning is gone afterwards, and Lightning's source is found."""
+    command = [sys.executable, "-c", f"import {imports}\n{REPORT}"]
+    done = subprocess.run(command, env=LEAN, capture_output=True, text=True, timeout=120, check=True)
     names, lightnings, finders, made = done.stdout.splitlines()
     assert sorted(names.split()) == NAMES
     assert lightnings == "True True"

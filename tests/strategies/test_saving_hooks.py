@@ -38,17 +38,22 @@ def train(folder: Path, module: Any, strategy: Any = None, callbacks: Any = (), 
 class Sees(Linear):
     """Writes what its hooks see as a library does that keeps a model of its own beside the checkpoint."""
 
+    @property
+    def of_rank(self) -> Seen:
+        trainer: Any = self.trainer
+        return trainer.callbacks[0]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        seen = self.trainer.callbacks[0].seen
+        seen = self.of_rank.seen
         seen["given"] = {name: value.clone() for name, value in checkpoint["state_dict"].items()}
         seen["self"] = {name: value.clone() for name, value in self.state_dict().items()}
 
     def on_train_epoch_end(self) -> None:
-        self.trainer.callbacks[0].seen["own"] = {name: value.clone() for name, value in self.state_dict().items()}
+        self.of_rank.seen["own"] = {name: value.clone() for name, value in self.state_dict().items()}
 
     def on_train_end(self) -> None:
         after = {name: value.clone() for name, value in self.state_dict().items()}
-        torch.save(self.trainer.callbacks[0].seen | {"after": after}, self.trainer.callbacks[0].file(self.global_rank))
+        torch.save(self.of_rank.seen | {"after": after}, self.of_rank.file(self.global_rank))
 
 
 class Seen(Callback):

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from launched import ENVIRONMENT
+from environments import LEAN
+
+pytestmark = pytest.mark.faults
 
 PROGRAM = """
 import os, signal, sys, time
@@ -54,7 +56,7 @@ def test_a_lost_rank_of_a_later_trainer_is_noticed_at_once(tmp_path: Path, train
     begin = time.monotonic()
     done = subprocess.run(
         [sys.executable, str(program), str(Path(__file__).parents[1]), str(trainers), strategy],
-        env=ENVIRONMENT,
+        env=LEAN,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -21,6 +21,8 @@ from torch.utils.data import DataLoader
 from lightning_gossip import DownpourStrategy, ElasticGossipStrategy, GossipStrategy
 from lightning_gossip.strategies import checkpoint as files
 
+pytestmark = pytest.mark.faults
+
 
 class ForkedSlurm(LightningEnvironment, SLURMEnvironment):
     """SLURM's environment, whose signals count, for ranks that are forked."""

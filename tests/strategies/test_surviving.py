@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from lightning_gossip import ElasticGossipStrategy, GossipStrategy
 from lightning_gossip.strategies import checkpoint as files
 
-pytestmark = pytest.mark.flaky(reruns=0)
+pytestmark = pytest.mark.faults
 
 STEPS = 6  # of an epoch of four ranks
 

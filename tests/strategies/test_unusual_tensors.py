@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Linear, Recorder, fit, regression
+from forked import Linear, fit, recorded, regression
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Unusual(Linear):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
-        self.trainer.callbacks[-1].seen["validated"] = digest(self.unusual)
+        recorded(self)["validated"] = digest(self.unusual)
 
 
 @pytest.mark.parametrize("scheme", ["elastic", "downpour"])
@@ -75,8 +75,8 @@ def test_a_frozen_parameter_of_any_kind_is_left_alone(tmp_path: Path, kind: str)
             state.pop("unusual", None)
             return state
 
-        def load_state_dict(self, state: Any, strict: bool = True, **kwargs: Any) -> Any:
-            return super().load_state_dict(state, strict=False, **kwargs)
+        def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+            return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     ranks = fit(tmp_path, Hidden(kind, parameter=True), elastic(), max_epochs=1, val=loader())
     assert all(rank["validated"] == digest(KINDS[kind]()) for rank in ranks)
@@ -84,6 +84,9 @@ def test_a_frozen_parameter_of_any_kind_is_left_alone(tmp_path: Path, kind: str)
 
 def test_unusual_buffers_that_differ_are_rank_zeros_where_they_can_be_written(tmp_path: Path) -> None:
     class Differs(Linear):
+        eight: Tensor
+        expanded: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("eight", torch.zeros(3, dtype=torch.float8_e4m3fn), persistent=False)
@@ -99,10 +102,10 @@ def test_unusual_buffers_that_differ_are_rank_zeros_where_they_can_be_written(tm
             return [float(self.eight[0]), float(self.expanded[3, 2]), float(self.graph.to_dense()[0, 0])]
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.trainer.callbacks[-1].seen["validated"] = self.look()
+            recorded(self)["validated"] = self.look()
 
         def on_validation_end(self) -> None:
-            self.trainer.callbacks[-1].seen["after"] = self.look()
+            recorded(self)["after"] = self.look()
 
     ranks = fit(tmp_path, Differs(), elastic(), max_epochs=1, val=loader(), num_sanity_val_steps=0)
     assert [rank["validated"] for rank in ranks] == [[1, 1, 1], [1, 1, 2]], "a sparse one stays with each rank"
@@ -140,8 +143,7 @@ def resumed_apart(ranks: list[dict[str, Any]]) -> bool:
 
 class Goes(Cooks):
     def on_train_start(self) -> None:
-        recorder = next(callback for callback in self.trainer.callbacks if isinstance(callback, Recorder))
-        recorder.seen["first"] = self.layer.weight.detach().clone()
+        recorded(self)["first"] = self.layer.weight.detach().clone()
 
 
 @pytest.mark.parametrize("trust", ["argument", "environment", "safe globals"])
@@ -156,7 +158,7 @@ def test_trust_in_the_checkpoint_holds_for_its_replica_files(
         kwargs = {"weights_only": False}
     else:
         torch.serialization.add_safe_globals([Recipe])
-    own = Trainer.fit
+    own: Any = Trainer.fit
     monkeypatch.setattr(Trainer, "fit", lambda self, *a, **k: own(self, *a, **k, **kwargs))
     ranks = fit(tmp_path, Goes(Recipe("soup")), elastic(period=10**6), max_epochs=2, ckpt_path=path)
     torch.serialization.clear_safe_globals()

@@ -87,6 +87,7 @@ def test_what_can_not_be_seen_is_not_opened() -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.faults
 def test_a_killed_owner_is_noticed_before_it_is_waited_for() -> None:
     """A killed process that nobody has reaped yet is a zombie: its number is still taken, its memory is not there."""
     program = (
