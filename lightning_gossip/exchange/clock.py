@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -282,11 +282,11 @@ class Exchange:
         room = self._transport.room(layout.nbytes, self._most_bytes)
         ready = time.perf_counter()
         own, proposal, staged = self._snapshot(layout, tensors, room)
-        self._in_flight = _InFlight(self.step, tensors, layout, own, None, [], proposal=proposal)
+        self._in_flight = exchange = _InFlight(self.step, tensors, layout, own, None, [], proposal=proposal)
         if transfers:
             header = Header(Kind.SNAPSHOT, self.step, layout.nbytes, layout.fingerprint)
-            posted = self._transport.post(header, transfers.send_to, transfers.receive_from, staged)
-            self._in_flight = replace(self._in_flight, posted=posted, received=None)
+            exchange.posted = self._transport.post(header, transfers.send_to, transfers.receive_from, staged)
+            exchange.received = None
         self.stats.wait_seconds += ready - start
         self.stats.mix_seconds += time.perf_counter() - ready
 

@@ -209,7 +209,7 @@ class _PostedOnLinks(Posted):
             raise
         finally:
             for transfer in self._transfers.values():
-                transfer.given_up.set()
+                transfer.given_up = True
         return Transferred(received, [partner for partner, transfer in self._transfers.items() if transfer.sends])
 
     def release(self) -> None:
@@ -268,7 +268,7 @@ class _PostedOnLinks(Posted):
         """Skip a partner that waits elsewhere and never began this step."""
         if not self._control.has_left(partner, self._header.step):
             return False
-        self._transfers.pop(partner).given_up.set()
+        self._transfers.pop(partner).given_up = True
         self._skip(partner)
         return True
 
