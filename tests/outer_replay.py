@@ -1,7 +1,4 @@
-"""Design §12, word by word, all ranks in one loop: what the package's outer steps are compared with.
-
-The outer optimizer of DiLoCo is torch's own; elastic gossip is numpy alone.
-"""
+"""The replay of outer steps (``benchmarks/shared/outer_replay.py``), around optimizers in numpy and any gradient."""
 
 from __future__ import annotations
 
@@ -10,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-Model = dict[str, np.ndarray]
+from benchmarks.shared.outer_replay import AllReduced, Gossip, Model
+
 Gradient = Callable[[np.ndarray, int, int], np.ndarray]
 """Of a parameter's value, the rank and the step."""
 
@@ -46,10 +43,6 @@ class InnerOptimizer:
         return -0.05 * scaled - (0.05 * 0.1 * theta if self.name == "adamw" else 0)
 
 
-def exactly(x: np.ndarray) -> np.ndarray:
-    return x
-
-
 def to_bfloat16(x: np.ndarray) -> np.ndarray:
     """Round to nearest even at 8 bits of significand, in integer arithmetic on float64."""
     bits = np.ascontiguousarray(x, dtype=np.float64).view(np.uint64)
@@ -58,49 +51,23 @@ def to_bfloat16(x: np.ndarray) -> np.ndarray:
 
 
 def replay_all_reduce(
-    initial: Model,
-    ranks: int,
-    steps: int,
-    optimizer: str,
-    gradient: Gradient,
-    *,
-    period: int,
-    lr: float,
-    momentum: float,
-    delay: int,
-    parts: Mapping[str, int],
-    fragments: int,
-    rounding: Callable[[np.ndarray], np.ndarray] = exactly,
+    initial: Model, ranks: int, steps: int, optimizer: str, gradient: Gradient, **scheme: Any
 ) -> tuple[list[Model], Model]:
-    """LocalSGD and DiLoCo; returns each replica at the end, and the common start then.
+    """Train by LocalSGD or DiLoCo; return each replica at the end, and the common start then.
 
     Args:
-        parts: which part of the model a parameter belongs to.
+        scheme: see :class:`AllReduced`.
     """
     theta = [{name: value.copy() for name, value in initial.items()} for _ in range(ranks)]
     inner = [{name: InnerOptimizer(optimizer) for name in initial} for _ in range(ranks)]
-    common = {name: nn.Parameter(torch.tensor(value)) for name, value in initial.items()}
-    outer = {
-        name: torch.optim.SGD([value], lr=lr, momentum=momentum, nesterov=momentum > 0)
-        for name, value in common.items()
-    }
-    due: dict[int, list[tuple[str, np.ndarray, list[np.ndarray]]]] = {}
+    rounds = AllReduced(initial, ranks, **scheme)
     for t in range(1, steps + 1):
-        for name in initial:
-            if t % period == parts[name] * period // fragments:
-                at_snapshot = [theta[i][name].copy() for i in range(ranks)]
-                start = common[name].detach().numpy()
-                mean = rounding(np.asarray(sum(rounding(start - x) for x in at_snapshot)) / ranks)
-                due.setdefault(t + delay, []).append((name, mean, at_snapshot))
+        rounds.begin(t, theta)
         for i in range(ranks):
             for name in initial:
                 theta[i][name] = theta[i][name] + inner[i][name](theta[i][name], gradient(theta[i][name], i, t))
-        for name, mean, at_snapshot in due.pop(t, []):
-            common[name].grad = torch.tensor(mean)
-            outer[name].step()
-            for i in range(ranks):
-                theta[i][name] = theta[i][name] + (common[name].detach().numpy() - at_snapshot[i])
-    return theta, {name: value.detach().numpy() for name, value in common.items()}
+        rounds.end(t, theta)
+    return theta, rounds.common
 
 
 def replay_gossip(
@@ -109,38 +76,18 @@ def replay_gossip(
     steps: int,
     optimizer: str,
     gradient: Gradient,
-    *,
-    alpha: float,
-    lr: float,
-    momentum: float,
-    delay: int,
-    rounding: Callable[[np.ndarray], np.ndarray] = exactly,
+    **scheme: Any,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Elastic gossip with an outer step; returns θ, a and v of every replica at the end, each shape (ranks, size).
+    """Train by elastic gossip with an outer step; return θ, a and v of every replica, each shape (ranks, size).
 
     Args:
-        choices: by the step of a round: whom each rank chose, -1 for none.
+        choices, scheme: see :class:`Gossip`.
     """
-    ranks = len(initial)
-    inner = [InnerOptimizer(optimizer) for _ in range(ranks)]
-    theta, a, v = np.stack(initial), np.stack(initial), np.zeros((ranks, len(initial[0])))
-    due: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    inner = [InnerOptimizer(optimizer) for _ in initial]
+    theta = np.stack(initial)
+    rounds = Gossip(initial, choices, **scheme)
     for t in range(1, steps + 1):
-        if t in choices:
-            drift = theta - a
-            v = momentum * v + drift
-            y = a + lr * (drift + momentum * v)
-            sent = rounding(y)
-            c = np.zeros_like(y)
-            for i in range(ranks):
-                partners = {k for k in range(ranks) if choices[t][k] == i or choices[t][i] == k}
-                for k in sorted(partners):
-                    c[i] -= alpha * (sent[i] - sent[k])
-            due[t + delay] = (y - theta, y, c)
-        theta = theta + np.stack([inner[i](theta[i], gradient(theta[i], i, t)) for i in range(ranks)])
-        if t in due:
-            jump, y, c = due.pop(t)
-            theta = theta + jump + c
-            a = y + c
-            v = v + (1 - momentum) * c / lr
-    return theta, a, v
+        rounds.begin(t, theta)
+        theta = theta + np.stack([inner[i](theta[i], gradient(theta[i], i, t)) for i in range(len(initial))])
+        rounds.end(t, theta)
+    return theta, rounds.a, rounds.v

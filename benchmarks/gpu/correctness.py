@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from benchmarks.gpu.ranks import TIMEOUT, gather, make_trainer
 from benchmarks.gpu.replay import STEPS, Batches, Regression, Replicas, flat
 from benchmarks.gpu.rows import Check, yes
-from lightning_gossip import DownpourStrategy, ElasticGossipStrategy, GossipStrategy
+from lightning_gossip import (
+    DiLoCoStrategy,
+    DownpourStrategy,
+    ElasticGossipStrategy,
+    GossipStrategy,
+    LocalSGDStrategy,
+)
+from lightning_gossip.strategies.all_reduced import AllReducedStrategy
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
 
 GLOO: dict[str, Any] = {"process_group_backend": "gloo", "timeout": TIMEOUT}
@@ -43,7 +50,10 @@ def all_checks(device: torch.device) -> Iterator[Check]:
 def exactness(device: torch.device) -> Iterator[Check]:
     """Compare replicas with the replay, in float64."""
     elastic, gossip = partial(ElasticGossipStrategy, **REPLICA), partial(GossipStrategy, **REPLICA)
-    cases: list[tuple[str, PairwiseStrategy, float | str, Any]] = [
+    local_sgd, diloco = partial(LocalSGDStrategy, period=4, **REPLICA), partial(DiLoCoStrategy, period=4, **REPLICA)
+    outer = partial(elastic, period=4, outer_lr=0.7, outer_momentum=0.9)
+    bfloat16: dict[str, Any] = {"wire_dtype": torch.bfloat16}
+    cases: list[tuple[str, PairwiseStrategy | AllReducedStrategy, float | str, Any]] = [
         ("elastic gossip, matching", elastic(), 0.5, adamw),
         ("elastic gossip over links", elastic(shared_memory=False), 0.5, sgd),
         ("elastic gossip, uniform at 1/2", elastic(alpha=0.3, probability=0.5, peers="uniform"), 0.3, sgd),
@@ -51,6 +61,15 @@ def exactness(device: torch.device) -> Iterator[Check]:
         ("elastic gossip, bfloat16 wire", elastic(wire_dtype=torch.bfloat16), 0.5, sgd),
         ("gossiping SGD, pull", gossip(peers="uniform"), "pull", sgd),
         ("gossiping SGD, push", gossip(variant="push", peers="uniform"), "push", adamw),
+        ("LocalSGD", local_sgd(), 0.0, sgd),
+        ("LocalSGD, delay 3, 4 fragments", local_sgd(delay=3, fragments=4), 0.0, adamw),
+        ("DiLoCo", diloco(), 0.0, adamw),
+        ("DiLoCo, delay 3", diloco(delay=3), 0.0, sgd),
+        ("DiLoCo, 4 fragments", diloco(fragments=4), 0.0, adamw),
+        ("DiLoCo, delay 3, 4 fragments, bfloat16 wire", diloco(delay=3, fragments=4, **bfloat16), 0.0, adamw),
+        ("elastic gossip, outer step", outer(), 0.5, adamw),
+        ("elastic gossip, outer step, uniform, delay 3", outer(alpha=0.3, peers="uniform", delay=3), 0.3, sgd),
+        ("elastic gossip, outer step, bfloat16 wire", outer(**bfloat16), 0.5, adamw),
     ]
     for name, strategy, alpha, optimizer in cases:
         module = Regression(torch.float64, optimizer)
@@ -77,9 +96,24 @@ def consensus(device: torch.device) -> Iterator[Check]:
 
 
 def resume(device: torch.device) -> Iterator[Check]:
-    """Compare a training that went on from a checkpoint with one that was not interrupted, bit for bit."""
+    """Compare trainings that went on from a checkpoint with ones that were not interrupted, bit for bit."""
+    elastic = partial(ElasticGossipStrategy, period=4, delay=3, **REPLICA)
+    diloco = partial(DiLoCoStrategy, period=8, **REPLICA)
+    cases: dict[str, Callable[[], Any]] = {
+        "an exchange in flight": elastic,
+        "elastic gossip with an outer step, in flight": partial(elastic, outer_lr=0.7, outer_momentum=0.9),
+        "DiLoCo in mid-round": diloco,
+        "DiLoCo, three of 4 fragments in flight": partial(diloco, delay=5, fragments=4),
+        "DiLoCo, in flight on a bfloat16 wire": partial(diloco, delay=5, wire_dtype=torch.bfloat16),
+    }
+    for name, strategy in cases.items():
+        same = _goes_on(device, strategy)
+        text = f"mid-training, {name}, dropout and AdamW: bit for bit"
+        yield yes("resume", text, dist.get_world_size(), same)
+
+
+def _goes_on(device: torch.device, strategy: Callable[[], Any]) -> bool:
     folder = gather(tempfile.mkdtemp())[0]
-    strategy = partial(ElasticGossipStrategy, period=4, delay=3, **REPLICA)
     checkpoint = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
     arguments: dict[str, Any] = {"max_epochs": 2, "enable_checkpointing": True, "default_root_dir": folder}
     pl.seed_everything(11 + dist.get_rank(), verbose=False)
@@ -95,10 +129,7 @@ def resume(device: torch.device) -> Iterator[Check]:
         ckpt_path=path,
         **arguments,
     )
-    same = all(gather(torch.equal(flat(whole).cpu(), flat(resumed).cpu())))
-    yield yes(
-        "resume", "mid-training, an exchange in flight, dropout and AdamW: bit for bit", dist.get_world_size(), same
-    )
+    return all(gather(torch.equal(flat(whole).cpu(), flat(resumed).cpu())))
 
 
 def mixed_precision(device: torch.device) -> Iterator[Check]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, IterableDataset
 
+from benchmarks.shared.outer_replay import AllReduced, Gossip, Model, exactly
+from lightning_gossip.rules.fragments import strided
+from lightning_gossip.strategies.all_reduced import AllReducedStrategy
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
 
 Batch = tuple[Tensor, Tensor]
@@ -41,10 +45,11 @@ class Batches(IterableDataset[Batch]):
 
 
 def network(dtype: torch.dtype, dropout: float = 0.0) -> nn.Module:
-    """Return 8-32-32-1, the same on every rank."""
+    """Return 8-32-32-32-1, the same on every rank."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        layers = [nn.Linear(8, 32), nn.Tanh(), nn.Dropout(dropout), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)]
+        layers: list[nn.Module] = [nn.Linear(8, 32), nn.Tanh(), nn.Dropout(dropout)]
+        layers += [nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)]
         return nn.Sequential(*layers).to(dtype)
 
 
@@ -88,33 +93,31 @@ class Replicas:
     autocast: torch.dtype | None = None
 
     def train(
-        self, world_size: int, strategy: PairwiseStrategy, alpha: float | str, steps: int = STEPS
+        self, world_size: int, strategy: PairwiseStrategy | AllReducedStrategy, alpha: float | str, steps: int = STEPS
     ) -> list[Tensor]:
         """Return each replica's parameters after so many steps.
 
         Args:
             world_size: number of replicas.
-            strategy: its schedule, delay and wire dtype are the training's.
-            alpha: of elastic gossip, or ``"pull"`` or ``"push"``.
+            strategy: its schedule, delay, wire dtype and outer step are the training's.
+            alpha: of elastic gossip, or ``"pull"`` or ``"push"``; nothing to an all-reduced strategy.
             steps: to train.
         """
         nets = [network(self.dtype).to(self.device) for _ in range(world_size)]
         optimizers = [self.optimizer(net.parameters()) for net in nets]
-        under_way: dict[int, list[Tensor]] = {}  # corrections by the step at whose end they are applied
+        exchanges: Exchanges
+        if isinstance(strategy, AllReducedStrategy):
+            exchanges = AllReducedExchanges(nets, strategy)
+        elif strategy.outer is not None and isinstance(alpha, float):
+            exchanges = OuterExchanges(nets, strategy, alpha, steps)
+        else:
+            exchanges = PairwiseExchanges(nets, strategy, alpha)
         for step in range(1, steps + 1):
-            if strategy.schedule.is_round(step):
-                choices = strategy.schedule.choices(step, world_size)
-                sent = [flat(net) for net in nets]
-                if strategy.wire_dtype is not None:
-                    sent = [snapshot.to(strategy.wire_dtype).to(self.dtype) for snapshot in sent]
-                under_way[step + strategy.delay] = corrections(sent, choices, alpha)
+            exchanges.begin(step)
             for rank, (net, optimizer) in enumerate(zip(nets, optimizers, strict=True)):
                 self._step(net, optimizer, Batches(rank, self.dtype).at(step))
-            for net, correction in zip(nets, under_way.pop(step, ()), strict=False):
-                nn.utils.vector_to_parameters(flat(net) - correction, net.parameters())
-        for left in under_way.values():  # the end of training settles what is under way
-            for net, correction in zip(nets, left, strict=True):
-                nn.utils.vector_to_parameters(flat(net) - correction, net.parameters())
+            exchanges.end(step)
+        exchanges.settle()
         return [flat(net) for net in nets]
 
     def _step(self, net: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
@@ -125,6 +128,132 @@ class Replicas:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+class Exchanges(Protocol):
+    """What is done with all replicas around a step, and at the end of training with what is under way."""
+
+    def begin(self, step: int) -> None: ...
+    def end(self, step: int) -> None: ...
+    def settle(self) -> None: ...
+
+
+class PairwiseExchanges:
+    """Elastic gossip and gossiping SGD."""
+
+    def __init__(self, nets: Sequence[nn.Module], strategy: PairwiseStrategy, alpha: float | str) -> None:
+        self.nets, self.strategy, self.alpha = nets, strategy, alpha
+        self.under_way: dict[int, list[Tensor]] = {}  # corrections by the step at whose end they are applied
+
+    def begin(self, step: int) -> None:
+        """Note what the snapshots say."""
+        if self.strategy.schedule.is_round(step):
+            choices = self.strategy.schedule.choices(step, len(self.nets))
+            sent = [flat(net) for net in self.nets]
+            if self.strategy.wire_dtype is not None:
+                sent = [snapshot.to(self.strategy.wire_dtype).to(snapshot.dtype) for snapshot in sent]
+            self.under_way[step + self.strategy.delay] = corrections(sent, choices, self.alpha)
+
+    def end(self, step: int) -> None:
+        """Subtract what is due."""
+        for net, correction in zip(self.nets, self.under_way.pop(step, ()), strict=False):
+            nn.utils.vector_to_parameters(flat(net) - correction, net.parameters())
+
+    def settle(self) -> None:
+        """Subtract what is left."""
+        for step in sorted(self.under_way):
+            self.end(step)
+
+
+class OuterExchanges:
+    """Elastic gossip with an outer step, which is made on the host."""
+
+    def __init__(self, nets: Sequence[nn.Module], strategy: PairwiseStrategy, alpha: float, steps: int) -> None:
+        assert strategy.outer is not None
+        schedule = strategy.schedule
+        rounds = [step for step in range(1, steps + 1) if schedule.is_round(step)]
+        self.nets = nets
+        self.replay = Gossip(
+            list(self._theta()),
+            {step: schedule.choices(step, len(nets)).copy() for step in rounds},
+            alpha=alpha,
+            lr=strategy.outer.lr,
+            momentum=strategy.outer.momentum,
+            delay=strategy.delay,
+            rounding=_rounding(strategy.wire_dtype),
+        )
+
+    def begin(self, step: int) -> None:
+        """See :class:`Gossip`."""
+        self.replay.begin(step, self._theta())
+
+    def end(self, step: int) -> None:
+        """See :class:`Gossip`."""
+        self._change(lambda theta: self.replay.end(step, theta))
+
+    def settle(self) -> None:
+        """See :class:`Gossip`."""
+        self._change(self.replay.settle)
+
+    def _theta(self) -> np.ndarray:
+        return np.stack([flat(net).cpu().numpy() for net in self.nets])
+
+    def _change(self, change: Callable[[np.ndarray], None]) -> None:
+        change(theta := self._theta())
+        for net, row in zip(self.nets, theta, strict=True):
+            own = next(net.parameters())
+            nn.utils.vector_to_parameters(torch.from_numpy(row).to(own), net.parameters())
+
+
+class AllReducedExchanges:
+    """LocalSGD and DiLoCo, whose outer step is made on the host."""
+
+    def __init__(self, nets: Sequence[nn.Module], strategy: AllReducedStrategy) -> None:
+        self.nets = nets
+        initial = self._theta()[0]
+        dealt = strided({name: value.size for name, value in initial.items()}, strategy.fragments)
+        self.replay = AllReduced(
+            initial,
+            len(nets),
+            period=strategy.period,
+            lr=strategy.outer.lr,
+            momentum=strategy.outer.momentum,
+            delay=strategy.delay,
+            parts={name: part for part, names in enumerate(dealt) for name in names},
+            fragments=strategy.fragments,
+            rounding=_rounding(strategy.wire_dtype),
+        )
+
+    def begin(self, step: int) -> None:
+        """See :class:`AllReduced`."""
+        self.replay.begin(step, self._theta())
+
+    def end(self, step: int) -> None:
+        """See :class:`AllReduced`."""
+        self._change(lambda theta: self.replay.end(step, theta))
+
+    def settle(self) -> None:
+        """See :class:`AllReduced`."""
+        self._change(self.replay.settle)
+
+    def _theta(self) -> list[Model]:
+        return [{name: p.detach().cpu().numpy().copy() for name, p in net.named_parameters()} for net in self.nets]
+
+    @torch.no_grad()
+    def _change(self, change: Callable[[list[Model]], None]) -> None:
+        change(theta := self._theta())
+        for net, values in zip(self.nets, theta, strict=True):
+            for name, parameter in net.named_parameters():
+                parameter.copy_(torch.from_numpy(values[name]))
+
+
+def _rounding(wire_dtype: torch.dtype | None) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what rounds to the wire as torch does, by way of float32."""
+
+    def round_(x: np.ndarray) -> np.ndarray:
+        return torch.from_numpy(x).to(wire_dtype).double().numpy()
+
+    return exactly if wire_dtype is None else round_
 
 
 def corrections(sent: Sequence[Tensor], choices: Sequence[int] | Any, alpha: float | str) -> list[Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -281,11 +281,11 @@ class Exchange:
         room = self._transport.room(layout.nbytes, self._most_bytes)
         ready = time.perf_counter()
         own, proposal, staged = self._snapshot(layout, tensors, room)
-        self._in_flight = InFlight(self.step, tensors, layout, own, None, [], proposal=proposal)
+        self._in_flight = exchange = InFlight(self.step, tensors, layout, own, None, [], proposal=proposal)
         if transfers:
             header = Header(Kind.SNAPSHOT, self.step, layout.nbytes, layout.fingerprint)
-            posted = self._transport.post(header, transfers.send_to, transfers.receive_from, staged)
-            self._in_flight = replace(self._in_flight, posted=posted, received=None)
+            exchange.posted = self._transport.post(header, transfers.send_to, transfers.receive_from, staged)
+            exchange.received = None
         self.stats.wait_seconds += ready - start
         self.stats.mix_seconds += time.perf_counter() - ready
 

@@ -22,58 +22,70 @@ from torch import Tensor
 from lightning_gossip.arguments import check_integer
 from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout, travelling
 from lightning_gossip.exchange.outer_state import OuterState
+from lightning_gossip.exchange.staging import Staging
 from lightning_gossip.exchange.stats import ExchangeStats
 from lightning_gossip.exchange.tensors import wide
 from lightning_gossip.rules.fragments import due, layers_of, strided
 from lightning_gossip.rules.mixing import CHUNK
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.transport.all_reduce import AllReduce, Reduction, bytes_sent, part_bytes
+from lightning_gossip.transport.interface import Staged
 from lightning_gossip.transport.link import Header, Kind
 
 
 class _Buffers:
-    """Of one part of the model: what this replica drifted, what of it travels, and the mean that comes back.
+    """Of one part of the model: what this replica drifted, what of it travels, and room for what comes back.
 
     Args:
         layout: on the wire.
         world_size: number of replicas.
         device: of the parameters.
-        from_host: whether what travels lies in host memory.
+        staging: where what travels lies in host memory and the parameters do not: the copies between the two.
     """
 
-    def __init__(self, layout: FlatLayout, world_size: int, device: torch.device, from_host: bool) -> None:
-        host = torch.device("cpu") if from_host else device
-        pinned = host != device
+    def __init__(self, layout: FlatLayout, world_size: int, device: torch.device, staging: Staging | None) -> None:
         self.layout = layout
         self.drift = FlatBuffer.empty(layout.unrounded, device)
         self._rounded = FlatBuffer.empty(layout, device) if layout.narrows else self.drift
+        self._staging = staging
         self.sent = self._rounded.storage
-        if pinned:
-            self.sent = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=True)
         room = world_size * part_bytes(layout.nbytes, world_size)
-        self.room = torch.empty(room, dtype=torch.uint8, device=host, pin_memory=pinned)
+        if staging is None:
+            self.room = torch.empty(room, dtype=torch.uint8, device=device)
+        else:
+            pinned = device.type != "cpu"
+            self.sent = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=pinned)
+            self.room = torch.empty(room, dtype=torch.uint8, pin_memory=pinned)
 
-    def fill(self) -> None:
-        """Make what is sent of what is in :attr:`drift`."""
+    @torch.no_grad()
+    def fill(self, starts: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Staged | None:
+        """Write the drift since ``starts``, and begin to copy what of it travels to where it is sent from.
+
+        Returns:
+            What tells when it is there, beside training; None where it is there already.
+        """
+        if self._staging is not None:
+            self._staging.before_packing()
+        for name, drift in self.drift.views.items():
+            torch.sub(starts[name], parameters[name].detach(), out=drift)
         if self._rounded is not self.drift:
             self._rounded.pack(self.drift.views)
-        if self.sent is not self._rounded.storage:
-            self.sent.copy_(self._rounded.storage)
-
-    def mean(self) -> FlatBuffer:
-        """Return what came back, on the parameters' device."""
-        return FlatBuffer(self.layout, self.room[: self.layout.nbytes].to(self.drift.storage.device))
+        return None if self._staging is None else self._staging.stage(self._rounded.storage, self.sent)
 
 
 @dataclass
 class _Round:
-    """Of one part of the model, posted and not applied yet; ``reduction`` is None where the mean is there."""
+    """Of one part of the model, posted and not applied yet; one of ``reduction`` and ``mean`` is None.
+
+    The mean lies on the parameters' device (1-D, uint8).
+    """
 
     step: int
     part: int
     parameters: Mapping[str, Tensor]
     buffers: _Buffers
-    reduction: Reduction | None
+    reduction: Reduction | None = None
+    mean: Tensor | None = None
 
 
 class Rounds:
@@ -206,9 +218,10 @@ class Rounds:
                 "names": list(round_.parameters),
                 "layout": round_.buffers.layout.fingerprint,
                 "drift": round_.buffers.drift.storage.clone(),
-                "mean": round_.buffers.mean().storage.clone(),
+                "mean": round_.mean.clone(),
             }
             for round_ in self._in_flight
+            if round_.mean is not None
         ]
         return {
             "step": self.step,
@@ -242,8 +255,8 @@ class Rounds:
                     " `precision` and the parameters' shapes have to be as they were"
                 )
             buffers.drift.storage.copy_(saved["drift"])
-            buffers.room[: buffers.layout.nbytes].copy_(saved["mean"])
-            self._in_flight.append(_Round(int(saved["step"]), int(saved["part"]), tensors, buffers, None))
+            mean = saved["mean"].to(buffers.drift.storage.device)
+            self._in_flight.append(_Round(int(saved["step"]), int(saved["part"]), tensors, buffers, mean=mean))
 
     def close(self) -> None:
         """Give up what is in flight and release the transport."""
@@ -251,7 +264,6 @@ class Rounds:
         self._in_flight.clear()
         self._buffers.clear()
 
-    @torch.no_grad()
     def _post(self, part: int, tensors: dict[str, Tensor]) -> None:
         # one that unfroze may have come to another part than it has a round in flight with
         under_way = {name for round_ in self._in_flight for name in round_.parameters}
@@ -260,17 +272,15 @@ class Rounds:
             return
         start = time.perf_counter()
         buffers = self._buffers_of(part, tensors)
-        for name, drift in buffers.drift.views.items():
-            torch.sub(self._state.starts[name], tensors[name].detach(), out=drift)
-        buffers.fill()
+        staged = buffers.fill(self._state.starts, tensors)
         layout = buffers.layout
-        reduction = None
+        round_ = _Round(self.step, part, tensors, buffers)
         if self.world_size > 1:
             header = Header(Kind.REDUCTION, self.step, layout.nbytes, layout.fingerprint, part)
-            reduction = self._reducer.post(header, buffers.sent, buffers.room, mean_over(layout))
+            round_.reduction = self._reducer.post(header, buffers.sent, buffers.room, mean_over(layout), staged)
         else:
-            buffers.room[: layout.nbytes].copy_(buffers.sent)
-        self._in_flight.append(_Round(self.step, part, tensors, buffers, reduction))
+            round_.mean = buffers.sent
+        self._in_flight.append(round_)
         self.stats.mix_seconds += time.perf_counter() - start
 
     def _buffers_of(self, part: int, tensors: Mapping[str, Tensor]) -> _Buffers:
@@ -280,18 +290,22 @@ class Rounds:
         kept = self._buffers.get(part)
         same = kept is not None and list(kept.layout.shapes) == list(tensors) and kept.drift.storage.device == device
         if kept is None or not same or kept.layout.fingerprint != layout.fingerprint:
-            kept = self._buffers[part] = _Buffers(layout, self.world_size, device, self._reducer.from_host)
+            kept = self._buffers[part] = _Buffers(layout, self.world_size, device, self._staging_of(device))
         return kept
+
+    def _staging_of(self, device: torch.device) -> Staging | None:
+        """Return what copies between the device and the host, for one part, whose rounds never overlap."""
+        return Staging(device) if self._reducer.from_host and self.world_size > 1 and device.type != "cpu" else None
 
     def _receive(self, round_: _Round) -> bool:
         """Wait until a round's mean is there; give up one that was dropped, and return False."""
         if round_.reduction is None:
             return True
         start = time.perf_counter()
-        came = round_.reduction.wait()
+        round_.mean = round_.reduction.wait()
         round_.reduction = None
         self.stats.wait_seconds += time.perf_counter() - start
-        if came:
+        if came := round_.mean is not None:
             self.stats.bytes_sent += bytes_sent(round_.buffers.layout.nbytes, self.world_size, self.rank)
         else:
             # nobody has its mean: starts stay where they are, and the next round's drift begins there
@@ -309,8 +323,11 @@ class Rounds:
 
     @torch.no_grad()
     def _make_step(self, round_: _Round) -> None:
+        if round_.mean is None:
+            raise RuntimeError("a round is applied once its mean is there")
         start = time.perf_counter()
-        means, drifts = round_.buffers.mean().views, round_.buffers.drift.views
+        buffers = round_.buffers
+        means, drifts = FlatBuffer(buffers.layout, round_.mean).views, buffers.drift.views
         for name, parameter in round_.parameters.items():
             theta = parameter.detach()
             for a, velocity, x, drift, mean in self._state.pieces(name, theta, drifts[name], means[name]):

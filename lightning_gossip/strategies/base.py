@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -175,7 +173,7 @@ class ReplicaStrategy(CheckpointedStrategy):
         self.start_training(trainer, self.control, self._connect())
         self._resume_training(trainer)
         lightning_compat.stop_broadcasting_before_batches(trainer, self._before_batch)
-        lightning_compat.run_steps_within(trainer, self._step)
+        lightning_compat.run_steps_between(trainer, self.begin_step, self.end_step)
         lightning_compat.allow_skipped_steps(trainer)
         lightning_compat.share_monitored_metrics(trainer, self.broadcast)
         name = type(self).__name__
@@ -201,15 +199,10 @@ class ReplicaStrategy(CheckpointedStrategy):
     # -- steps --------------------------------------------------------------------------------------------------
 
     def _before_batch(self) -> None:
-        self.control.check()
-        if self.control.asked_to_end:
+        control = self.control
+        control.check()
+        if control.asked_to_end:
             self._require_trainer().should_stop = True
-
-    @contextmanager
-    def _step(self) -> Iterator[None]:
-        self.begin_step()
-        yield
-        self.end_step()
 
     # -- endings ------------------------------------------------------------------------------------------------
 

@@ -172,21 +172,24 @@ def requeue_slurm_job() -> None:
         log.warning("requeueing SLURM job %s failed with exit code %d", job, code)
 
 
-def run_steps_within(trainer: pl.Trainer, step: Callable[[], AbstractContextManager[None]]) -> None:
-    """Run the optimization of every batch that ends an accumulation window within ``step()``.
+def run_steps_between(trainer: pl.Trainer, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Run the optimization of every batch that ends an accumulation window between ``begin()`` and ``end()``.
 
-    It is entered after the hooks of ``on_train_batch_start`` and before ``training_step``, and left after the
+    The first is called after the hooks of ``on_train_batch_start`` and before ``training_step``, the other after the
     optimizer's update and before schedulers and the hooks of ``on_train_batch_end``, under automatic and manual
-    optimization alike, whether or not an optimizer stepped.
+    optimization alike, whether or not an optimizer stepped; not where it raised.
     """
     loop = trainer.fit_loop.epoch_loop
     for optimization in (loop.automatic_optimization, loop.manual_optimization):
 
         def run(*args: Any, _run: Callable[..., Any] = optimization.run, **kwargs: Any) -> Any:
-            if trainer.fit_loop._should_accumulate():
+            # asking the loop costs as much as all else here
+            if trainer.accumulate_grad_batches > 1 and trainer.fit_loop._should_accumulate():
                 return _run(*args, **kwargs)
-            with step():
-                return _run(*args, **kwargs)
+            begin()
+            output = _run(*args, **kwargs)
+            end()
+            return output
 
         put(optimization, "run", run)
 

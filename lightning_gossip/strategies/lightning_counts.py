@@ -110,18 +110,24 @@ def decide_batch_ends(
     """
     loop = trainer.fit_loop.epoch_loop
     take_away(loop, "on_advance_end")  # the learning-rate finder begins a training twice in one set-up
+    take_away(loop, "_should_check_val_fx")
     end, check = loop.on_advance_end, loop._should_check_val_fx
+    decided: bool | None = None  # at a batch's end
+
+    def should_check(data_fetcher: Any) -> bool:
+        return check(data_fetcher) if decided is None else decided
 
     def on_advance_end(data_fetcher: Any) -> None:
-        due = decide("validation", lambda: not loop._skip_next_val and check(data_fetcher))
+        nonlocal decided
+        decided = decide("validation", lambda: not loop._skip_next_val and check(data_fetcher))
         loop._skip_next_val = False
-        put(loop, "_should_check_val_fx", lambda _: due)
         try:
             end(data_fetcher)
         finally:
-            take_away(loop, "_should_check_val_fx")
+            decided = None
         after()
 
+    put(loop, "_should_check_val_fx", should_check)
     put(loop, "on_advance_end", on_advance_end)
     for index, callback in enumerate(step_checkpoints(trainer)):
 
@@ -205,7 +211,7 @@ def restore(trainer: pl.Trainer) -> None:
     fit_loop = trainer.fit_loop
     loops: list[Any] = [fit_loop, fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop]
     changed: list[tuple[Any, str]] = [(loop, "setup_data") for loop in loops]
-    changed += [(fit_loop.epoch_loop, "on_advance_end")]
+    changed += [(fit_loop.epoch_loop, name) for name in ("on_advance_end", "_should_check_val_fx")]
     changed += [(callback, "on_train_batch_end") for callback in step_checkpoints(trainer)]
     for owner, attribute in changed:
         take_away(owner, attribute)

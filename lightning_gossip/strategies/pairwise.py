@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -116,25 +114,25 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
 
     @override
     def begin_step(self) -> None:
-        with self._explaining():
-            super().begin_step()
+        try:
+            self._running.begin()
+        except PartnerLost as error:
+            self._explain(error)
+            raise
 
     @override
     def end_step(self) -> None:
-        with self._explaining():
-            super().end_step()
-
-    @contextmanager
-    def _explaining(self) -> Iterator[None]:
-        """Say which parameters they are where partners find that they train others."""
         try:
-            yield
+            self._running.end()
         except PartnerLost as error:
-            differs = isinstance(error.__cause__, LayoutMismatch)
-            if (store := self._store) is not None and (differs or _is_asked(store, error, self.step)):
-                told = tell_trained(store, self.control, self._module, error.partner, self.step)
-                raise RuntimeError(told) from error
+            self._explain(error)
             raise
+
+    def _explain(self, lost: PartnerLost) -> None:
+        """Raise which parameters they are where partners find that they train others."""
+        differs = isinstance(lost.__cause__, LayoutMismatch)
+        if (store := self._store) is not None and (differs or _is_asked(store, lost, self.step)):
+            raise RuntimeError(tell_trained(store, self.control, self._module, lost.partner, self.step)) from lost
 
     @override
     def end_training(self) -> None:

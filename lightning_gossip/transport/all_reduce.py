@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_gossip.control.run import LOOK, Control
 from lightning_gossip.control.stop import RunStopped
-from lightning_gossip.transport.interface import PartnerLost
+from lightning_gossip.transport.interface import PartnerLost, Staged
 from lightning_gossip.transport.lanes import check_header
 from lightning_gossip.transport.link import Header, Link, LinkError, Links, reason_of
 from lightning_gossip.transport.link_transport import end_of_rank
@@ -53,11 +53,12 @@ class Reduction(ABC):
     """An all-reduce under way."""
 
     @abstractmethod
-    def wait(self) -> bool:
+    def wait(self) -> Tensor | None:
         """Wait until the result is there.
 
         Returns:
-            False where it was dropped, on all ranks alike, because one waits elsewhere and never began this step.
+            It (1-D, uint8, ``header.nbytes``), on the device where it was staged; None where it was dropped, on all
+            ranks alike, because one waits elsewhere and never began this step.
 
         Raises:
             PartnerLost: if a rank died or stayed silent past the timeout.
@@ -72,7 +73,9 @@ class AllReduce(ABC):
     """Whether what is sent and received lies in host memory."""
 
     @abstractmethod
-    def post(self, header: Header, sent: Tensor, room: Tensor, combine: Combine) -> Reduction:
+    def post(
+        self, header: Header, sent: Tensor, room: Tensor, combine: Combine, staged: Staged | None = None
+    ) -> Reduction:
         """Begin one.
 
         Args:
@@ -81,6 +84,7 @@ class AllReduce(ABC):
             room: for the result (1-D, uint8, as many parts as ranks, each of :func:`part_bytes`), whose first
                 ``header.nbytes`` it is in the end.
             combine: see :data:`Combine`; called in another thread.
+            staged: where both are on the host and the replica on a device: the copies between the two.
         """
 
     @abstractmethod
@@ -115,14 +119,16 @@ class LinkAllReduce(AllReduce):
         self._thread = threading.Thread(target=self._work, name=f"all-reduce-{control.rank}", daemon=True)
         self._thread.start()
 
-    def post(self, header: Header, sent: Tensor, room: Tensor, combine: Combine) -> Reduction:
+    def post(
+        self, header: Header, sent: Tensor, room: Tensor, combine: Combine, staged: Staged | None = None
+    ) -> Reduction:
         """See :meth:`AllReduce.post`."""
         header = Header(header.kind, header.step, header.nbytes, header.layout, header.number, self._rewound)
         if self._spell.left:
             return _Dropped()
         others = [rank for rank in range(self._control.world_size) if rank != self._control.rank]
         links = {rank: self._links.to(end_of_rank(rank)) for rank in others}
-        reduction = _OnLinks(header, sent, room, combine, links, self._spell, self._control, self._leave)
+        reduction = _OnLinks(header, sent, room, combine, staged, links, self._spell, self._control, self._leave)
         self._queue.put(reduction)
         return reduction
 
@@ -169,8 +175,8 @@ class _Spell:
 
 
 class _Dropped(Reduction):
-    def wait(self) -> bool:
-        return False
+    def wait(self) -> Tensor | None:
+        return None
 
 
 class _OnLinks(Reduction):
@@ -180,15 +186,16 @@ class _OnLinks(Reduction):
         sent: Tensor,
         room: Tensor,
         combine: Combine,
+        staged: Staged | None,
         links: Mapping[int, Link],
         spell: _Spell,
         control: Control,
         leave: Callable[[int], None],
     ) -> None:
-        self._header, self._sent, self._room, self._combine = header, sent, room, combine
+        self._header, self._sent, self._room, self._combine, self._staged = header, sent, room, combine, staged
         self._links, self._spell, self._control, self._leave = links, spell, control, leave
         self._jobs: dict[int, Future[None]] = {}  # of the present half
-        self._succeeded = False
+        self._result: Tensor | None = None
         self._done = threading.Event()  # or failed
 
     # -- in the helper thread -----------------------------------------------------------------------------------
@@ -196,7 +203,9 @@ class _OnLinks(Reduction):
     def run(self) -> None:
         """Do both halves, unless one before it failed."""
         try:
-            self._succeeded = self._spell.failure is None and self._scatter_and_gather()
+            if self._spell.failure is None and self._scatter_and_gather():
+                result = self._room[: self._header.nbytes]
+                self._result = result if self._staged is None else self._staged.land(1, result)
         except Exception as error:  # noqa: BLE001 - a caller's `combine`: whoever waits is told
             self._spell.failure = (self._control.rank, error)
         finally:
@@ -207,6 +216,8 @@ class _OnLinks(Reduction):
         size = part_bytes(nbytes, ranks)
         parts = [part_of(nbytes, ranks, rank) for rank in range(ranks)]
         own = parts[self._control.rank]
+        if self._staged is not None:
+            self._staged.ready()
         # what others send of this rank's part lies where their parts of the result will
         slots = [self._room[rank * size : rank * size + own.stop - own.start] for rank in range(ranks)]
         if not self._with_all(lambda rank: partial(self._swap, rank, self._sent[parts[rank]], slots[rank], True)):
@@ -241,19 +252,19 @@ class _OnLinks(Reduction):
 
     # -- in the training thread ---------------------------------------------------------------------------------
 
-    def wait(self) -> bool:
+    def wait(self) -> Tensor | None:
         deadline = time.monotonic() + self._control.timeout.total_seconds()
         try:
             while not self._control.wait(self._done, min(deadline, time.monotonic() + LOOK)):
                 if self._is_left():
-                    return False
+                    return None
                 if time.monotonic() >= deadline:
                     limit = self._control.timeout.total_seconds()
                     self._explain(self._latest(), TimeoutError(f"it stayed silent for {limit:g} s"))
-            if self._succeeded:
-                return True
+            if self._result is not None:
+                return self._result
             if self._is_left():
-                return False
+                return None
             self._explain(*(self._spell.failure or (self._control.rank, RuntimeError("it failed"))))
         except RunStopped as stopped:
             if (lost := stopped.stop.lost) in self._links:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -123,13 +123,14 @@ class Transfer:
     job: Future[Tensor | None] | None = None
     land: Callable[[Tensor], Tensor] | None = None
     landing: Future[Tensor | None] | None = None
-    given_up: threading.Event = field(default_factory=threading.Event)
+    given_up: bool = False
 
     def land_when_announced(self, inbox: Inbox, header: Header) -> Tensor | None:
         """Wait until a near partner has begun the step, and take its snapshot to the device; runs beside training."""
         while not inbox.has_begun(moment(header)):
-            if self.given_up.wait(GLANCE):
+            if self.given_up:
                 return None
+            time.sleep(GLANCE)
         return self.take(inbox, header)
 
     def take(self, inbox: Inbox, header: Header) -> Tensor:
@@ -146,7 +147,8 @@ class Transfer:
 
 def check_header(arrived: Header | None, expected: Header, peer: str) -> None:
     """Raise :class:`LinkError` where what ``peer`` sent is not what was expected."""
-    if arrived is not None and replace(arrived, layout=expected.layout, nbytes=expected.nbytes) == expected != arrived:
+    if arrived == expected:
+        return
+    if arrived is not None and replace(arrived, layout=expected.layout, nbytes=expected.nbytes) == expected:
         raise LayoutMismatch(f"{peer} sent other tensors: expected {expected}, but {peer} sent {arrived}")
-    if arrived != expected:
-        raise LinkError(f"expected {expected}, but {peer} sent {arrived}")
+    raise LinkError(f"expected {expected}, but {peer} sent {arrived}")

@@ -220,7 +220,7 @@ class _PostedOnLinks(Posted):
             raise
         finally:
             for transfer in self._transfers.values():
-                transfer.given_up.set()
+                transfer.given_up = True
         sent_to = [partner for partner, transfer in self._transfers.items() if transfer.sends]
         return Transferred(received | self._left_whole, sent_to)
 
@@ -283,7 +283,7 @@ class _PostedOnLinks(Posted):
         """Skip a partner that waits elsewhere and never began this step."""
         if not self._control.has_left(partner, self._header.step):
             return False
-        self._transfers.pop(partner).given_up.set()
+        self._transfers.pop(partner).given_up = True
         self._skip(partner)
         return True
 
@@ -291,7 +291,7 @@ class _PostedOnLinks(Posted):
         """Give up what is under way with a partner that is known to be lost."""
         if not self._control.is_lost(partner):
             return False
-        self._transfers.pop(partner).given_up.set()
+        self._transfers.pop(partner).given_up = True
         self._part(partner)
         return True
 
@@ -303,7 +303,7 @@ class _PostedOnLinks(Posted):
         if isinstance(error, LayoutMismatch) or not self._control.goes_on_without(partner, reason_of(error)):
             self._explain(partner, error)
         if not self._control.is_lost(partner):
-            self._transfers.pop(partner).given_up.set()
+            self._transfers.pop(partner).given_up = True
             self._skip(partner)
             return
         if isinstance(error, SendFailed) and error.received is not None:

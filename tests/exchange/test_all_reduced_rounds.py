@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from outer_replay import OPTIMIZERS, exactly, replay_all_reduce, to_bfloat16
+from outer_replay import OPTIMIZERS, replay_all_reduce, to_bfloat16
 from ranks import Rank, run_ranks
 from torch import Tensor, nn
 
+from benchmarks.shared.outer_replay import exactly
 from lightning_gossip.exchange.rounds import Rounds
 from lightning_gossip.rules.fragments import strided
 from lightning_gossip.rules.outer import OuterStep

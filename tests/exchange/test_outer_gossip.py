@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import ranks as ranks_module
 import torch
-from outer_replay import OPTIMIZERS, exactly, replay_gossip, to_bfloat16
+from outer_replay import OPTIMIZERS, replay_gossip, to_bfloat16
 from ranks import Rank, run_ranks
 from torch import nn
 
+from benchmarks.shared.outer_replay import exactly
 from lightning_gossip.exchange.clock import Exchange
 from lightning_gossip.exchange.rounds import Rounds
 from lightning_gossip.rules.mixing import ElasticMixing

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from lightning_gossip.exchange import clock
 from lightning_gossip.exchange.clock import Exchange
+from lightning_gossip.exchange.rounds import Rounds
 from lightning_gossip.exchange.staging import Staging
 from lightning_gossip.rules.mixing import ElasticMixing
+from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Schedule
 from lightning_gossip.transport import shared_memory
+from lightning_gossip.transport.all_reduce import LinkAllReduce
 from lightning_gossip.transport.interface import Staged
 from lightning_gossip.transport.link_transport import LinkTransport
 
@@ -39,14 +42,17 @@ def test_a_snapshot_is_staged_and_what_arrives_lands_in_a_place_of_its_own() -> 
 
 
 class SlowCopy(Staged):
-    """A copy to the host that takes its time, and writes the room only then."""
+    """A copy to the host that takes its time, or waits for ``gate``, and writes the room only then."""
 
-    def __init__(self, snapshot: Tensor, room: Tensor) -> None:
+    def __init__(self, snapshot: Tensor, room: Tensor, gate: threading.Event | None = None) -> None:
         self.landed_in: list[str] = []
         self._copied = threading.Event()
 
         def copy() -> None:
-            time.sleep(0.05)
+            if gate is None:
+                time.sleep(0.05)
+            else:
+                gate.wait(10)
             room.copy_(snapshot)
             self._copied.set()
 
@@ -105,6 +111,62 @@ def test_a_room_is_sent_only_once_it_holds_the_snapshot(
     beside = "staging" if near else "link-"
     # where two ranks come to know each other's memory, training's thread fetches what is there
     assert sum(name.startswith(beside) for name in landed_in) == (2 if near else 4)
+
+
+class GatedStaging(Staging):
+    """Copies to the host that wait for ``gate``."""
+
+    def __init__(self, copies: list[SlowCopy], gate: threading.Event) -> None:
+        super().__init__(HOST)
+        self.copies, self.gate = copies, gate
+
+    def stage(self, snapshot: Tensor, room: Tensor) -> Staged:
+        room.zero_()
+        self.copies.append(copy := SlowCopy(snapshot.clone(), room, self.gate))
+        return copy
+
+
+@pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("delay", [0, 3])
+def test_a_drift_is_sent_only_once_it_is_on_the_host_and_its_mean_lands_beside_training(
+    monkeypatch: pytest.MonkeyPatch, delay: int, wire_dtype: torch.dtype | None
+) -> None:
+    copies: list[SlowCopy] = []
+    gates = [threading.Event(), threading.Event()]
+
+    def body(me: Rank) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(me.rank)
+        model = {f"{layer}.weight": torch.linspace(-1, 1, 300).requires_grad_() for layer in "abc"}
+        reducer = LinkAllReduce(me.links, me.control)
+        rounds = Rounds(
+            me.rank,
+            2,
+            4,
+            OuterStep(0.7, 0.9),
+            reducer,
+            lambda: model,
+            delay=delay,
+            fragments=2,
+            wire_dtype=wire_dtype,
+        )
+        for _ in range(13 + delay):
+            gates[me.rank].clear()
+            rounds.begin()  # it would wait in vain
+            gates[me.rank].set()
+            with torch.no_grad():
+                for parameter in model.values():
+                    parameter.add_(torch.randn(parameter.shape, generator=generator))
+            rounds.end()
+        rounds.settle()
+        return {name: p.detach().clone() for name, p in model.items()}
+
+    unstaged = run_ranks(2, body)
+    monkeypatch.setattr(Rounds, "_staging_of", lambda self, device: GatedStaging(copies, gates[self.rank]))
+    for model, same in zip(run_ranks(2, body), unstaged, strict=True):
+        assert all(torch.equal(value, same[name]) for name, value in model.items())
+    landed_in = [name for copy in copies for name in copy.landed_in]
+    assert len(landed_in) == len(copies) >= 12
+    assert all(name.startswith("all-reduce-") for name in landed_in)
 
 
 def test_replicas_on_the_host_are_not_staged() -> None:
