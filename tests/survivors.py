@@ -135,7 +135,7 @@ class Mortal:
             exchange.begin()
             self.at("posted")
             with torch.no_grad():
-                parameter += torch.tensor(update(parameter.numpy(), self.rank, step))
+                parameter.add_(torch.tensor(update(parameter.numpy(), self.rank, step)))
             exchange.end()
             self.life.steps = step
             if step in run.meetings:
@@ -166,9 +166,8 @@ class Mortal:
                 raise Killed
             return skips(partner, why)
 
-        exchange._mix = mixing  # type: ignore[method-assign]
-        self.control._announce = announcing  # type: ignore[method-assign]
-        self.control.goes_on_without = going_on  # type: ignore[method-assign]
+        vars(exchange)["_mix"] = mixing
+        vars(self.control) |= {"_announce": announcing, "goes_on_without": going_on}
 
     def _meet(self, exchange: Exchange, step: int) -> None:
         """Meet, and sum the members' numbers in a group of their own, until all that are left have the sum."""
@@ -312,7 +311,9 @@ def check(run: Run, lives: list[Life]) -> None:
     assert len(declared) == len(set(declared)), "a loss was declared twice"
     replayed = replay(run, lives)
     for rank in survivors:
-        np.testing.assert_allclose(lives[rank].theta, replayed[rank], rtol=0, atol=1e-12)
+        theta = lives[rank].theta
+        assert theta is not None
+        np.testing.assert_allclose(theta, replayed[rank], rtol=0, atol=1e-12)
 
 
 def replay(run: Run, lives: list[Life]) -> dict[int, np.ndarray]:

@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_gossip.arguments import check_choice, check_timeout
 from lightning_gossip.control.run import Control
 from lightning_gossip.exchange.models import check_models_agree, rank_zeros, take
-from lightning_gossip.strategies import lightning_compat, lightning_counts
+from lightning_gossip.strategies import lightning_compat, lightning_counts, lightning_members
 from lightning_gossip.strategies.consensus import Evaluate
 from lightning_gossip.strategies.counting import Counting
 from lightning_gossip.strategies.meeting import TIMEOUT, StartMethod
@@ -152,7 +152,7 @@ class ReplicaStrategy(CheckpointedStrategy):
         lightning_compat.handle_requeue_signal(trainer, self._receive_requeue_signal)
         lightning_counts.share_validation_lengths(trainer, self.gather)
         if self.survives:
-            lightning_compat.share_log_folders(trainer, self.broadcast)
+            lightning_members.share_log_folders(trainer, self.broadcast)
         self._meet_in_metrics(module)
         fitting = lightning_compat.is_fitting(trainer)
         if fitting:
@@ -180,7 +180,7 @@ class ReplicaStrategy(CheckpointedStrategy):
         counting = Counting(trainer, name, self.gather, self._await_all, self._acts, self._refuse_unequal_lengths)
         counting.install(self._answer_call)
         if self.survives:
-            lightning_compat.deal_anew(trainer, self._members_that_meet)
+            lightning_members.deal_anew(trainer, self._members_that_meet)
 
     def _members_that_meet(self) -> tuple[int, ...]:
         self._meet("the dealing of the data")

@@ -29,7 +29,8 @@ from typing_extensions import override
 
 from lightning_gossip.control import store as run_store
 from lightning_gossip.control.interpreter import path_in_environment
-from lightning_gossip.strategies.lightning_compat import SIGKILL, global_states, outlive_parent, refuse_bad_start
+from lightning_gossip.strategies.lightning_compat import SIGKILL
+from lightning_gossip.strategies.lightning_members import global_states, outlive_parent, refuse_bad_start
 from lightning_gossip.strategies.ownership import own_parameters
 
 log = logging.getLogger(__name__)

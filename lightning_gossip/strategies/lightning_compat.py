@@ -19,24 +19,13 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers.multiprocessing import (
-    _check_bad_cuda_fork,
-    _check_missing_main_guard,
-    _GlobalStateSnapshot,
-    _MultiProcessingLauncher,
-)
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.signal_connector import _get_sigkill_signal
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import Store, distributed_c10d
-from torch.multiprocessing.spawn import _prctl_pr_set_pdeathsig
 
 from lightning_gossip.strategies.stand_in import put, take_away
 from lightning_gossip.strategies.window import ConsensusWindow
@@ -51,75 +40,9 @@ optimizers_to_device = _optimizers_to_device
 """Move the state of optimizers to a device."""
 
 
-def refuse_bad_start(launcher: _MultiProcessingLauncher, trainer: pl.Trainer | None) -> None:
-    """Raise where Lightning's launcher would not start processes: CUDA before a fork, no main guard, a second fit."""
-    if launcher._start_method == "spawn":
-        _check_missing_main_guard()
-    else:
-        _check_bad_cuda_fork()
-    if launcher._already_fit and is_fitting(trainer):
-        raise NotImplementedError("`fit` works once a Trainer where it starts processes: make a new Trainer")
-
-
-def global_states(start_method: str) -> tuple[Any, ...]:
-    """Return what Lightning's launcher gives to processes besides, by its start method."""
-    return (_GlobalStateSnapshot.capture(),) if start_method == "spawn" else ()
-
-
-def outlive_parent() -> None:
-    """Undo what :mod:`torch.multiprocessing` asks for in a process: SIGINT where its parent ends."""
-    _prctl_pr_set_pdeathsig(0)
-
-
 def run_store() -> Store:
     """Return the store on which the default process group was made."""
     return distributed_c10d._get_default_store()
-
-
-def begin_ranks(strategy: DDPStrategy) -> None:
-    """Do what Lightning's ``setup_distributed`` does before it makes a process group."""
-    reset_seed()
-    strategy.set_world_ranks()
-
-
-def take_over_from_rank_zero(trainer: pl.Trainer | None) -> None:
-    """Let this process do what only rank 0 does: what is decorated so, loggers, and the progress bar."""
-    setattr(rank_zero_only, "rank", 0)  # noqa: B010 - a function's attribute
-    if trainer is not None and trainer.progress_bar_callback is not None:
-        trainer.progress_bar_callback.enable()
-
-
-def share_log_folders(trainer: pl.Trainer, broadcast: Callable[[Any], Any]) -> None:
-    """Let every rank's loggers know rank 0's folder: one of them may have to go on in it."""
-    for logger in trainer.loggers:
-        if isinstance(logger, (TensorBoardLogger, CSVLogger)) and logger._version is None:
-            logger._version = broadcast(logger.version if trainer.is_global_zero else None)
-
-
-def deal_anew(trainer: pl.Trainer, members: Callable[[], Any]) -> None:
-    """Make the loaders of training and validation anew, by their data sets, wherever others take part than before.
-
-    Args:
-        trainer: in ``fit``.
-        members: meets, and returns who takes part; called before every epoch and validation but the first.
-    """
-    for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop):
-        _deal_anew_in(loop, members)
-
-
-def _deal_anew_in(loop: Any, members: Callable[[], Any]) -> None:
-    set_up = loop.setup_data
-    dealt_among: list[Any] = []
-
-    def setup_data() -> None:
-        if loop._combined_loader is not None:
-            present = members()
-            if dealt_among and dealt_among != [present]:
-                loop._combined_loader = None
-            dealt_among[:] = [present]
-        set_up()
-
-    put(loop, "setup_data", setup_data)
 
 
 def stop_broadcasting_before_batches(trainer: pl.Trainer, check: Callable[[], None]) -> None:

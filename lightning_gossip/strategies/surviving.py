@@ -18,7 +18,7 @@ from lightning_gossip.control.members import Change
 from lightning_gossip.control.run import HEARTBEAT, Meeting
 from lightning_gossip.control.together import together
 from lightning_gossip.exchange.stats import NONFINITE, NonFinite
-from lightning_gossip.strategies import lightning_compat
+from lightning_gossip.strategies import lightning_members
 from lightning_gossip.strategies.launchers import ReplicaSubprocessLauncher
 from lightning_gossip.strategies.meeting import START_TIMEOUT, TIMEOUT, MeetingStrategy
 from lightning_gossip.transport.group import DefaultGroup
@@ -107,7 +107,7 @@ class SurvivingStrategy(MeetingStrategy):
         if self.min_replicas is None:
             super().setup_distributed()
             return
-        lightning_compat.begin_ranks(self)
+        lightning_members.begin_ranks(self)
         check_integer("min_replicas", self.min_replicas, low=1, high=self.world_size, why="the number of ranks")
         if self._get_process_group_backend() != "gloo":
             raise MisconfigurationException(_NO_NCCL)
@@ -170,7 +170,7 @@ class SurvivingStrategy(MeetingStrategy):
             self._members = meeting.members
         if self._members and self.members[0] != before[0] and self.is_global_zero:
             log.warning("rank %d takes over the duties of rank %d", self.global_rank, before[0])
-            lightning_compat.take_over_from_rank_zero(self._trainer)
+            lightning_members.take_over_from_rank_zero(self._trainer)
         super()._have_met(meeting)
 
     # -- endings --------------------------------------------------------------------------------------------------

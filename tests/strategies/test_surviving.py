@@ -28,7 +28,7 @@ STEPS = 6  # of an epoch of four ranks
 
 
 def surviving(min_replicas: int = 1, lost_after: float = 20, **options: Any) -> ElasticGossipStrategy:
-    options = {"start_method": "fork", "timeout": timedelta(seconds=60)} | options
+    options = {"start_method": "fork", "timeout": timedelta(seconds=60), **options}
     return ElasticGossipStrategy(min_replicas=min_replicas, lost_after=timedelta(seconds=lost_after), **options)
 
 
@@ -77,7 +77,7 @@ class History(Recorder):
 
 def run(folder: Path, *callbacks: Callback, lost: tuple[int, ...], strategy: Any = None, **options: Any) -> list[Any]:
     """Train four ranks for four epochs; return what those have seen that are not lost."""
-    options = {"max_epochs": 4, "train": DataLoader(regression(96), 4), "val": DataLoader(regression(), 4)} | options
+    options = {"max_epochs": 4, "train": DataLoader(regression(96), 4), "val": DataLoader(regression(), 4), **options}
     history = History(folder)
     for rank in lost:
         torch.save(None, folder / f"rank_{rank}.pt")
@@ -115,7 +115,7 @@ def test_those_that_are_left_go_on(tmp_path: Path, lost: tuple[int, ...], caplog
         assert "was killed by SIGKILL" in caplog.text
 
 
-AT_OTHER_POINTS = {
+AT_OTHER_POINTS: dict[str, dict[str, Any]] = {
     "a validation": {"hook": "on_validation_batch_start", "epoch": 1},
     "the start of a validation": {"hook": "on_validation_start", "epoch": 1},
     "the end of a validation": {"hook": "on_validation_end", "epoch": 1},
@@ -165,7 +165,8 @@ def test_a_save_whose_writer_dies_is_repeated_by_the_next(tmp_path: Path) -> Non
 
 def test_a_checkpoint_of_those_that_are_left_resumes_exactly_on_as_many(tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    whole.mkdir(), resumed.mkdir()
+    whole.mkdir()
+    resumed.mkdir()
     saving = ModelCheckpoint(whole, filename="{epoch}", save_top_k=-1)
     fault = Fault(1, hook="on_train_batch_end", epoch=0, batch=2)
     options: dict[str, Any] = {"evaluate": "replica", "period": 2, "delay": 1}
