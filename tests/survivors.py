@@ -167,7 +167,7 @@ class Mortal:
             return skips(partner, why)
 
         vars(exchange)["_mix"] = mixing
-        vars(self.control) |= {"_announce": announcing, "goes_on_without": going_on}
+        vars(self.control).update({"_announce": announcing, "goes_on_without": going_on})
 
     def _meet(self, exchange: Exchange, step: int) -> None:
         """Meet, and sum the members' numbers in a group of their own, until all that are left have the sum."""

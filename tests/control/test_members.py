@@ -14,6 +14,8 @@ from lightning_gossip.control.member_log import MemberLog
 from lightning_gossip.control.members import JOINED, LEFT, LOST, Change, Members, StepNotKnown
 from lightning_gossip.control.process_id import is_gone, own_process
 
+pytestmark = pytest.mark.faults
+
 
 def change(number: int, seat: int, kind: str = LOST, incarnation: int = 0) -> Change:
     return Change(number, kind, seat, incarnation, by=0, step=7, cause="SIGKILL")

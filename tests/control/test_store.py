@@ -14,6 +14,8 @@ import pytest
 from lightning_gossip.__main__ import main
 from lightning_gossip.control.store import VARIABLE, reach
 
+pytestmark = pytest.mark.faults
+
 CLIENT = (
     "import os, sys, time\nfrom lightning_gossip.control.store import reach\n"
     "store = reach(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']))\n"

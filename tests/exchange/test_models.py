@@ -35,6 +35,8 @@ def gloo(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(dist, "broadcast", broadcast)
     monkeypatch.setattr(dist, "all_gather", all_gather)
     monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: groups.own.size())
     return join
 
 

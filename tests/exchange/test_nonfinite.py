@@ -12,6 +12,8 @@ from lightning_gossip.exchange.stats import NotFinite
 from lightning_gossip.rules.mixing import CHUNK, ElasticMixing, mix
 from lightning_gossip.rules.schedule import Schedule
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture(params=[True, False], ids=["shared memory", "links"], autouse=True)
 def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from survivors import Run, break_link, check
 from lightning_gossip.rules.mixing import ElasticMixing, MixingRule, PullMixing, PushMixing
 from lightning_gossip.rules.schedule import Schedule
 
+pytestmark = pytest.mark.faults
+
 LONG = 200
 """Seeds of the random walk."""
 
