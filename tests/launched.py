@@ -204,7 +204,7 @@ def assert_nothing_is_left(session: int, out: Path, linger: float, printed: str)
     assert not list(out.rglob("*.tmp")), "a save was left half done"
     for path in out.rglob("*.ckpt"):
         entry = torch.load(path, weights_only=True)[files.KEY]
-        for rank in range(entry["world_size"]):
+        for rank in entry["ranks"]:
             files.load_replica(files.AtomicCheckpointIO(), path, entry["save_id"], rank, True)
 
 

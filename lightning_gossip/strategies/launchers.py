@@ -127,6 +127,8 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
     survives: bool = False
     """Whether the run goes on without a rank that fails."""
 
+    _launching = 0  # the process that has started the others
+
     @override
     def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         launch = self._launch_members if self.survives else super().launch
@@ -145,6 +147,7 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
             RuntimeError: if none came to the end.
         """
         refuse_bad_start(self, trainer)
+        self._launching = os.getpid()
         strategy: Any = self._strategy
         environment: ClusterEnvironment = strategy.cluster_environment
         given_port = os.environ.get("MASTER_PORT")
@@ -224,6 +227,12 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
             os.environ["LOCAL_RANK"] = "0"
             results = returned[0] if trainer is None else self._collect_rank_zero_results(trainer, returned[0])
             queue.put(move_data_to_device(results, "cpu"))
+
+    @override
+    def _collect_rank_zero_results(self, trainer: Any, results: Any) -> Any:
+        if self.survives and os.getppid() != self._launching:
+            return None  # nobody would take the weights, which are handed over in a file
+        return super()._collect_rank_zero_results(trainer, results)
 
     @override
     def _recover_results_in_main_process(self, worker_output: Any, trainer: Any) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gossip
+from lightning_gossip.strategies import surviving
 
 
 class Blobs(pl.LightningModule):
@@ -86,6 +87,9 @@ def main() -> None:
     parser.add_argument("--fits", type=int, default=1, help="each after the first goes on for one more epoch")
     parser.add_argument("--timeout", type=float, default=0, help="seconds; 0 keeps the named strategy's default")
     parser.add_argument("--probability", type=float, default=1.0)
+    parser.add_argument("--min-replicas", type=int)
+    parser.add_argument("--start-method", default="popen")
+    parser.add_argument("--start-seconds", type=float, help="for all ranks to come; the package's own by default")
     parser.add_argument("--fault", default="none:0:0", help="kind:rank:batch")
     args = parser.parse_args()
 
@@ -101,8 +105,13 @@ def train(name: str, args: argparse.Namespace) -> None:
     strategy: Any = name
     if args.timeout:
         strategy = lightning_gossip.ElasticGossipStrategy(
-            timeout=timedelta(seconds=args.timeout), probability=args.probability
+            timeout=timedelta(seconds=args.timeout),
+            probability=args.probability,
+            min_replicas=args.min_replicas,
+            start_method=args.start_method,
         )
+    if args.start_seconds:
+        vars(surviving)["START_TIMEOUT"] = timedelta(seconds=args.start_seconds)
     trainer = pl.Trainer(
         accelerator=args.accelerator,
         devices=args.devices,

@@ -1,0 +1,134 @@
+"""Programs that go on without processes that are killed, the launching one among them (design §10)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from environments import LEAN
+from launched import PROGRAMS, Ended, Forked, Process, Program, free_port, members, wait_for
+
+from lightning_gossip.control.store import VARIABLE
+from lightning_gossip.strategies import checkpoint as files
+
+pytestmark = pytest.mark.faults
+
+SURVIVING = ("--timeout", 60, "--min-replicas", 1, "--epochs", 3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _processes_to_fork_from_end() -> Iterator[None]:
+    yield
+    Forked.end_all()
+
+
+def run(folder: Path, *arguments: Any, **options: Any) -> Ended:
+    return Program((*SURVIVING, *arguments), **{"linger": 60, **options}).run(folder)
+
+
+def check(ended: Ended, left: tuple[int, ...]) -> None:
+    """All that are left came to the end, and hold one consensus model."""
+    results = {int(path.name.split(".")[0][-1]) for path in ended.out.glob("result_*")}
+    assert results == set(left), ended.printed
+    ranks = ended.results()
+    assert all(rank["state"] == ranks[0]["state"] for rank in ranks)
+    assert ranks[0]["accuracy"] > 0.8
+    [checkpoint] = ended.out.rglob("*.ckpt")
+    entry = torch.load(checkpoint, weights_only=True)[files.KEY]
+    assert entry["ranks"] == list(left)
+
+
+def test_a_child_is_killed(tmp_path: Path) -> None:
+    ended = run(tmp_path, "--fault", "SIGKILL:2:10")
+    assert ended.code == 0, ended.printed
+    check(ended, (0, 1, 3))
+    assert "; 3 of 4 go on" in ended.printed
+    assert ended.printed.count("rank 2 lost at step 1") == 1, "said once"
+
+
+def test_the_launching_process_is_killed(tmp_path: Path) -> None:
+    """Its children go on; the store ends with the last of them."""
+    ended = run(tmp_path, "--fault", "SIGKILL:0:10")
+    assert ended.code == -signal.SIGKILL
+    check(ended, (1, 2, 3))
+    assert "rank 0 lost at step 1" in ended.printed
+    assert "rank 1 takes over the duties of rank 0" in ended.printed
+
+
+def test_the_launching_process_leaves_on_an_exception(tmp_path: Path) -> None:
+    """It waits for its children, and ends with its own exit code."""
+    ended = run(tmp_path, "--fault", "raise:0:10")
+    assert ended.code == 1
+    check(ended, (1, 2, 3))
+    assert "rank 0 left at step 1" in ended.printed
+
+
+@pytest.mark.parametrize("start_method", ["spawn"])
+def test_the_process_that_spawns_is_killed(tmp_path: Path, start_method: str) -> None:
+    def kill(process: Process, out: Path) -> None:
+        wait_for(process, out / "pid_3")
+        time.sleep(1)
+        os.kill(process.pid, signal.SIGKILL)
+
+    ended = run(tmp_path, "--start-method", start_method, "--fault", "slow:0:0", after=kill)
+    assert ended.code == -signal.SIGKILL
+    [checkpoint] = tmp_path.rglob("*.ckpt")
+    assert checkpoint.name == "epoch=2-step=24.ckpt", "the ranks came to the end"
+    assert torch.load(checkpoint, weights_only=True)[files.KEY]["ranks"] == [0, 1, 2, 3]
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
+def test_the_store_is_killed(tmp_path: Path) -> None:
+    def kill(process: Process, out: Path) -> None:
+        wait_for(process, out / "pid_3")
+        time.sleep(1)
+        [store] = [pid for pid in members(process.pid) if "lightning_gossip" in command_of(pid).split("runpy")[-1]]
+        os.kill(store, signal.SIGKILL)
+
+    ended = run(tmp_path, "--fault", "slow:0:0", after=kill)
+    assert ended.code == 1, ended.printed
+    assert len(ended.endings()) == 4
+    assert all("the run's store is gone" in ending["text"] for ending in ended.endings().values())
+
+
+def test_sigterm_on_the_launching_process_ends_the_run(tmp_path: Path) -> None:
+    ended = run(tmp_path, "--fault", "SIGTERM:0:10")
+    assert ended.code == 128 + signal.SIGTERM
+    assert {ending["type"] for ending in ended.endings().values()} == {"SIGTERMException"}
+    assert len(ended.endings()) == 4
+
+
+def test_ranks_started_one_by_one_by_a_shell_and_one_never_comes(tmp_path: Path) -> None:
+    """As README says: a store, and the variables of torch's. The run begins with those that have come."""
+    port = free_port()
+    store = [sys.executable, "-m", "lightning_gossip", "store", "--port", str(port)]
+    environment = {**LEAN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), VARIABLE: "True"}
+    arguments = ["--timeout", 20, "--min-replicas", 2, *SURVIVING[4:], "--start-seconds", 20]
+    command = [sys.executable, str(PROGRAMS / "train.py"), str(tmp_path), *map(str, arguments)]
+    with subprocess.Popen(store, stdout=subprocess.DEVNULL) as server:
+        ranks = [
+            subprocess.Popen(
+                [*command, "--fault", "SIGKILL:1:10"],
+                env=environment | {"LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in (0, 1, 3)
+        ]
+        printed = [rank.communicate(timeout=150)[0] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, -signal.SIGKILL, 0], printed
+        assert server.wait(10) == 0, "it ends with the last rank"
+    check(Ended(tmp_path, 0, "".join(printed)), (0, 3))
+    assert "rank 2 lost at step 0 (no process came within 20 s); 3 of 4 go on" in printed[0], printed[0]
