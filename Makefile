@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up everything they need; a second call installs nothing again.
-# `make test-quick` runs what starts no process of its own, in one or two minutes on two cores; `make test` begins with it;
+# `make test-quick` runs what starts no process of its own, in one or two minutes; `make test` begins with it;
 # `make test-long` runs what trains for minutes. As many tests run at a time as there are cores, up to four. Those of
 # processes are handed out in their order, by `load`: what forks comes before what starts threads.
 PYTHON ?= python3.11
