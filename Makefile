@@ -1,6 +1,7 @@
 # `make demo` and `make test` set up everything they need; a second call installs nothing again.
-# `make test-quick` runs what starts no process of its own, in five minutes or so; `make test` begins with it;
-# `make test-long` runs what trains for minutes.
+# `make test-quick` runs what starts no process of its own, in one or two minutes; `make test` begins with it;
+# `make test-long` runs what trains for minutes. As many tests run at a time as there are cores, up to four. Those of
+# processes are handed out in their order, by `load`: what forks comes before what starts threads.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin

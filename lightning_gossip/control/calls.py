@@ -60,10 +60,10 @@ class Calls:
             return None
         return called if step >= wait(lambda: self._agreed) else None
 
-    def finish(self) -> None:
-        """Go on: what was called for is done."""
+    def finish(self, what: str) -> None:
+        """Go on: ``what`` is done, perhaps with ranks of whose call this one has not heard yet."""
         with self._lock:
-            if self._noted == self._called:
+            if self._noted == what:
                 self._noted = None
             self._called = self._agreed = None
             self._number += 1

@@ -314,7 +314,7 @@ class MeetingStrategy(DDPStrategy):
     def _save_and_requeue(self) -> None:
         self._meet(REQUEUE)
         self._saved_for_requeue = True  # before the note is taken back: a signal may come at any moment
-        self.control.calls.finish()
+        self.control.calls.finish(REQUEUE)
         lightning_compat.save_for_requeue(self._module.trainer)
         self._requeue()
 

@@ -10,6 +10,7 @@ import pytest
 from ranks import Rank, run_ranks
 from torch.distributed import HashStore
 
+from lightning_gossip.control.calls import Calls
 from lightning_gossip.control.run import Control
 from lightning_gossip.control.stop import RunStopped
 
@@ -61,6 +62,20 @@ def test_signals_end_other_ranks_as_they_would_end_the_own() -> None:
 
     _, error = run_ranks(2, body, expect_errors=True)
     assert isinstance(error, KeyboardInterrupt)
+
+
+def test_what_was_done_with_the_others_is_not_called_for_again() -> None:
+    """Also where a rank meets the others for it before its control thread has heard of their call."""
+    store = HashStore()
+    first, late = (Calls(rank, 2, lambda: 3) for rank in range(2))
+    for calls in (first, late):
+        calls.note("a save")
+    first.look(store)
+    assert (first.called, late.called) == ("a save", None)
+    for calls in (first, late):
+        calls.finish("a save")
+        calls.look(store)
+        assert calls.called is None
 
 
 def test_meetings_leave_no_keys_behind() -> None:

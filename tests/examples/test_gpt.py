@@ -15,7 +15,6 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from environments import LEAN
 from fake_images import EXAMPLES
 
 sys.path.insert(0, str(EXAMPLES))
@@ -154,8 +153,7 @@ def test_a_run_from_the_command_line(tmp_path: Path, strategy: str) -> None:
     books(tmp_path / "books")
     command = f"{EXAMPLES}/gpt.py --devices 2 --batch-size 16 --strategy {strategy} --outer-momentum 0.9 --period 25"
     command += f" --data-dir {tmp_path}/books --log-dir {tmp_path}/logs --summary {tmp_path}/summary.json"
-    path = os.pathsep.join((str(EXAMPLES.parent), LEAN["PYTHONPATH"]))
-    environment = LEAN | {"HOME": str(tmp_path), "PYTHONPATH": path}
+    environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": f"{EXAMPLES.parent}"}
     done = subprocess.run(
         [sys.executable, *command.split()], capture_output=True, text=True, timeout=150, env=environment, check=False
     )
