@@ -9,11 +9,20 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler, Sampler
 
 DATA_SHARES = ("fixed", "reshuffled", "whole", "contiguous")
+
+
+def place_of(trainer: pl.Trainer | None) -> tuple[int, int, int]:
+    """Return which of how many shares is this worker's, among those that take part, and how many workers there were."""
+    if trainer is None:
+        return 0, 1, 1
+    members: tuple[int, ...] = getattr(trainer.strategy, "members", tuple(range(trainer.world_size)))
+    return members.index(trainer.global_rank), len(members), trainer.world_size
 
 
 class IndexSampler(Sampler[int]):

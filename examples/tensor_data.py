@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from shares import IndexSampler, make_sampler
+from shares import IndexSampler, make_sampler, place_of
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 
@@ -99,9 +99,9 @@ class TensorData(pl.LightningDataModule):
 
     def train_dataloader(self) -> Any:
         args, train = self.args, self._loaded().train
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        sampler = make_sampler(args.data_shares, train.labels, rank, world_size, args.seed, args.non_iid)
-        return TensorLoader(train, args.batch_size // world_size, sampler)
+        share, shares, workers = place_of(self.trainer)
+        sampler = make_sampler(args.data_shares, train.labels, share, shares, args.seed, args.non_iid)
+        return TensorLoader(train, args.batch_size // workers, sampler)
 
     def val_dataloader(self) -> Any:
         return TensorLoader(self._loaded().validation, EVALUATION_BATCH)

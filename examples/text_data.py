@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from image_data import DataNotFoundError
 from numpy.typing import NDArray
-from shares import IndexSampler, make_sampler
+from shares import IndexSampler, make_sampler, place_of
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 
@@ -159,9 +159,9 @@ class TextData(pl.LightningDataModule):
 
     def train_dataloader(self) -> Any:
         args, windows = self.args, self.split.train
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        sampler = make_sampler(args.data_shares, windows, rank, world_size, args.seed)
-        return WindowLoader(self.data, windows, self.context, args.batch_size // world_size, sampler)
+        share, shares, workers = place_of(self.trainer)
+        sampler = make_sampler(args.data_shares, windows, share, shares, args.seed)
+        return WindowLoader(self.data, windows, self.context, args.batch_size // workers, sampler)
 
     def val_dataloader(self) -> Any:
         return WindowLoader(self.data, self.split.validation, self.context, EVALUATION_BATCH)

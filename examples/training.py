@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import lightning.pytorch as pl
 import torch.distributed as dist
@@ -26,6 +26,8 @@ import lightning_gossip
 from lightning_gossip import GossipMonitor, RankTensorBoardLogger
 from lightning_gossip.strategies.base import ReplicaStrategy
 from lightning_gossip.strategies.checkpoint import AtomicCheckpointIO
+
+T = TypeVar("T")
 
 CHECKPOINT = "last"
 
@@ -124,8 +126,8 @@ def train_and_test(
     trainer = make_trainer(args, logger, costs)
     trainer.fit(model, data, ckpt_path=last)
     [tested] = trainer.test(model, data, verbose=False)
-    of_replicas = gather(tested[metric], trainer.world_size)
-    bytes_sent = gather(costs.bytes_sent, trainer.world_size)
+    of_replicas = dict(zip(gather(trainer.global_rank), gather(tested[metric]), strict=True))
+    bytes_sent = gather(costs.bytes_sent)
     if isinstance(trainer.strategy, ReplicaStrategy):
         trainer.strategy.adopt_consensus()
         trainer.logger = None  # the replicas' values stand under the module's own tags
@@ -143,7 +145,8 @@ def train_and_test(
         "seed": args.seed,
         "epochs": args.epochs,
         "updates": trainer.global_step,
-        metric: of_replicas,
+        "ranks": list(of_replicas),
+        metric: list(of_replicas.values()),
         f"consensus_{metric}": tested[metric],
         "seconds": costs.seconds,
         "bytes_sent_per_rank": sum(bytes_sent) / len(bytes_sent),
@@ -218,11 +221,11 @@ def end_with(error: object) -> NoReturn:
     sys.exit(2)
 
 
-def gather(value: float, world_size: int) -> list[float]:
-    """Return the value of each rank."""
-    if world_size == 1:
+def gather(value: T) -> list[T]:
+    """Return the value of each rank, of those that are left."""
+    if not dist.is_initialized():
         return [value]
-    values = [0.0] * world_size
+    values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
@@ -233,8 +236,8 @@ def print_table(summary: dict[str, Any], metric: str) -> None:
     table = Table()
     table.add_column("model")
     table.add_column(metric.replace("_", " "), justify="right")
-    for rank, value in enumerate(values):
-        table.add_row(f"replica of rank {rank}", f"{value:.4f}", end_section=rank == len(values) - 1)
+    for rank, value in zip(summary["ranks"], values, strict=True):
+        table.add_row(f"replica of rank {rank}", f"{value:.4f}", end_section=rank == summary["ranks"][-1])
     table.add_row("consensus", f"{summary[f'consensus_{metric}']:.4f}")
     print(f"{summary['example']}, {summary['strategy']}, {len(values)} replicas, {summary['epochs']} epochs")
     Console(file=sys.stdout).print(table)

@@ -41,6 +41,8 @@ class GossipMonitor(Callback):
     ``gossip/bytes_sent``          bytes of payload sent since the start
     ``gossip/wait_seconds``        seconds a step that training waited, mean since they were logged last
     ``gossip/mix_seconds``         seconds a step that snapshots and mixing took, likewise
+    ``gossip/members``             ranks that take part, and those that were lost so far, with ``min_replicas``: at the
+    ``gossip/lost``                start, whenever they change, and at the end
     ``gossip/partner``             rank in the exchange applied in the logged step, the smallest of several, -1 for none
     =============================  =====================================================================================
 
@@ -67,6 +69,7 @@ class GossipMonitor(Callback):
         self._consensus_built = 0
         self._stats: dict[str, Any] = {}  # by the tags' prefix; they outlive the strategy's connections
         self._totals: Metrics = {}  # as last logged
+        self._lost = -1  # as last logged
         self._seconds: Metrics = {}  # summed over the steps since they were logged
         self._steps = 0
         self._warned = False
@@ -90,6 +93,8 @@ class GossipMonitor(Callback):
             self._totals = {}
             self._seconds, self._steps = {}, 0
             self._stats = _stats_of(strategy)
+            self._lost = -1
+            self._log(trainer, self._members(strategy))
             self._arm(strategy, waiting=False)
 
     @override
@@ -108,7 +113,7 @@ class GossipMonitor(Callback):
         self._steps += 1
         for tag, seconds in _read(self._stats, _SECONDS).items():
             self._seconds[tag] = self._seconds.get(tag, 0.0) + seconds
-        metrics: Metrics = {}
+        metrics = self._members(strategy)
         if distance is not None:
             metrics["gossip/partner_distance"] = distance
         if self._step % self.every_n_steps == 0:
@@ -128,7 +133,16 @@ class GossipMonitor(Callback):
         totals = _read(self._stats | _stats_of(trainer.strategy), _TOTALS)
         if totals != self._totals:
             self._log(trainer, totals)
+        if self._lost >= 0:
+            self._log(trainer, {"gossip/members": trainer.world_size - self._lost, "gossip/lost": self._lost})
         self._stats = {}
+
+    def _members(self, strategy: ReplicaStrategy) -> Metrics:
+        """Return who takes part, where that is news."""
+        if not strategy.survives or strategy.lost == self._lost:
+            return {}
+        self._lost = strategy.lost
+        return {"gossip/members": strategy.world_size - self._lost, "gossip/lost": self._lost}
 
     def _arm(self, strategy: ReplicaStrategy, waiting: bool) -> None:
         """Have the coming step's exchange measured if the step is due, or one that was due had no exchange yet."""

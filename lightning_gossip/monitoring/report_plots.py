@@ -154,6 +154,9 @@ def draw(plot: Plot, runs: Mapping[str, Run], out: Path, *, against: str = "step
             if label in plot.consensus:
                 curve = plot.consensus[label]
                 axes.plot(curve[against] / scale, curve["mean"], color=style["color"], linestyle="--")
+            for moment in _losses(runs[label], against):
+                axes.axvline(moment / scale, color=style["color"], linestyle=":", linewidth=0.8, zorder=0)
+        lost = any(len(_losses(run, against)) for run in runs.values())
         if plot.consensus:
             axes.plot([], [], color="0.35", linestyle="--", label="consensus model")
         if plot.from_zero:
@@ -161,11 +164,22 @@ def draw(plot: Plot, runs: Mapping[str, Run], out: Path, *, against: str = "step
         spread = any((curve["ranks"] > 1).any() for curve in plot.curves.values())
         figure.legend(
             loc="outside lower center",
-            title=plot.note + ("mean over ranks (line), min–max (band)" if spread else ""),
+            title=plot.note
+            + ("mean over ranks (line), min–max (band)" if spread else "")
+            + (f"{'; ' if spread else ''}a rank is lost (dots)" if lost else ""),
         )
         file = out / f"{plot.name}_vs_{'updates' if against == 'step' else 'time'}.png"
         figure.savefig(file, dpi=DPI)
     return file
+
+
+def _losses(run: Run, against: str) -> list[float]:
+    """Return when ranks were lost: steps or seconds at which some rank first logged so many."""
+    curve = run.curve("gossip/lost")
+    if curve is None:
+        return []
+    most = curve["high"].cummax()
+    return [float(moment) for moment in curve[against][most > most.shift(fill_value=0)]]
 
 
 def _draw_curve(axes: Axes, curve: pd.DataFrame, style: Mapping[str, Any], *, log: bool) -> None:

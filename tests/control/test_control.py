@@ -67,7 +67,7 @@ def test_signals_end_other_ranks_as_they_would_end_the_own() -> None:
 def test_what_was_done_with_the_others_is_not_called_for_again() -> None:
     """Also where a rank meets the others for it before its control thread has heard of their call."""
     store = HashStore()
-    first, late = (Calls(rank, 2, lambda: 3) for rank in range(2))
+    first, late = (Calls(rank, lambda: (0, 1), lambda: 3) for rank in range(2))
     for calls in (first, late):
         calls.note("a save")
     first.look(store)
