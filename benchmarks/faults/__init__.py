@@ -1,0 +1,1 @@
+"""What a run loses with its ranks."""
