@@ -22,7 +22,7 @@ from typing_extensions import override
 from lightning_gossip.control.member_log import MemberLog, ends_membership
 from lightning_gossip.control.members import LEFT, LOST, Change, Members
 from lightning_gossip.control.process_id import host_of, is_gone, own_process
-from lightning_gossip.control.run import HEARTBEAT, LOOK, Control, Heartbeats, Meeting, Stop
+from lightning_gossip.control.run import LOOK, Control, Heartbeats, Meeting, Stop
 
 T = TypeVar("T")
 
@@ -347,8 +347,8 @@ class MemberControl(Control):
 
     # -- the thread ---------------------------------------------------------------------------------------------
 
-    def _look(self, store: Store, looks: int) -> None:
-        super()._look(store, looks)
+    def _look(self, store: Store, beats: bool) -> None:
+        super()._look(store, beats)
         self._log.read(store)
         if self.declared is not None:
             return
@@ -356,7 +356,7 @@ class MemberControl(Control):
         for rank in self._next([rank for rank in others if self._shares_host(store, rank)]):
             if self._sees_gone(store, rank):
                 self._declare(store, rank, "its process is gone")
-        if looks % round(HEARTBEAT / LOOK) == 0:
+        if beats:
             self._declare_silent(store, self._watch, self._next(others))
         step = self._clock()
         lead = self._pace.lead(step)

@@ -368,11 +368,12 @@ class Control:
 
     def _listen(self) -> None:
         store = self._thread_store
-        looks = 0
+        beaten = -HEARTBEAT
         try:
             while True:
-                self._look(store, looks)
-                looks += 1
+                beats = time.monotonic() - beaten >= HEARTBEAT  # by the clock: over a slow link a look takes its time
+                beaten = time.monotonic() if beats else beaten
+                self._look(store, beats)
                 self._pause.wait(LOOK)
                 self._pause.clear()
                 if self._closing.is_set():
@@ -380,9 +381,9 @@ class Control:
         except (DistNetworkError, DistStoreError):
             self._lose_store()
 
-    def _look(self, store: Store, looks: int) -> None:
-        """Look at the store, for the ``looks``-th time, on the thread's own connection."""
-        if looks % round(HEARTBEAT / LOOK) == 0:
+    def _look(self, store: Store, beats: bool) -> None:
+        """Look at the store, on the thread's own connection; give a sign of life where ``beats``."""
+        if beats:
             store.add(f"alive/{self.rank}", 1)
         if self.stopped is None and store.check([_STOP]):
             self._receive(store.get(_STOP))
