@@ -1,4 +1,4 @@
-"""``examples/mnist.py``, some of whose ranks are killed at the start of an epoch: ``MORTAL=2,3:3`` in the environment."""
+"""``examples/mnist.py``; ``MORTAL=2,3:3`` in the environment kills ranks 2 and 3 at the start of epoch 3."""
 
 from __future__ import annotations
 

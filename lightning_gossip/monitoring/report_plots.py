@@ -154,9 +154,9 @@ def draw(plot: Plot, runs: Mapping[str, Run], out: Path, *, against: str = "step
             if label in plot.consensus:
                 curve = plot.consensus[label]
                 axes.plot(curve[against] / scale, curve["mean"], color=style["color"], linestyle="--")
-            for moment in _losses(runs[label], against):
+            for moment in losses(runs[label], against):
                 axes.axvline(moment / scale, color=style["color"], linestyle=":", linewidth=0.8, zorder=0)
-        lost = any(len(_losses(run, against)) for run in runs.values())
+        lost = any(len(losses(run, against)) for run in runs.values())
         if plot.consensus:
             axes.plot([], [], color="0.35", linestyle="--", label="consensus model")
         if plot.from_zero:
@@ -173,7 +173,7 @@ def draw(plot: Plot, runs: Mapping[str, Run], out: Path, *, against: str = "step
     return file
 
 
-def _losses(run: Run, against: str) -> list[float]:
+def losses(run: Run, against: str) -> list[float]:
     """Return when ranks were lost: steps or seconds at which some rank first logged so many."""
     curve = run.curve("gossip/lost")
     if curve is None:

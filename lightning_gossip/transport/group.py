@@ -97,6 +97,7 @@ class DefaultGroup:
         self._rank = rank
         self._sound = False
         self._busy = False
+        self._store: MeetingStore | None = None
         self.members: tuple[int, ...] = ()
         """Whose group it is; those that have met last."""
 
@@ -120,6 +121,7 @@ class DefaultGroup:
             return
         self.destroy()
         patient = MeetingStore(store, lambda: any(map(is_lost, meeting.members)), timeout)
+        self._store = patient  # torch keeps what is beneath it, and not this object: new groups ask it for their keys
         index = meeting.members.index(self._rank)
         self.members = meeting.members
         dist.init_process_group(

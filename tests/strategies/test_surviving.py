@@ -14,12 +14,17 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
+from curves import scalars
 from forked import Linear, Recorder, fit, regression
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_gossip import ElasticGossipStrategy, GossipStrategy
+from lightning_gossip import ElasticGossipStrategy, GossipMonitor, GossipStrategy, RankTensorBoardLogger
+from lightning_gossip.monitoring import report_plots, run_folder
+from lightning_gossip.monitoring.event_files import read_run
 from lightning_gossip.strategies import checkpoint as files
 
 pytestmark = pytest.mark.faults
@@ -274,6 +279,43 @@ def test_data_loader_workers_of_a_dead_rank_end(tmp_path: Path) -> None:
     loader = DataLoader(regression(96), 4, num_workers=1, persistent_workers=True)
     fault = Fault(0, hook="on_train_batch_end", batch=2)
     check(run(tmp_path, fault, lost=(0,), train=loader), (1, 2, 3))
+
+
+class OwnCollectives(Linear):
+    """Uses groups of its own in a validation."""
+
+    def on_validation_epoch_end(self) -> None:
+        group: Any = dist.new_group()
+        ones = torch.ones(1)
+        dist.all_reduce(ones, group=group)
+        assert int(ones) == dist.get_world_size() == len(self.trainer.strategy.members)  # type: ignore[attr-defined]
+
+
+def test_groups_of_the_users_own_work_on(tmp_path: Path) -> None:
+    fault = Fault(0, hook="on_train_batch_end", batch=2)
+    check(run(tmp_path, fault, lost=(0,), module=OwnCollectives()), (1, 2, 3))
+
+
+def test_loggers_go_on_in_the_same_folders_and_the_moment_is_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_GOSSIP_RUN_FOLDERS", "{}")
+    monkeypatch.setattr(run_folder, "_handed_on", {})
+    loggers = [TensorBoardLogger(tmp_path, name="plain"), RankTensorBoardLogger(tmp_path, name="ranks")]
+    fault = Fault(0, hook="on_train_batch_end", batch=2)
+    survivors = run(tmp_path, fault, GossipMonitor(every_n_steps=2), lost=(0,), logger=loggers)
+    check(survivors, (1, 2, 3))
+    assert os.listdir(tmp_path / "plain") == ["version_0"]
+    assert [value for _, value in scalars(tmp_path / "plain" / "version_0", "val_loss")] == [
+        pytest.approx(loss) for loss in survivors[0]["losses"]
+    ], "of rank 0, and of rank 1 once that has its duties"
+    followed = read_run(tmp_path / "ranks" / "version_0")
+    for rank in (1, 2, 3):
+        assert [value for _, value in scalars(tmp_path / "ranks" / "version_0" / f"rank_{rank}", "gossip/members")][
+            -1
+        ] == 3
+    [step] = report_plots.losses(followed, "step")
+    assert 8 <= step < 14, "a report marks it there"
 
 
 @pytest.mark.parametrize(
