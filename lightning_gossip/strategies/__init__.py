@@ -1,8 +1,8 @@
 """Lightning glue only: one file a strategy over shared layers, and every reach into Lightning's private parts.
 
 May import parameter_server, exchange, rules, transport, control, and Lightning. Read ``meeting`` (ranks that start,
-meet and end), ``consensus`` (evaluation and checkpoints on the consensus model, with ``window``, ``checkpoint`` and
-``saved_state``), ``base`` (the life of a fit, with ``counting``), ``clocked`` and over it ``pairwise`` (partners that
+meet and end), ``surviving`` (those that are left go on), ``consensus`` (evaluation on the consensus model, with
+``window``), ``saving`` (checkpoints of it, with ``checkpoint`` and ``saved_state``), ``base`` (the life of a fit, with ``counting``), ``clocked`` and over it ``pairwise`` (partners that
 exchange) and ``all_reduced`` (all meet in one start), then a file a strategy. Beside them ``launchers``, ``ownership``,
-``lightning_compat``, ``lightning_counts`` and ``stand_in``. ``registration`` gives strategies their names.
+``lightning_compat``, ``lightning_counts``, ``lightning_members`` and ``stand_in``. ``registration`` gives strategies their names.
 """

@@ -13,8 +13,8 @@ from lightning_gossip.rules.schedule import Schedule
 
 pytestmark = pytest.mark.faults
 
-LONG = 200
-"""Seeds of the random walk."""
+SEEDS = 200
+"""Of the random walk; ten times as many by ``--long``."""
 
 IN_A_STEP = ("before posting", "posted", "before applying")
 AT_A_MEETING = (
@@ -111,7 +111,13 @@ def test_too_few_replicas_end_the_run_and_name_who_is_missing() -> None:
 RULES: tuple[MixingRule, ...] = (ElasticMixing(0.4), PullMixing(), PushMixing())
 
 
-@pytest.mark.parametrize("seed", range(LONG))
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(SEEDS, 10 * SEEDS))
+def test_a_longer_random_walk_keeps_the_invariants(seed: int) -> None:
+    test_a_random_walk_keeps_the_invariants(seed)
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_a_random_walk_keeps_the_invariants(seed: int) -> None:
     rng = np.random.default_rng([19, seed])
     world_size = int(rng.integers(2, 6))
