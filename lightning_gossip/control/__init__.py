@@ -1,7 +1,7 @@
-"""The run's store: who stops and why, who has arrived, who is alive.
+"""The run's store: who stops and why, who has arrived, who is alive, who takes part.
 
 May import torch and nothing else of the package but argument checks. Read ``stop``, ``run``, ``calls``
-(what all do at one step) and ``interpreter`` (processes that see what this one sees). For runs that go on without those
-that they lose: ``members`` (the protocol, as a table), ``member_log``, ``member_control``, ``together`` (what is repeated),
-``process_id`` and ``store`` (a process of its own).
+(what all do at one step) and ``interpreter`` (processes that see what this one sees). For runs that go on without
+those that they lose: ``members`` (the protocol, as a table), ``member_log``, ``member_control``, ``together`` (what is
+repeated), ``process_id`` and ``store`` (a process of its own).
 """

@@ -1,6 +1,6 @@
 """The exchange clock, and what replicas have in common: snapshots, posting, waiting, applying; the consensus model.
 
 May import rules, transport and control. Read ``flat`` (many tensors in one buffer), ``clock`` (a step's exchange, with
-``in_flight``, ``flat_mixing``, ``stats`` and, for a GPU, ``staging``), ``outer_state``, ``outer_gossip`` and ``rounds`` (outer steps), then
-``tensors``, ``models`` (what the ranks share) and ``consensus`` (the mean of the replicas).
+``in_flight``, ``flat_mixing``, ``stats`` and, for a GPU, ``staging``), ``outer_state``, ``outer_gossip`` and ``rounds``
+(outer steps), then ``tensors``, ``models`` (what the ranks share) and ``consensus`` (the mean of the replicas).
 """

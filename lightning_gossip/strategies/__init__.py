@@ -2,7 +2,9 @@
 
 May import parameter_server, exchange, rules, transport, control, and Lightning. Read ``meeting`` (ranks that start,
 meet and end), ``surviving`` (those that are left go on), ``consensus`` (evaluation on the consensus model, with
-``window``), ``saving`` (checkpoints of it, with ``checkpoint`` and ``saved_state``), ``base`` (the life of a fit, with ``counting``), ``clocked`` and over it ``pairwise`` (partners that
-exchange) and ``all_reduced`` (all meet in one start), then a file a strategy. Beside them ``launchers``, ``ownership``,
-``lightning_compat``, ``lightning_counts``, ``lightning_members`` and ``stand_in``. ``registration`` gives strategies their names.
+``window``), ``saving`` (checkpoints of it, with ``checkpoint`` and ``saved_state``), ``base`` (the life of a fit, with
+``counting``), ``clocked`` and over it ``pairwise`` (partners that exchange) and ``all_reduced`` (all meet in one
+start), then a file a strategy. Beside them ``launchers``, ``ownership``, ``stand_in``, and what knows Lightning's
+private parts: ``lightning_compat``, ``lightning_counts``, ``lightning_members``. ``registration`` gives strategies
+their names.
 """
