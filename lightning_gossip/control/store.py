@@ -103,7 +103,7 @@ def start_store(port: int) -> subprocess.Popen[str]:
     Raises:
         RuntimeError: if it ends at once: its port is taken.
     """
-    command = module_command("lightning_gossip", "store", "--port", str(port))
+    command = module_command("lightning_gossip", "store", "--port", str(port), "--wait", "60")
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, process_group=0)
     with process.stdout or nullcontext() as output:
         if output is None or not output.readline():
