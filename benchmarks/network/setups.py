@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.network.schemes import DOWNPOUR, GOSSIP, SETUPS, STALLING, make_strategy
 from benchmarks.shared.namespaces import burst_bytes
-from benchmarks.shared.side_by_side import Block, LightningSetup, Meter, Setup, Values
+from benchmarks.shared.side_by_side import Block, LightningSetup, Meter, Plan, Setup, Values
 from benchmarks.shared.workloads import Batch, Model, loss, nesterov
 from lightning_gossip import DownpourStrategy
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
@@ -37,9 +37,12 @@ class NetworkSetup(LightningSetup):
         super().__init__(name, lambda seed: make_strategy(name, seed))
         self.steps, self.warm_up = steps, warm_up
 
+    def plan(self, plan: Plan) -> Plan:
+        """See :meth:`Setup.plan`."""
+        return replace(plan, steps=self.steps, warm_up=self.warm_up)
+
     def train(self, model: Model, data: Iterable[Batch], block: Block) -> None:
         """See :meth:`Setup.train`."""
-        block.plan = replace(block.plan, steps=self.steps, warm_up=self.warm_up)
         if isinstance(model, Sleeper):
             model.round = block.round
         super().train(model, data, block)
