@@ -28,9 +28,7 @@ class HookedDDP(DDPStrategy):
         ddp: further arguments of ``DDPStrategy``.
     """
 
-    def __init__(
-        self, make_state: Callable[[], Any], hook: Callable[..., Any], timeout: timedelta, **ddp: Any
-    ) -> None:
+    def __init__(self, make_state: Callable[[], Any], hook: Callable[..., Any], timeout: timedelta, **ddp: Any) -> None:
         super().__init__(ddp_comm_hook=hook, process_group_backend="gloo", timeout=timeout, **ddp)
         self._make_state = make_state
 
@@ -59,7 +57,7 @@ def power_sgd(rank: int, start: int, timeout: timedelta) -> HookedDDP:
     def state() -> PowerSGDState:
         return PowerSGDState(dist.group.WORLD, matrix_approximation_rank=rank, start_powerSGD_iter=start)
 
-    # the hook calls collectives in callbacks of others: with a second bucket, gloo's ranks call them in different orders
+    # the hook calls collectives in callbacks of others: with a second bucket, ranks call gloo's in different orders
     return HookedDDP(state, powerSGD_hook, timeout, bucket_cap_mb=ONE_BUCKET)
 
 

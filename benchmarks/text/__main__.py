@@ -6,15 +6,16 @@
 
 The model of ``examples/gpt.py`` on the sources of Python's standard library, one budget of text for all schemes; each
 rank keeps a contiguous stretch of it. Ranks are processes of this host, and links are not limited: training is
-measured in updates and bytes, and the time on links of 200 Mbit/s is computed (`links.py`). Rows in
-``results/text.csv`` are not trained again; curves are in ``results/text_curves.csv``.
+measured in updates and bytes, and the time on links of 200 Mbit/s is computed (`links.py`) from
+that of a step, which ``python -m benchmarks.text.step`` measures. Rows in ``results/text.csv`` are not trained again;
+curves are in ``results/text_curves.csv``.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from benchmarks import RESULTS
 from benchmarks.shared.options import at_least, listed, make_parser, one_of
 from benchmarks.shared.ranks import fork_ranks
 from benchmarks.shared.rows import append, find, read
+from benchmarks.text.report import Curve, against_diloco, draw, load, table
 from benchmarks.text.schemes import ROWS, Row
 from benchmarks.text.training import EVERY, Point, Setting, as_columns, train
 
@@ -37,13 +39,15 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--rows", type=listed(one_of(ROWS)), default=list(ROWS), metavar="ID,ID", help=f"some of {','.join(ROWS)}")
     add("--seeds", type=listed(int), default=[0, 1, 2], help="of weights, order of the text, partners")
-    add("--model", choices=tuple(SIZES), default="micro")
+    add("--model", choices=tuple(SIZES), default="nano")
     add("--lr", type=float, default=None, help="AdamW's; None: the example's for the model")
     add("--steps", type=at_least(2 * EVERY), default=600, help=f"updates; a multiple of {2 * EVERY}")
-    add("--batch", type=at_least(1), default=16, help="windows an update, over all ranks")
+    add("--batch", type=at_least(1), default=64, help="windows an update, over all ranks")
     add("--context", type=at_least(2), default=64, help="bytes of a window")
     add("--seconds", type=float, default=float("inf"), help="after which no training begins; run again to continue")
     add("--out", type=Path, default=RESULTS, help="folder of the results")
+    add("--table", action="store_true", help="print what is there and train nothing")
+    add("--plot", action="store_true", help="draw what is there and train nothing")
     args = parser.parse_args()
     if args.steps % (2 * EVERY):
         parser.error(f"--steps must be a multiple of {2 * EVERY}, got {args.steps}")
@@ -67,12 +71,24 @@ def run(row: Row, setting: Setting, out: Path) -> None:
     fork_ranks(row.ranks, lambda: train(row, setting, report), 60 * MINUTES)
 
 
+def show(curves: dict[str, list[Curve]], args: argparse.Namespace) -> None:
+    """Print, or draw, what is there."""
+    if args.plot:
+        draw(curves, args.out)
+    else:
+        print(table(curves), *against_diloco(curves), sep="\n")
+
+
 def main() -> None:
     args = parse_arguments()
     end = time.monotonic() + args.seconds
     lr = SIZES[args.model].lr if args.lr is None else args.lr
+    setting = Setting(args.model, lr, args.steps, args.batch, args.context, seed=0)
+    if args.table or args.plot:
+        show(load(args.out, setting, args.seeds), args)
+        return
     for seed in args.seeds:
-        setting = Setting(args.model, lr, args.steps, args.batch, args.context, seed)
+        setting = replace(setting, seed=seed)
         for name in args.rows:
             if time.monotonic() >= end:
                 return

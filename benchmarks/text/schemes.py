@@ -58,7 +58,7 @@ class Row:
         return f"{TITLES[self.scheme]}{period}" + (f", {self.ranks} ranks" if self.ranks != 4 else "")
 
     @property
-    def outer(self) -> dict[str, float]:
+    def outer(self) -> dict[str, Any]:
         """η and γ of the outer step; empty without one."""
         return dict(OUTER) if self.scheme in ("diloco", "elastic-outer") else {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import time
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from language_model import SIZES, LanguageModel
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback
 from text_data import TextData
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from benchmarks.shared.trainer import make_trainer, quieten
@@ -92,53 +94,51 @@ class Watch(Callback):
         self.cpu_seconds = 0.0  # of training, this rank's, all threads
         self._begin = 0.0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         held_out, context = self.data.split.validation, self.data.context
         chosen = held_out[torch.linspace(0, len(held_out) - 1, WINDOWS).long()]
         begins = chosen.tolist()
         text = [torch.from_numpy(self.data.data[b * context : (b + 1) * context + 1].copy()) for b in begins]
         self._held_out = torch.stack(text)
-        self._look(trainer, pl_module, replicas=False)
+        self._consensus = copy.deepcopy(pl_module.network)
+        self._look(trainer, pl_module.network, replicas=False)
         self._begin = time.process_time()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         updates = trainer.global_step
         if updates % EVERY == 0:
             self.cpu_seconds += time.process_time() - self._begin
-            self._look(trainer, pl_module, replicas=updates % (2 * EVERY) == 0)
+            self._look(trainer, pl_module.network, replicas=updates % (2 * EVERY) == 0)
             self._begin = time.process_time()
 
     @torch.no_grad()
-    def _look(self, trainer: pl.Trainer, module: Any, replicas: bool) -> None:
+    def _look(self, trainer: pl.Trainer, network: nn.Module, replicas: bool) -> None:
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        own = parameters_to_vector(module.parameters()).clone()
+        own = parameters_to_vector(network.parameters())
         mean = own.clone()
         dist.all_reduce(mean)
         mean /= ranks
-        off = torch.stack([(own - mean).double().square().sum(), torch.tensor(0.0, dtype=torch.float64)])
-        every: list[float] = []
+        every = [0.0] * ranks if replicas else []
         if replicas:
-            losses: list[float] = [0.0] * ranks
-            dist.all_gather_object(losses, self._loss(module, self._held_out) / WINDOWS)
-            every = losses
-        vector_to_parameters(mean, module.parameters())
-        off[1] = self._loss(module, self._held_out[rank::ranks])
-        for parameter, values in zip(
-            module.parameters(), own.split([p.numel() for p in module.parameters()]), strict=True
-        ):
-            parameter.copy_(values.view_as(parameter))
-        dist.all_reduce(off)
-        sent = torch.tensor(float(links.bytes_sent(self.row, trainer, len(own) * own.element_size())))
-        dist.all_reduce(sent)
-        distance = (off[0].item() / ranks) ** 0.5 / mean.double().norm().item()
-        loss, megabytes = off[1].item() / WINDOWS, sent.item() / ranks / 1e6
-        self.points.append(Point(trainer.global_step, loss, every, distance, megabytes))
+            dist.all_gather_object(every, summed_loss(network, self._held_out) / WINDOWS)
+        vector_to_parameters(mean, self._consensus.parameters())
+        sums = torch.tensor([
+            (own - mean).double().square().sum().item(),
+            summed_loss(self._consensus, self._held_out[rank::ranks]),
+            links.bytes_sent(self.row, trainer, own.numel() * own.element_size()),
+        ], dtype=torch.float64)  # fmt: skip
+        dist.all_reduce(sums)
+        square, loss, sent = sums.tolist()
+        distance = (square / ranks) ** 0.5 / mean.double().norm().item()
+        self.points.append(Point(trainer.global_step, loss / WINDOWS, every, distance, sent / ranks / 1e6))
 
-    def _loss(self, module: Any, windows: Tensor) -> float:
-        """Return the sum over windows of their mean losses."""
-        return sum(
-            float(module._loss((some[:, :-1], some[:, 1:]))) * len(some) for some in windows.split(64) if len(some)
-        )
+
+def summed_loss(network: nn.Module, windows: Tensor) -> float:
+    """Return the sum over windows of their mean losses; shape ``(windows, context + 1)``, uint8."""
+    total = 0.0
+    for some in windows.long().split(64):
+        total += cross_entropy(network(some[:, :-1]).flatten(0, 1), some[:, 1:].flatten()).item() * len(some)
+    return total
 
 
 def train(row: Row, setting: Setting, report: Callable[[dict[str, Any], list[Point]], None]) -> None:
