@@ -30,12 +30,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
 from benchmarks import RESULTS
-from benchmarks.exchange.plain_loop import DecentSetup, PlainDDPSetup, PlainSetup
+from benchmarks.exchange.plain_loop import DecentSetup, PlainDDPSetup
 from benchmarks.exchange.plots import draw
 from benchmarks.exchange.summary import PARTS, print_table, summarize
 from benchmarks.shared import machine
 from benchmarks.shared.meters import InterfaceMeter, MemoryMeter, PartsMeter
 from benchmarks.shared.options import at_least, listed, make_parser, one_of
+from benchmarks.shared.plain_loop import PlainSetup
 from benchmarks.shared.ranks import fork_ranks
 from benchmarks.shared.rows import append, find, read, rounds_missing
 from benchmarks.shared.side_by_side import LightningSetup, Plan, Setup, Values, run_rank

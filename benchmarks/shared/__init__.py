@@ -2,5 +2,6 @@
 
 Reading order: ``options`` (a command line), ``machine``, ``rows`` (CSV files of results), ``quartiles``, ``tables`` and
 ``plots`` (what is made of them); ``workloads`` (what is trained) and ``trainer``; ``processes``, ``ranks`` and
-``namespaces`` (who starts it), ``side_by_side`` (blocks in turn) and ``meters`` (what they measure beside time).
+``namespaces`` (who starts it), ``side_by_side`` (blocks in turn), ``plain_loop`` and ``ddp_hooks`` (what else is
+compared) and ``meters`` (what they measure beside time).
 """
