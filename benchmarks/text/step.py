@@ -1,9 +1,10 @@
-"""How long a step computes, for the times of the other rows: measured where each rank has a core of its own.
+"""How long a step computes, for the times of the other rows: two ranks' processor time.
 
     python -m benchmarks.text.step    # on a quiet machine; --rounds, --windows
 
-Two ranks train on one batch in blocks that take turns (`shared/side_by_side.py`): without communication, and with
-PowerSGD on unlimited links, whose compression is computing too. Rows go to ``results/text_step.csv``.
+The ranks train on one batch in blocks that take turns (`shared/side_by_side.py`): without communication, and with
+PowerSGD on unlimited links, whose compression is computing too. Processor time, all threads', is what a step takes on
+a core of its own, whoever else wants one here. Rows go to ``results/text_step.csv``.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def make_setups() -> list[Setup]:
 
 
 def seconds(folder: Path, key: dict[str, Any]) -> dict[str, float]:
-    """Return the median step of each set-up that was measured for ``key``: model, context and windows a rank."""
+    """Return the median seconds of a step of each set-up measured for ``key``: model, context and windows a rank."""
     found: dict[str, list[float]] = {}
     for row in find(read(folder / FILE), key):
-        found.setdefault(row["setup"], []).append(float(row["step_ms"]) / 1e3)
+        found.setdefault(row["setup"], []).append(float(row["cpu_ms"]) / 1e3)
     return {setup: quartiles(values)[1] for setup, values in found.items()}
 
 
@@ -89,7 +90,7 @@ def main() -> None:
         if missing := rounds_missing(find(read(args.out / FILE), key), names, args.rounds):
             measure(key, setups, missing, args.out)
         table = [[name, f"{1e3 * value:.1f}"] for name, value in seconds(args.out, key).items()]
-        show(f"{args.model}, {windows} windows of {args.context} bytes a rank", ("set-up", "step, ms"), table)
+        show(f"{args.model}, {windows} windows of {args.context} bytes a rank", ("set-up", "CPU, ms"), table)
 
 
 if __name__ == "__main__":
