@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,9 @@ MARGIN = 1.03
 """Of DDP's last loss: what the time to get there is compared at."""
 HIGHEST = 3.3
 """Nats a byte at the top of the picture."""
+
+TICKS = [digit * 10**power for power in range(5) for digit in (1, 2, 5)]
+"""Of logarithmic axes."""
 
 
 @dataclass(frozen=True)
@@ -67,20 +70,36 @@ def payload(model: str) -> int:
     return sum(p.numel() * p.element_size() for p in GPT(SIZES[model]).parameters())
 
 
-def load(folder: Path, setting: Setting, seeds: Iterable[int]) -> dict[str, list[Curve]]:
-    """Return the whole trainings of a setting by the rows' ids, in the order of :data:`ROWS`, for ``seeds``."""
-    given = {key: value for key, value in asdict(setting).items() if key != "seed"}
-    done, points = find(read(folder / "text.csv"), given), find(read(folder / "text_curves.csv"), given)
-    measured = {
-        ranks: step.seconds(folder, {k: given[k] for k in ("model", "context")} | {"windows": setting.batch // ranks})
-        for ranks in {row.ranks for row in ROWS.values()}
-    }
+def load(folder: Path, settings: Mapping[str, Setting], seeds: Iterable[int]) -> dict[str, list[Curve]]:
+    """Return the whole trainings by the rows' ids.
+
+    Args:
+        folder: of the results.
+        settings: of each row, by its id; their seeds are left alone.
+        seeds: to look for.
+    """
+    done, points = read(folder / "text.csv"), read(folder / "text_curves.csv")
     curves: dict[str, list[Curve]] = {}
-    for name, row in ROWS.items():
+    for name, setting in settings.items():
+        row = ROWS[name]
+        machine = {"model": setting.model, "context": setting.context, "windows": setting.batch // row.ranks}
+        steps = step.seconds(folder, machine)
         for seed in seeds:
-            if (ends := find(done, {"id": name, "seed": seed})) and (own := find(points, {"id": name, "seed": seed})):
-                curves.setdefault(name, []).append(_curve(row, seed, own, ends[-1], measured[row.ranks], setting))
+            key = {"id": name, **asdict(replace(setting, seed=seed))}
+            if (ends := find(done, key)) and (own := find(points, key)):
+                curves.setdefault(name, []).append(_curve(row, seed, own, ends[-1], steps, setting))
     return curves
+
+
+def tried(folder: Path, setting: Setting) -> str:
+    """Return a table in Markdown: losses by learning rate, of rows in which more than one was tried with this seed."""
+    given = {key: value for key, value in asdict(setting).items() if key != "lr"}
+    losses: dict[str, dict[float, str]] = {}
+    for line in find(read(folder / "text.csv"), given):
+        losses.setdefault(line["id"], {})[float(line["lr"])] = f"{float(line['loss']):.3f}"
+    rates = sorted({rate for own in losses.values() for rate in own})
+    rows = [[ROWS[name].title, *(own.get(rate, "") for rate in rates)] for name, own in losses.items() if len(own) > 1]
+    return "\n".join(markdown(("learning rate", *(f"{rate:g}" for rate in rates)), rows))
 
 
 def _curve(
@@ -163,6 +182,10 @@ def figure(curves: Mapping[str, Sequence[Curve]], ranks: int = 4) -> Figure | No
         panel.set(xlabel=label, ylim=(None, HIGHEST))
         if axis != "updates":
             panel.set_xscale("log")
+            low, high = panel.get_xlim()
+            ticks = [tick for tick in TICKS if low <= tick <= high]
+            panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            panel.minorticks_off()
     panels[0].set_ylabel("Validation loss of the consensus (nats a byte)")
     handles, names = panels[0].get_legend_handles_labels()
     picture.legend(handles, names, loc="outside lower center", ncols=4, fontsize=7)

@@ -15,7 +15,7 @@ from benchmarks import ROOT
 from benchmarks.shared.rows import append, read
 from benchmarks.text import step
 from benchmarks.text.links import BANDWIDTH, LATENCY, Link, means, reduced, ring
-from benchmarks.text.report import Curve, against_diloco, load, payload, sooner, table
+from benchmarks.text.report import Curve, against_diloco, load, payload, sooner, table, tried
 from benchmarks.text.schemes import OUTER, POST_LOCAL_START, POWERSGD_START, ROWS, Row
 from benchmarks.text.training import Setting
 from lightning_gossip import DiLoCoStrategy, ElasticGossipStrategy
@@ -109,14 +109,17 @@ def test_rows_are_read_with_the_steps_that_were_measured(tmp_path: Path) -> None
         for u, loss in ((0, 5.0), (100, 3.0), (100, 3.0), (200, 2.5))  # one was there when a run was ended
     ]
     append(tmp_path / "text_curves.csv", [key | look for look in looks])
-    assert load(tmp_path, SETTING, [0]) == {}  # of a training that is whole there is a row
+    assert load(tmp_path, {"ddp": SETTING}, [0]) == {}  # of a training that is whole there is a row
     append(tmp_path / "text.csv", [key | {"loss": 2.5, "distance": 0.0}])
     for round_, cpu_ms in enumerate((10.0, 30.0, 20.0)):
         row = {"model": "nano", "context": 64, "windows": 16, "setup": "none", "round": round_, "cpu_ms": cpu_ms}
         append(tmp_path / step.FILE, [row])
-    [own] = load(tmp_path, SETTING, [0, 1])["ddp"]
+    [own] = load(tmp_path, {"ddp": SETTING}, [0, 1])["ddp"]
     assert own.updates.tolist() == [0, 100, 200]
     assert own.replicas == [2.5, 2.5]
+    assert tried(tmp_path, SETTING).count("\n") == 1  # one learning rate alone says nothing
+    append(tmp_path / "text.csv", [key | {"lr": 0.001, "loss": 2.6, "distance": 0.0}])
+    assert "| DDP | 2.600 | 2.500 |" in tried(tmp_path, SETTING)
     assert own.seconds[-1] == pytest.approx(Link(0.02, payload("nano")).seconds(Row("ddp"), 200))
 
 
