@@ -28,7 +28,7 @@ from benchmarks.shared.options import at_least, listed, make_parser, one_of
 from benchmarks.shared.ranks import fork_ranks
 from benchmarks.shared.rows import append, find, read
 from benchmarks.text.report import against_diloco, draw, load, table, tried
-from benchmarks.text.schemes import LR, ROWS, Row
+from benchmarks.text.schemes import ROWS, Row
 from benchmarks.text.training import EVERY, Point, Setting, as_columns, train
 
 MINUTES = 60.0
@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--rows", type=listed(one_of(ROWS)), default=list(ROWS), metavar="ID,ID", help=f"some of {','.join(ROWS)}")
     add("--seeds", type=listed(int), default=[0, 1, 2], help="of weights, order of the text, partners")
     add("--model", choices=tuple(SIZES), default="nano")
-    add("--lr", type=float, default=None, help="AdamW's; None: that of each scheme")
+    add("--lr", type=float, default=None, help="AdamW's; None: the example's for the model")
     add("--steps", type=at_least(2 * EVERY), default=600, help=f"updates; a multiple of {2 * EVERY}")
     add("--batch", type=at_least(1), default=64, help="windows an update, over all ranks")
     add("--context", type=at_least(2), default=64, help="bytes of a window")
@@ -72,23 +72,19 @@ def run(row: Row, setting: Setting, out: Path) -> None:
     fork_ranks(row.ranks, lambda: train(row, setting, report), 60 * MINUTES)
 
 
-def setting_of(row: Row, args: argparse.Namespace) -> Setting:
-    """Return what a row is trained with, for the first seed."""
-    lr = LR.get(row.scheme, SIZES[args.model].lr) if args.lr is None else args.lr
-    return Setting(args.model, lr, args.steps, args.batch, args.context, args.seeds[0])
-
-
 def main() -> None:
     args = parse_arguments()
     end = time.monotonic() + args.seconds
-    settings = {name: setting_of(ROWS[name], args) for name in args.rows}
-    if args.plot:
-        draw(load(args.out, settings, args.seeds), args.out)
-    elif args.table:
-        curves = load(args.out, settings, args.seeds)
-        print(table(curves), *against_diloco(curves), "", tried(args.out, settings[args.rows[0]]), sep="\n")
+    lr = SIZES[args.model].lr if args.lr is None else args.lr
+    setting = Setting(args.model, lr, args.steps, args.batch, args.context, args.seeds[0])
+    if args.plot or args.table:
+        curves = load(args.out, setting, args.rows, args.seeds)
+        if args.plot:
+            draw(curves, args.out)
+        else:
+            print(table(curves), *against_diloco(curves), "", tried(args.out, setting), sep="\n")
     else:
-        for seed, (name, setting) in itertools.product(args.seeds, settings.items()):
+        for seed, name in itertools.product(args.seeds, args.rows):
             if time.monotonic() >= end:
                 return
             here = replace(setting, seed=seed)

@@ -70,17 +70,11 @@ def payload(model: str) -> int:
     return sum(p.numel() * p.element_size() for p in GPT(SIZES[model]).parameters())
 
 
-def load(folder: Path, settings: Mapping[str, Setting], seeds: Iterable[int]) -> dict[str, list[Curve]]:
-    """Return the whole trainings by the rows' ids.
-
-    Args:
-        folder: of the results.
-        settings: of each row, by its id; their seeds are left alone.
-        seeds: to look for.
-    """
+def load(folder: Path, setting: Setting, names: Iterable[str], seeds: Iterable[int]) -> dict[str, list[Curve]]:
+    """Return the whole trainings of rows by their ids ``names``, for ``seeds`` in place of the setting's."""
     done, points = read(folder / "text.csv"), read(folder / "text_curves.csv")
     curves: dict[str, list[Curve]] = {}
-    for name, setting in settings.items():
+    for name in names:
         row = ROWS[name]
         machine = {"model": setting.model, "context": setting.context, "windows": setting.batch // row.ranks}
         steps = step.seconds(folder, machine)

@@ -18,8 +18,6 @@ POWERSGD_START = 30
 """Updates with whole gradients before PowerSGD compresses them: those in which the learning rate warms up."""
 POST_LOCAL_START = 100
 """Updates with an all-reduce before post-local SGD leaves the replicas to themselves; a multiple of each period."""
-LR = {"diloco": 1e-3, "elastic-outer": 1e-3}
-"""AdamW's, of schemes that do not take the example's for the model; `README.md` has what was tried."""
 TITLES = {
     "ddp": "DDP",
     "powersgd-1": "DDP, PowerSGD rank 1",

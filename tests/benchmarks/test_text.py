@@ -109,12 +109,12 @@ def test_rows_are_read_with_the_steps_that_were_measured(tmp_path: Path) -> None
         for u, loss in ((0, 5.0), (100, 3.0), (100, 3.0), (200, 2.5))  # one was there when a run was ended
     ]
     append(tmp_path / "text_curves.csv", [key | look for look in looks])
-    assert load(tmp_path, {"ddp": SETTING}, [0]) == {}  # of a training that is whole there is a row
+    assert load(tmp_path, SETTING, ["ddp"], [0]) == {}  # of a training that is whole there is a row
     append(tmp_path / "text.csv", [key | {"loss": 2.5, "distance": 0.0}])
     for round_, cpu_ms in enumerate((10.0, 30.0, 20.0)):
         row = {"model": "nano", "context": 64, "windows": 16, "setup": "none", "round": round_, "cpu_ms": cpu_ms}
         append(tmp_path / step.FILE, [row])
-    [own] = load(tmp_path, {"ddp": SETTING}, [0, 1])["ddp"]
+    [own] = load(tmp_path, SETTING, ["ddp", "diloco-25"], [0, 1])["ddp"]
     assert own.updates.tolist() == [0, 100, 200]
     assert own.replicas == [2.5, 2.5]
     assert tried(tmp_path, SETTING).count("\n") == 1  # one learning rate alone says nothing
