@@ -130,7 +130,7 @@ def table(curves: Mapping[str, Sequence[Curve]]) -> str:
             _spread([100 * (curve.loss[-1] / other.loss[-1] - 1) for curve, other in both], "+.1f", " %"),
             f"{min(of_replicas):.3f}–{max(of_replicas):.3f}", f"{np.mean([c.distance for c in own]):.3f}",
             f"{sent:,.0f}", f"{np.mean([c.mb_sent[-1] / o.mb_sent[-1] for c, o in both]):.4f}" if both else "",
-            f"{np.mean([curve.seconds[-1] for curve in own]):,.0f}",
+            _spread([float(np.mean([curve.seconds[-1] for curve in own]))], ",.0f"),
             _spread([sooner(curve, other) for curve, other in both], ".1f", "×"),
         ])  # fmt: skip
     return "\n".join(markdown(head, rows))
