@@ -188,7 +188,7 @@ def figure(curves: Mapping[str, Sequence[Curve]], ranks: int = 4) -> Figure | No
 
 def _draw(panel: Axes, own: Sequence[Curve], axis: str) -> None:
     row = own[0].row
-    colour = dict(zip(TITLES, ("black", *COLOURS), strict=False))[row.scheme]
+    colour = dict(zip(TITLES, ("0.6", *COLOURS), strict=False))[row.scheme]
     style = "--" if row.period == 100 else "-"
     places = np.mean([getattr(curve, axis) for curve in own], axis=0)
     losses = np.array([curve.loss for curve in own])
