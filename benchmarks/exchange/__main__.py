@@ -2,6 +2,7 @@
 
     python -m benchmarks.exchange                                     # all models at 2, 4 and 8 ranks
     python -m benchmarks.exchange --models mlp --ranks 4 --rounds 30  # one cell
+    python -m benchmarks.exchange --setups '32'                       # outer steps, and their reference
     python -m benchmarks.exchange --plot                              # the picture, from the rows that are there
 
 Every set-up trains the same model in blocks of steps that take turns (`shared/side_by_side.py`). Each block is a row in
@@ -29,23 +30,26 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
 from benchmarks import RESULTS
-from benchmarks.exchange.plain_loop import DecentSetup, PlainDDPSetup, PlainSetup
+from benchmarks.exchange.plain_loop import DecentSetup, PlainDDPSetup
 from benchmarks.exchange.plots import draw
 from benchmarks.exchange.summary import PARTS, print_table, summarize
 from benchmarks.shared import machine
 from benchmarks.shared.meters import InterfaceMeter, MemoryMeter, PartsMeter
 from benchmarks.shared.options import at_least, listed, make_parser, one_of
+from benchmarks.shared.plain_loop import PlainSetup
 from benchmarks.shared.ranks import fork_ranks
 from benchmarks.shared.rows import append, find, read, rounds_missing
 from benchmarks.shared.side_by_side import LightningSetup, Plan, Setup, Values, run_rank
 from benchmarks.shared.workloads import TASKS
-from lightning_gossip import ElasticGossipStrategy
+from lightning_gossip import DiLoCoStrategy, ElasticGossipStrategy
 from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
 from lightning_gossip.rules.mixing import CHUNK, mix
 
 TIMEOUT = timedelta(minutes=1)
 WARM_UP = 8
 """Steps: the longest period, so that as many exchanges end in the counted steps as begin there."""
+RARE = 32
+"""Period of the set-ups with outer steps, whose blocks are longer: two periods to warm up, and whole ones counted."""
 MEASURED = (
     "step_ms", "step_max_ms", "cpu_ms", "helper_cpu_ms",
     "payload_mb", "network_mb", "peak_mb", "parameters_mb",
@@ -82,13 +86,38 @@ class MemoryTraffic(Callback):
             mix(targets, own, [other], weight=0.5, scratch=self.scratch)
 
 
-def gossip(name: str, callbacks: Sequence[type[Callback]] = (), **arguments: Any) -> LightningSetup:
+def gossip(
+    name: str,
+    callbacks: Sequence[type[Callback]] = (),
+    reference: str = "none",
+    whole: int | None = None,
+    **arguments: Any,
+) -> LightningSetup:
     """Return a set-up with elastic gossip."""
 
     def strategy(seed: int) -> ElasticGossipStrategy:
         return ElasticGossipStrategy(seed=seed, evaluate="replica", timeout=TIMEOUT, **arguments)
 
-    return LightningSetup(name, strategy, callbacks=callbacks)
+    return LightningSetup(name, strategy, reference, callbacks, whole)
+
+
+def outer_steps() -> list[Setup]:
+    """Return the set-ups that exchange every :data:`RARE` steps, after their reference, whose blocks are as long."""
+    long: dict[str, Any] = {"reference": f"none, {RARE} steps", "whole": RARE}
+
+    def diloco(name: str, **arguments: Any) -> LightningSetup:
+        common: dict[str, Any] = {"period": RARE, "evaluate": "replica", "timeout": TIMEOUT}
+        return LightningSetup(name, lambda seed: DiLoCoStrategy(**common, **arguments), **long)
+
+    return [
+        gossip(f"none, {RARE} steps", peers=Nobody(), **long),
+        gossip(f"none again, {RARE} steps", peers=Nobody(), **long),
+        diloco(f"LocalSGD, period {RARE}", outer_lr=1.0, outer_momentum=0.0),
+        diloco(f"DiLoCo, period {RARE}"),
+        diloco(f"DiLoCo, period {RARE}, delay {RARE - 1}", delay=RARE - 1),
+        diloco(f"DiLoCo, period {RARE}, fragments 4", fragments=4),
+        gossip(f"outer step, period {RARE}", period=RARE, outer_lr=0.7, outer_momentum=0.9, **long),
+    ]
 
 
 def make_setups() -> dict[str, Setup]:
@@ -107,6 +136,7 @@ def make_setups() -> dict[str, Setup]:
         gossip("matching, TCP", shared_memory=False),
         gossip("uniform, TCP", peers="uniform", shared_memory=False),
         gossip("matching, bfloat16, TCP", wire_dtype=torch.bfloat16, shared_memory=False),
+        *outer_steps(),
         LightningSetup("ddp", lambda seed: DDPStrategy(process_group_backend="gloo", timeout=TIMEOUT)),
         PlainSetup("plain none"),
         PlainDDPSetup("plain ddp", "plain none"),
@@ -120,14 +150,16 @@ def measure(model: str, ranks: int, setups: dict[str, Setup], rounds: Iterable[i
     task = TASKS[model]
     parameters = task.bytes / 1e6
 
+    plan = Plan(steps=args.steps, warm_up=WARM_UP, timeout=TIMEOUT)
+
     def report(setup: str, round_: int, values: Values) -> None:
-        key = {"model": model, "ranks": ranks, "setup": setup, "round": round_, "steps": args.steps}
+        steps = setups[setup].plan(plan).steps
+        key = {"model": model, "ranks": ranks, "setup": setup, "round": round_, "steps": steps}
         append(args.out, [key | dict.fromkeys(MEASURED, "") | {"parameters_mb": parameters} | values], digits=5)
         print(f"{model}, {ranks} ranks, round {round_}: {setup} {values['step_ms']:.1f} ms", flush=True)
 
     def rank() -> None:
         meters = [PartsMeter(), MemoryMeter(), InterfaceMeter(ranks)]
-        plan = Plan(steps=args.steps, warm_up=WARM_UP, timeout=TIMEOUT)
         run_rank(list(setups.values()), task.model(), task.batch(), rounds, report, plan, meters, args.seconds)
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +189,7 @@ def main() -> None:
     if args.setups is not None:
         parts = args.setups.split(";")
         chosen = {name: s for name, s in setups.items() if any(part in name for part in parts)}
-        references = {"none", *(setup.reference for setup in chosen.values())}
+        references = {setup.reference for setup in chosen.values()}
         setups = {name: setup for name, setup in setups.items() if name in chosen or name in references}
     compared = {name: setup.reference for name, setup in setups.items()}
     if args.plot:

@@ -1,6 +1,7 @@
 """Training over slow links: each rank in a network namespace of its own (root, iproute2; exits with 2 without).
 
     python -m benchmarks.network [--rates 200 1000 50]   # steps/s and link use at rates in Mbit/s
+    python -m benchmarks.network --outer --rates 200     # outer steps, and what else there is for slow links
     python -m benchmarks.network --stalls                # every rank stalls now and then
     python -m benchmarks.network --straggler 3           # one rank takes 3 times as long, for good
     python -m benchmarks.network --table                 # of the rows that are there; --plot: their pictures
@@ -10,7 +11,7 @@ and Downpour, in blocks of steps that take turns (`shared/side_by_side.py`); eac
 rate. They share this host's processors. Downpour's server runs in rank 0's namespace: rank 0 reaches it over loopback,
 the others over rank 0's link. With --stalls and --straggler a step sleeps instead of computing, as if each rank had a
 processor of its own (a stalled rank on a shared one lends it to the others, which hides the loss), and links are not
-limited.
+limited. With --outer they train with outer steps, under DDP with torch's hooks, and with torchft in a plain loop.
 
 Rows go to ``results/network*.csv``; rounds that are there are not measured again, so a run can be ended and continued.
 Time to 97 % on MNIST is the updates to reach it, from ``python -m benchmarks.network.accuracy``, times the step's time.
@@ -26,8 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import RESULTS, ROOT
-from benchmarks.network import report
-from benchmarks.network.schemes import FILES, SETUPS, STALLING
+from benchmarks.network import report, torchft_loop
+from benchmarks.network.schemes import FILES, TORCHFT
 from benchmarks.shared.namespaces import INTERFACE, Network, NetworkUnavailable
 from benchmarks.shared.options import make_parser
 from benchmarks.shared.ranks import environment, watch
@@ -41,6 +42,7 @@ OWN_ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": INTERFACE,
     "OMP_NUM_THREADS": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns that these addresses have no names
+    "RUST_LOG": "error",  # torchft's manager describes every round
 }
 STALL_FACTOR = 3.0
 """How many times as long a step takes that stalls."""
@@ -81,6 +83,7 @@ def main() -> None:
     parser = make_parser(__spec__, __doc__)
     parser.add_argument("--rates", type=positive, nargs="+", default=list(RATES), help="Mbit/s")
     kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--outer", action="store_true", help="instead: outer steps, hooks of DDP's, and torchft")
     kinds.add_argument("--stalls", action="store_true", help="instead: steps that stall")
     kinds.add_argument("--straggler", type=float, metavar="FACTOR", help="instead: one rank is slow, so many times")
     parser.add_argument("--rounds", type=int, default=8, help="of blocks, a rate")
@@ -93,7 +96,7 @@ def main() -> None:
         parser.error(f"--straggler must be above 1 and at most 100, got {args.straggler:g}")
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
-    kind = "stalls" if args.stalls else "straggler" if args.straggler else "rates"
+    kind = "outer" if args.outer else "stalls" if args.stalls else "straggler" if args.straggler else "rates"
     if not (args.table or args.plot):
         run(kind, args)
     if args.plot:
@@ -105,8 +108,12 @@ def main() -> None:
 def run(kind: str, args: argparse.Namespace) -> None:
     file = args.out / FILES[kind]
     end = time.monotonic() + args.seconds
-    rates, setups = (args.rates, SETUPS) if kind == "rates" else ([0.0], STALLING)
-    factor = {"rates": 1.0, "stalls": STALL_FACTOR, "straggler": args.straggler}[kind]
+    rates = args.rates if kind in ("rates", "outer") else [0.0]
+    setups = report.setups_of(kind)
+    if kind == "outer" and not torchft_loop.is_installed():
+        setups = [name for name in setups if name not in TORCHFT]
+        print("torchft is not installed (pip install torchft==0.2.0): left out", file=sys.stderr)
+    factor = {"rates": 1.0, "outer": 1.0, "stalls": STALL_FACTOR, "straggler": args.straggler}[kind]
     for rate in rates:
         here = {"rate_mbit": f"{rate:.4g}", "factor": f"{factor:.4g}", "ranks": RANKS}
         rounds = rounds_missing(find(read(file), here), setups, args.rounds)

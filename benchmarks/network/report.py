@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.network.schemes import ACCURACY, ACCURACY_FILE, FILES, GOSSIP, SETUPS, STALLING
+from benchmarks.network.schemes import ACCURACY, ACCURACY_FILE, FILES, GOSSIP, OUTER_SETUPS, SETUPS, STALLING
 from benchmarks.shared import plots
 from benchmarks.shared.plots import COLOURS, Axes, Figure
 from benchmarks.shared.quartiles import quartiles, ratios
@@ -34,6 +34,11 @@ def whole_rounds(rows: Sequence[Row], setups: Sequence[str], column: str = "step
     }
 
 
+def setups_of(kind: str) -> Sequence[str]:
+    """Return the names of the set-ups that are measured for a kind of :data:`FILES`."""
+    return {"rates": SETUPS, "outer": OUTER_SETUPS}.get(kind, STALLING)
+
+
 def rates_of(rows: Sequence[Row]) -> list[str]:
     return sorted({row["rate_mbit"] for row in rows}, key=float)
 
@@ -53,11 +58,14 @@ def print_tables(folder: Path, kinds: Iterable[str]) -> None:
         rows = read(folder / FILES[kind])
         for rate in rates_of(rows):
             at_rate = find(rows, {"rate_mbit": rate})
-            steps = whole_rounds(at_rate, SETUPS if kind == "rates" else STALLING)
+            there = {row["setup"] for row in at_rate}  # torchft may be missing
+            steps = whole_rounds(at_rate, [name for name in setups_of(kind) if kind != "outer" or name in there])
             if not len(steps["none"]):
                 print(f"{kind}: no whole round yet at {rate} Mbit/s")
             elif kind == "rates":
                 _show_rates(at_rate, steps, float(rate), updates_to_accuracy(folder))
+            elif kind == "outer":
+                _show_outer(at_rate, steps, float(rate))
             elif kind == "stalls":
                 _show_stalls(steps)
             else:
@@ -85,6 +93,26 @@ def _show_rates(rows: Sequence[Row], steps: Steps, rate: float, updates: Mapping
             f"{updates[name] * step / 1e3:.0f}" if name in updates else "",
         ])  # fmt: skip
     show(f"{rate:g} Mbit/s, {len(steps['none'])} rounds: medians over rounds", head, table)
+
+
+def _show_outer(rows: Sequence[Row], steps: Steps, rate: float) -> None:
+    columns = ("payload_mb", "network_mb", "peak_mb_s")
+    payload, sent, peak = (whole_rounds(rows, list(steps), name) for name in columns)
+    head = ("set-up", "step, ms", "to none", "quartiles", "DDP's to it", "payload, MB", "sent, MB", "peak, MB/s")
+    table = []
+    for name, step in steps.items():
+        alone = steps["plain none" if name.startswith(("plain", "torchft")) else "none"]
+        low, to_none, high = ratios(step, alone)
+        table.append([
+            name, f"{np.median(step):.1f}", f"{to_none:.2f}", f"{low:.2f}–{high:.2f}",
+            f"{ratios(steps['ddp'], step)[1]:.1f}",
+            "" if np.isnan(payload[name]).all() else f"{np.median(payload[name]):.3f}",
+            f"{np.median(sent[name]):.3f}", f"{np.median(peak[name]):.1f}",
+        ])  # fmt: skip
+    show(f"outer steps, {rate:g} Mbit/s, {len(steps['none'])} rounds: medians over rounds", head, table)
+    whole, parts = "DiLoCo, period 32, delay 31", "DiLoCo, period 32, fragments 4, delay 15"
+    low, middle, high = ratios(peak[parts], peak[whole])
+    print(f"peak of 4 fragments to that of one: {middle:.2f} ({low:.2f}–{high:.2f})")
 
 
 def _show_stalls(steps: Steps) -> None:

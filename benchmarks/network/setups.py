@@ -12,11 +12,24 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from benchmarks.network.schemes import DOWNPOUR, GOSSIP, SETUPS, STALLING, make_strategy
+from benchmarks.network import torchft_loop
+from benchmarks.network.schemes import (
+    DOWNPOUR,
+    GOSSIP,
+    OUTER_SETUPS,
+    SETUPS,
+    STALLING,
+    TIMEOUT,
+    TORCHFT,
+    make_strategy,
+)
+from benchmarks.network.torchft_loop import TorchftSetup
 from benchmarks.shared.namespaces import burst_bytes
-from benchmarks.shared.side_by_side import Block, LightningSetup, Meter, Setup, Values
+from benchmarks.shared.plain_loop import PlainSetup
+from benchmarks.shared.side_by_side import Block, LightningSetup, Meter, Plan, Setup, Values
 from benchmarks.shared.workloads import Batch, Model, loss, nesterov
 from lightning_gossip import DownpourStrategy
+from lightning_gossip.strategies.clocked import ClockedStrategy
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
 
 SLEEP = 0.02
@@ -37,9 +50,12 @@ class NetworkSetup(LightningSetup):
         super().__init__(name, lambda seed: make_strategy(name, seed))
         self.steps, self.warm_up = steps, warm_up
 
+    def plan(self, plan: Plan) -> Plan:
+        """See :meth:`Setup.plan`."""
+        return replace(plan, steps=self.steps, warm_up=self.warm_up)
+
     def train(self, model: Model, data: Iterable[Batch], block: Block) -> None:
         """See :meth:`Setup.train`."""
-        block.plan = replace(block.plan, steps=self.steps, warm_up=self.warm_up)
         if isinstance(model, Sleeper):
             model.round = block.round
         super().train(model, data, block)
@@ -61,6 +77,26 @@ def rate_setups(megabits: float, payload: float, seconds: float = 3.0) -> list[S
         transfer = 1.5 * wire if name == "ddp" else wire / period if name in GOSSIP else 0.0
         steps = max(2, period * round(seconds / (0.04 + transfer) / period), period)
         setups.append(NetworkSetup(name, steps, warm_up=max(2, period)))
+    return setups
+
+
+def outer_setups(steps: int = 64) -> list[Setup]:
+    """Return the set-ups of :data:`~benchmarks.network.schemes.OUTER_SETUPS` that can run here.
+
+    Args:
+        steps: counted, a block: a multiple of all periods. DDP, whose steps are all alike, takes an eighth of them.
+    """
+    setups: list[Setup] = []
+    for name in OUTER_SETUPS:
+        if name in TORCHFT:
+            if torchft_loop.is_installed():
+                setups.append(TorchftSetup(name, "plain none", **TORCHFT[name], steps=steps, timeout=TIMEOUT))
+        elif name == "plain none":
+            setups.append(PlainSetup(name))
+        elif name in ("ddp", "ddp, bfloat16"):
+            setups.append(NetworkSetup(name, max(2, steps // 8), warm_up=2))
+        else:
+            setups.append(NetworkSetup(name, steps, warm_up=64 if "period 32" in name else 4))
     return setups
 
 
@@ -145,7 +181,7 @@ class LinkMeter(Meter):
 
 
 class TrafficMeter(Meter):
-    """Payload that this rank sent; of gossip and Downpour."""
+    """Payload that this rank sent; of the package's strategies."""
 
     def start(self, trainer: Trainer | None) -> None:
         """See :meth:`Meter.start`."""
@@ -161,13 +197,13 @@ class TrafficMeter(Meter):
 
     def read(self, steps: int) -> Values:
         """See :meth:`Meter.read`."""
-        counts = isinstance(self._strategy, (PairwiseStrategy, DownpourStrategy))
+        counts = isinstance(self._strategy, (ClockedStrategy, DownpourStrategy))
         return {"payload_mb": self._bytes / steps / 1e6} if counts else {}
 
     def _sent(self) -> int:
         strategy = self._strategy
         if isinstance(strategy, DownpourStrategy):
             return 0 if strategy.downpour_stats is None else strategy.downpour_stats.bytes_sent
-        if isinstance(strategy, PairwiseStrategy) and strategy.exchange is not None:
-            return strategy.exchange.stats.bytes_sent
+        if isinstance(strategy, ClockedStrategy) and strategy.exchange is not None:
+            return int(strategy.exchange.stats.bytes_sent)
         return 0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,56 @@ class InterfaceMeter(Meter):
     def read(self, steps: int) -> Values:
         """See :meth:`Meter.read`."""
         return {"network_mb": self._bytes / steps / self.ranks / MB}
+
+
+class PeakMeter(Meter):
+    """The most that left by this host's network interfaces in a short time, among the counted steps.
+
+    Args:
+        seconds: length of that time.
+        every: seconds from one look at the interfaces' counts to the next, by a thread of its own.
+    """
+
+    def __init__(self, seconds: float = 0.2, every: float = 0.01) -> None:
+        self.seconds, self.every = seconds, every
+        self._stop = threading.Event()
+
+    def begin(self) -> None:
+        """See :meth:`Meter.begin`."""
+        self._looks: list[tuple[float, int]] = [(time.perf_counter(), _sent())]
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """See :meth:`Meter.end`."""
+        self._stop.set()
+        self._thread.join()
+        self._looks.append((time.perf_counter(), _sent()))
+
+    def read(self, steps: int) -> Values:
+        """See :meth:`Meter.read`."""
+        return {"peak_mb_s": peak_rate(self._looks, self.seconds) / MB}
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.every):
+            self._looks.append((time.perf_counter(), _sent()))
+
+
+def peak_rate(looks: Sequence[tuple[float, int]], seconds: float) -> float:
+    """Return the highest rate over any time of at least ``seconds`` that begins and ends at a look; 0 if there is none.
+
+    Args:
+        looks: times and counts so far, both ascending.
+        seconds: more than 0.
+    """
+    peak, first = 0.0, 0
+    for then, count in looks:
+        while first + 1 < len(looks) and looks[first + 1][0] <= then - seconds:
+            first += 1
+        if looks[first][0] <= then - seconds:
+            peak = max(peak, (count - looks[first][1]) / (then - looks[first][0]))
+    return peak
 
 
 def _sent() -> int:

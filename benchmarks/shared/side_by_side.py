@@ -20,7 +20,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -65,6 +65,15 @@ class Plan:
     def total(self) -> int:
         """Steps of a block."""
         return self.warm_up + self.steps + self.cool_down
+
+    def whole(self, period: int) -> Plan:
+        """Return a plan with at least as many steps, whose counted steps are whole periods, after two to warm up.
+
+        As many exchanges end in them as begin, however late they are applied, and links are made before.
+        """
+        if self.warm_up >= 2 * period and self.steps % period == 0:
+            return self
+        return replace(self, steps=-(-self.steps // period) * period, warm_up=max(self.warm_up, 2 * period))
 
     def order(self, round_: int, setups: int) -> list[int]:
         """Return the order in which the set-ups take their turns in a round."""
@@ -149,6 +158,10 @@ class Setup(ABC):
         self.name = name
         self.reference = reference
 
+    def plan(self, plan: Plan) -> Plan:
+        """Return how this set-up's blocks are cut where all others' are cut by ``plan``."""
+        return plan
+
     @abstractmethod
     def train(self, model: Model, data: Iterable[Batch], block: Block) -> None:
         """Train ``model`` for ``block.plan.total`` steps."""
@@ -161,6 +174,7 @@ class LightningSetup(Setup):
         name, reference: see :class:`Setup`.
         strategy: makes one, given the number of the round: a seed, so that rounds see different exchanges.
         callbacks: types of callbacks that are part of the set-up.
+        whole: period by which blocks are cut, see :meth:`Plan.whole`; None for blocks as planned.
     """
 
     def __init__(
@@ -169,10 +183,16 @@ class LightningSetup(Setup):
         strategy: Callable[[int], Strategy],
         reference: str = "none",
         callbacks: Sequence[type[Callback]] = (),
+        whole: int | None = None,
     ) -> None:
         super().__init__(name, reference)
         self.strategy = strategy
         self.callbacks = callbacks
+        self.whole = whole
+
+    def plan(self, plan: Plan) -> Plan:
+        """See :meth:`Setup.plan`."""
+        return plan if self.whole is None else plan.whole(self.whole)
 
     def train(self, model: Model, data: Iterable[Batch], block: Block) -> None:
         """See :meth:`Setup.train`."""
@@ -258,13 +278,13 @@ def run_rank(
             if not go_on[0]:
                 return
             for index in plan.order(round_, len(setups)):
-                block = Block(plan, round_, meters)
+                block = Block(setups[index].plan(plan), round_, meters)
                 _release_memory()
                 for meter in meters:
                     meter.prepare()
                 setups[index].train(copy.deepcopy(model), SameBatch(batch), block)
                 if not block.values:
-                    raise RuntimeError(f"{setups[index].name!r} trained for less than {plan.total} steps")
+                    raise RuntimeError(f"{setups[index].name!r} trained for less than {block.plan.total} steps")
                 values: list[Values] = [{}] * dist.get_world_size()
                 dist.all_gather_object(values, block.values)
                 if dist.get_rank() == 0:
