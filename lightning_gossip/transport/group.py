@@ -58,6 +58,10 @@ class MeetingStore(Store):
         """Remove ``key``."""
         return bool(self._store.delete_key(key))
 
+    def clone(self) -> Store:
+        """Return another connection to the run's store."""
+        return self._store.clone()
+
     def check(self, keys: list[str]) -> bool:
         """Whether all ``keys`` are there."""
         return bool(self._store.check(keys))

@@ -132,3 +132,33 @@ def test_ranks_started_one_by_one_by_a_shell_and_one_never_comes(tmp_path: Path)
         assert server.wait(10) == 0, "it ends with the last rank"
     check(Ended(tmp_path, 0, "".join(printed)), (0, 3))
     assert "rank 2 lost at step 0 (no process came within 20 s); 3 of 4 go on" in printed[0], printed[0]
+
+
+SEVERAL_TRAINERS = """
+import sys
+from datetime import timedelta
+import lightning.pytorch as pl
+from torch.utils.data import DataLoader
+sys.path.append(sys.argv[1])
+from forked import Linear, regression
+from lightning_gossip import DownpourStrategy, ElasticGossipStrategy, GossipStrategy
+
+timeout = timedelta(seconds=60)
+for number, strategy in enumerate((
+    ElasticGossipStrategy(timeout=timeout, min_replicas=1), GossipStrategy(timeout=timeout), "ddp",
+    DownpourStrategy(timeout=timeout), ElasticGossipStrategy(timeout=timeout, min_replicas=2),
+)):
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(Linear(), DataLoader(regression(), 4), DataLoader(regression(), 4))
+    print(f"trained {number} on {trainer.global_rank}", flush=True)
+"""
+
+
+def test_trainers_with_and_without_members_follow_each_other(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(SEVERAL_TRAINERS)
+    command = [sys.executable, str(program), str(Path(__file__).parents[1])]
+    done = subprocess.run(command, env=LEAN, capture_output=True, text=True, timeout=150, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {f"trained {number} on {rank}" for number in range(5) for rank in range(2)} <= set(done.stdout.splitlines())
