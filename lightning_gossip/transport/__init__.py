@@ -2,5 +2,5 @@
 
 May import control. Read ``interface`` (what an exchange asks of a transport), ``link`` (two ends and a typed header),
 ``shared_memory`` (snapshots that others read where they were written), ``lanes`` and ``link_transport`` (both
-together), ``nccl``; ``all_reduce`` (all ranks at once).
+together), ``nccl``; ``all_reduce`` (all ranks at once) and ``voted_all_reduce`` (all that are left, or none).
 """
