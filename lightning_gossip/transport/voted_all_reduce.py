@@ -207,6 +207,8 @@ class _Voted(Reduction):
             if rank not in self._halves.others:
                 raise error
             raise lost_in(self._control.rank, rank, self._step, reason_of(error)) from error
+        if self._result is None:
+            self._control.note_skip()  # who has not begun it has other links: all make new ones when they meet
         return self._result
 
     def _look_elsewhere(self) -> None:
@@ -215,7 +217,6 @@ class _Voted(Reduction):
             return
         for rank in self._halves.others:
             if not self._control.is_lost(rank) and self._control.has_left(rank, self._step):
-                self._control.note_skip()
                 self._reducer.waits_elsewhere = rank
                 return
 
