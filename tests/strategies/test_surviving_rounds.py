@@ -56,6 +56,7 @@ class Starts(Callback):
 def run(folder: Path, strategy: Any, *callbacks: Callback, lost: int = -1, **options: Any) -> list[Any]:
     """Train for four epochs; return what those have seen that are not lost."""
     folder.mkdir(exist_ok=True)
+    pl.seed_everything(3, verbose=False)
     if lost >= 0:
         torch.save(None, folder / f"rank_{lost}.pt")
     seen = fit(
@@ -110,7 +111,7 @@ def test_where_nobody_is_lost_nothing_changes(tmp_path: Path) -> None:
     surviving = run(tmp_path / "surviving", diloco(min_replicas=1))
     for one, other in zip(plain, surviving, strict=True):
         torch.testing.assert_close(one["state"], other["state"], rtol=0, atol=0)
-        assert one["exchanges"] == other["exchanges"] == 6
+        assert one["exchanges"] == other["exchanges"] == 5, "and one is in flight"
 
 
 class Diverging(Linear):
