@@ -39,8 +39,8 @@ class DiLoCoStrategy(AllReducedStrategy):
             ``torch.bfloat16`` and ``torch.float16`` halve the bytes of float32.
         evaluate: ``"consensus"`` or ``"replica"``; what validation and test run on, and what remains after ``fit``.
         timeout: how long a round may take, the wait for its slowest rank included: one that takes longer ends the run,
-            or is dropped by all where there is ``min_replicas``. At a validation, a checkpoint or the end, where all meet: how long a rank waits for one that gives no sign
-            of life.
+            or is dropped by all where there is ``min_replicas``. At a validation, a checkpoint or the end, where all
+            meet: how long a rank waits for one that gives no sign of life.
         min_replicas: None: the run ends with the first rank that is lost. With a number it begins with so many ranks at
             least, and goes on as long as so many are left. A round in which one is lost is applied by all others or by
             none, and the next one is theirs. It needs gloo, and the run's store in a process of its own, which our
