@@ -3,5 +3,5 @@
 May import torch and nothing else of the package but argument checks. Read ``stop``, ``run``, ``calls``
 (what all do at one step) and ``interpreter`` (processes that see what this one sees). For runs that go on without
 those that they lose: ``members`` (the protocol, as a table), ``member_log``, ``member_control``, ``together`` (what is
-repeated), ``process_id`` and ``store`` (a process of its own).
+repeated), ``votes`` (what holds for all or for none), ``process_id`` and ``store`` (a process of its own).
 """

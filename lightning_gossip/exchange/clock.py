@@ -20,12 +20,12 @@ from torch import Tensor
 
 from lightning_gossip.arguments import check_choice, check_integer
 from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout, travelling
-from lightning_gossip.exchange.flat_mixing import is_finite, mix_segments
+from lightning_gossip.exchange.flat_mixing import Scratch, is_finite, mix_segments
 from lightning_gossip.exchange.in_flight import InFlight
 from lightning_gossip.exchange.outer_gossip import OuterGossip
 from lightning_gossip.exchange.staging import Staging
 from lightning_gossip.exchange.stats import NONFINITE, ExchangeStats, NonFinite, NotFinite, mean_distance
-from lightning_gossip.rules.mixing import CHUNK, MixingRule, Transfers
+from lightning_gossip.rules.mixing import MixingRule, Transfers
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Schedule
 from lightning_gossip.transport.interface import Staged, Transport
@@ -96,7 +96,7 @@ class Exchange:
         self._layout: FlatLayout | None = None
         self._signature: tuple[object, ...] = ()
         self._most_bytes = 0  # of a snapshot, when all parameters travel; 0: not known yet
-        self._scratch: dict[torch.dtype, Tensor] = {}
+        self._scratch = Scratch()
         self._snapshots: dict[int, FlatBuffer] = {}  # by address of the room: there are few
         self._staging: Staging | None = None  # where the transport's rooms are on the host and the replica is not
 
@@ -327,14 +327,6 @@ class Exchange:
             self._staging = Staging(device)
         return self._staging
 
-    def _scratch_of(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """Return room for differences that a CPU's cache holds; a GPU mixes all at once."""
-        if device.type != "cpu":
-            return None
-        if dtype not in self._scratch:
-            self._scratch[dtype] = torch.empty(CHUNK, dtype=dtype)
-        return self._scratch[dtype]
-
     def _receive(self) -> None:
         """Wait until what is in flight has arrived."""
         if (exchange := self._in_flight) is None or exchange.posted is None:
@@ -360,23 +352,27 @@ class Exchange:
                 layout.split(exchange.own), [layout.split(payload) for payload in received]
             )
             start = time.perf_counter()  # measuring is no part of mixing
-        if self._outer is not None and exchange.proposal is not None:
-            own, *others = (FlatBuffer(layout, storage) for storage in (exchange.own, *(received or ())))
-            weight = self._rule.weight(len(others)) if others else 0.0
-            self._outer.apply(exchange.parameters, exchange.proposal, own, others, weight)
-            self.stats.exchanges += len(others)
-        else:
-            if received and not self._mix(exchange, received):
-                received = self._mix_finite(exchange, received)
-            self.stats.exchanges += len(received or ())
+        if (received or exchange.proposal is not None) and not self._mix(exchange, received or []):
+            received = self._mix_finite(exchange, received or [])
+        self.stats.exchanges += len(received or ())
         if exchange.posted is not None:
             exchange.posted.release()
         self.stats.mix_seconds += time.perf_counter() - start
 
     def _mix(self, exchange: InFlight, received: Sequence[Tensor]) -> bool:
-        """Mix ``received`` in and return True; where something is not finite, change nothing and return False."""
-        weight, layout = self._rule.weight(len(received)), exchange.layout
-        return mix_segments(layout, exchange.parameters, exchange.own, received, weight, self._scratch_of)
+        """Mix ``received`` in and return True; where something is not finite, mix nothing in and return False.
+
+        The own outer step, where there is one, is made either way, once.
+        """
+        layout, parameters = exchange.layout, exchange.parameters
+        weight = self._rule.weight(len(received)) if received else 0.0
+        if self._outer is None:
+            return mix_segments(layout, parameters, exchange.own, received, weight, self._scratch)
+        own, *others = (FlatBuffer(layout, storage) for storage in (exchange.own, *received))
+        if exchange.proposal is None:
+            return self._outer.mix(parameters, own, others, weight)
+        proposal, exchange.proposal = exchange.proposal, None
+        return self._outer.apply(parameters, proposal, own, others, weight)
 
     def _mix_finite(self, exchange: InFlight, received: Sequence[Tensor]) -> list[Tensor]:
         """Mix in what is finite, or take it in place of a replica that is not; return it, or raise NotFinite."""
@@ -392,7 +388,11 @@ class Exchange:
         if left and healthy:
             self._mix(exchange, left)
         elif left:
-            FlatBuffer(exchange.layout, left[0]).copy_to(exchange.parameters)
+            snapshot = FlatBuffer(exchange.layout, left[0])
+            if self._outer is None:
+                snapshot.copy_to(exchange.parameters)
+            else:
+                self._outer.take(exchange.parameters, snapshot)
             self.stats.healed += 1
             self.on_heal()
         return left

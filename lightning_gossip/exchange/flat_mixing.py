@@ -11,6 +11,21 @@ from lightning_gossip.exchange.flat import FlatLayout, Segment
 from lightning_gossip.rules import mixing
 
 
+class Scratch:
+    """Room for differences that a CPU's cache holds, by dtype; a GPU mixes all at once."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[torch.dtype, Tensor] = {}
+
+    def __call__(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Return it, or None for all at once."""
+        if device.type != "cpu":
+            return None
+        if dtype not in self._rooms:
+            self._rooms[dtype] = torch.empty(mixing.CHUNK, dtype=dtype)
+        return self._rooms[dtype]
+
+
 def mix_segments(
     layout: FlatLayout,
     parameters: Mapping[str, Tensor],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_gossip.exchange.flat import FlatBuffer
 from lightning_gossip.exchange.outer_state import OuterState
-from lightning_gossip.rules.mixing import sum_of_differences
+from lightning_gossip.rules.mixing import is_finite, sum_of_differences
 from lightning_gossip.rules.outer import OuterStep
 
 
@@ -62,7 +62,7 @@ class OuterGossip:
         own: FlatBuffer,
         received: Sequence[FlatBuffer],
         weight: float,
-    ) -> None:
+    ) -> bool:
         """Move the replica by its own outer step and by c = −weight · Σ_k (own − received_k), in one pass over each.
 
         Args:
@@ -71,18 +71,64 @@ class OuterGossip:
             own: the snapshot that it wrote.
             received: the partners' snapshots, in ascending rank; there may be none.
             weight: of the sum.
+
+        Returns:
+            Whether all differences were finite; where not, nothing is mixed in, and the own step is made all the same.
         """
+        return self._move(parameters, proposal, own, received, weight)
+
+    @torch.no_grad()
+    def mix(
+        self, parameters: Mapping[str, Tensor], own: FlatBuffer, received: Sequence[FlatBuffer], weight: float
+    ) -> bool:
+        """Mix as :meth:`apply` does, where the own step is made already."""
+        return self._move(parameters, None, own, received, weight)
+
+    @torch.no_grad()
+    def take(self, parameters: Mapping[str, Tensor], snapshot: FlatBuffer) -> None:
+        """Take a partner's snapshot in place of a replica that is not finite, and begin a round there."""
+        snapshot.copy_to(parameters)
+        snapshot.copy_to({name: self._state.starts[name] for name in snapshot.views})
+        for name in self._state.velocities.keys() & snapshot.views.keys():
+            self._state.velocities[name].zero_()
+
+    def _move(
+        self,
+        parameters: Mapping[str, Tensor],
+        proposal: FlatBuffer | None,
+        own: FlatBuffer,
+        received: Sequence[FlatBuffer],
+        weight: float,
+    ) -> bool:
         snapshots = [buffer.views for buffer in (own, *received)]
-        for name, next_start in proposal.views.items():
-            parameter = parameters[name].detach()
+        proposed = None if proposal is None else proposal.views
+        mixed: list[tuple[Tensor, ...]] = []  # pieces that were
+        finite = True
+        for name in own.views:
+            parameter, next_start = parameters[name].detach(), (proposed or snapshots[0])[name]
             for start, velocity, theta, y, mine, *theirs in self._state.pieces(
                 name, parameter, next_start, *(views[name] for views in snapshots)
             ):
-                theta.add_(start)
-                start.copy_(y)
-                if theirs:
-                    mixed = sum_of_differences(mine, theirs, torch.empty_like(start)).mul_(-weight)
-                    self._state.step.absorb(mixed, theta, start, velocity)
+                if proposed is not None:
+                    theta.add_(start)
+                    start.copy_(y)
+                if theirs and finite:
+                    finite = self._absorb(theta, start, velocity, mine, theirs, -weight)
+                    mixed.append((theta, start, velocity, mine, *theirs))
+        if not finite:
+            for theta, start, velocity, mine, *theirs in mixed[:-1]:
+                self._absorb(theta, start, velocity, mine, theirs, weight)
+        return finite
+
+    def _absorb(
+        self, theta: Tensor, start: Tensor, velocity: Tensor, mine: Tensor, theirs: Sequence[Tensor], weight: float
+    ) -> bool:
+        """Move a piece by weight · Σ_k (mine − theirs_k), unless that is not finite; return whether it is."""
+        move = sum_of_differences(mine, theirs, torch.empty_like(start)).mul_(weight)
+        if not is_finite(move):
+            return False
+        self._state.step.absorb(move, theta, start, velocity)
+        return True
 
     def begin_anew(self) -> None:
         """Forget starts and momenta: the next step begins where the parameters are then."""

@@ -7,85 +7,45 @@ Used as the clock of pairwise exchanges is::
     rounds.end()     # wait; the outer step a → a'; θ(t+1) = θ(t) + u(t) + (a' − θ(t))
 
 What travels is the drift: it is rounded to the wire, not the parameters, so that a narrow wire costs little.
+
+A round is applied by all or by none, so that no two replicas ever have different starts:
+
+=================================  ====================================================================================
+a round                            is
+=================================  ====================================================================================
+whose mean all have                applied, in the step in which it falls due
+in which a member is lost, or      dropped (:mod:`~lightning_gossip.transport.voted_all_reduce`): starts and momenta
+which one has not begun            stay, what replicas drifted stays in them, and is in the next round's drift
+whose mean is not finite           the same; all see it, for they have the same mean
+after which a replica is found     that replica goes back to its starts, once: what it has in flight besides counts as
+sick: its own drift is not finite  no drift of its own. Or it ends, as ``nonfinite`` says
+=================================  ====================================================================================
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gossip.arguments import check_integer
+from lightning_gossip.arguments import check_choice, check_integer
 from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout, travelling
 from lightning_gossip.exchange.outer_state import OuterState
+from lightning_gossip.exchange.round_buffers import MeanOver, Round, RoundBuffers
 from lightning_gossip.exchange.staging import Staging
-from lightning_gossip.exchange.stats import ExchangeStats
-from lightning_gossip.exchange.tensors import wide
+from lightning_gossip.exchange.stats import NONFINITE, ExchangeStats, NonFinite, NotFinite
 from lightning_gossip.rules.fragments import due, layers_of, strided
-from lightning_gossip.rules.mixing import CHUNK
 from lightning_gossip.rules.outer import OuterStep
-from lightning_gossip.transport.all_reduce import AllReduce, Reduction, bytes_sent, part_bytes
-from lightning_gossip.transport.interface import Staged
+from lightning_gossip.transport.all_reduce import AllReduce
+from lightning_gossip.transport.halves import bytes_sent
 from lightning_gossip.transport.link import Header, Kind
 
-
-class _Buffers:
-    """Of one part of the model: what this replica drifted, what of it travels, and room for what comes back.
-
-    Args:
-        layout: on the wire.
-        world_size: number of replicas.
-        device: of the parameters.
-        staging: where what travels lies in host memory and the parameters do not: the copies between the two.
-    """
-
-    def __init__(self, layout: FlatLayout, world_size: int, device: torch.device, staging: Staging | None) -> None:
-        self.layout = layout
-        self.drift = FlatBuffer.empty(layout.unrounded, device)
-        self._rounded = FlatBuffer.empty(layout, device) if layout.narrows else self.drift
-        self._staging = staging
-        self.sent = self._rounded.storage
-        room = world_size * part_bytes(layout.nbytes, world_size)
-        if staging is None:
-            self.room = torch.empty(room, dtype=torch.uint8, device=device)
-        else:
-            pinned = device.type != "cpu"
-            self.sent = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=pinned)
-            self.room = torch.empty(room, dtype=torch.uint8, pin_memory=pinned)
-
-    @torch.no_grad()
-    def fill(self, starts: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Staged | None:
-        """Write the drift since ``starts``, and begin to copy what of it travels to where it is sent from.
-
-        Returns:
-            What tells when it is there, beside training; None where it is there already.
-        """
-        if self._staging is not None:
-            self._staging.before_packing()
-        for name, drift in self.drift.views.items():
-            torch.sub(starts[name], parameters[name].detach(), out=drift)
-        if self._rounded is not self.drift:
-            self._rounded.pack(self.drift.views)
-        return None if self._staging is None else self._staging.stage(self._rounded.storage, self.sent)
-
-
-@dataclass
-class _Round:
-    """Of one part of the model, posted and not applied yet; one of ``reduction`` and ``mean`` is None.
-
-    The mean lies on the parameters' device (1-D, uint8).
-    """
-
-    step: int
-    part: int
-    parameters: Mapping[str, Tensor]
-    buffers: _Buffers
-    reduction: Reduction | None = None
-    mean: Tensor | None = None
+log = logging.getLogger(__name__)
 
 
 class Rounds:
@@ -102,6 +62,9 @@ class Rounds:
         delay: steps from posting to applying, from 0 to ``period - 1``.
         fragments: parts of the model, each with rounds of its own, period / fragments steps apart; up to ``period``.
         wire_dtype: drifts are rounded to it where it is narrower than the parameter.
+        members: returns the ranks that take part in the round of a step, ascending; None for all, always.
+        nonfinite: what becomes of a replica that is not finite: it goes back to the common start (``"heal"``), or
+            raises (``"error"``).
 
     Raises:
         ValueError: if ``delay`` or ``fragments`` does not suit the period, or ``fragments`` exceeds the model's layers.
@@ -118,6 +81,8 @@ class Rounds:
         delay: int = 0,
         fragments: int = 1,
         wire_dtype: torch.dtype | None = None,
+        members: Callable[[int], tuple[int, ...]] | None = None,
+        nonfinite: NonFinite = "error",
     ) -> None:
         self.period = check_integer("period", period, low=1)
         check_integer("delay", delay, low=0, high=period - 1, why="at most period - 1")
@@ -128,15 +93,18 @@ class Rounds:
         self.world_size = world_size
         self.step = 0
         self.stats = ExchangeStats(partner=None)
+        self.on_heal: Callable[[], None] = lambda: None  # called after this replica went back to its start
         self.measure = False  # the clock of pairwise exchanges has it; here there is no partner to measure
         self._reducer = reducer
         self._parameters = parameters
         self._delay = delay
         self._fragments = fragments
         self._wire_dtype = wire_dtype
+        self._members = members or (lambda step: tuple(range(world_size)))
+        self._heals = check_choice("nonfinite", nonfinite, NONFINITE) == "heal"
         self._state = OuterState(outer)
-        self._in_flight: list[_Round] = []  # in the order in which they were posted, and will be applied
-        self._buffers: dict[int, _Buffers] = {}  # by part
+        self._in_flight: list[Round] = []  # in the order in which they were posted, and will be applied
+        self._buffers: dict[int, RoundBuffers] = {}  # by part
 
     @property
     def in_flight(self) -> bool:
@@ -157,15 +125,17 @@ class Rounds:
         self._state.follow(tensors)
         if parts := due(self.step, self.period, self._fragments):
             dealt = strided(_sizes(tensors), self._fragments)
+            members = self._members(self.step)
             for part in parts:
-                self._post(part, {name: tensors[name] for name in dealt[part]})
+                self._post(part, {name: tensors[name] for name in dealt[part]}, members)
 
     def end(self) -> None:
         """End a step, after the optimizer's update: apply the rounds that are due.
 
         Raises:
-            PartnerLost: if a rank died or stayed silent past the timeout.
+            PartnerLost: if a rank died or stayed silent past the timeout, and the run ends with that.
             RunStopped: if some rank stopped.
+            NotFinite: if this replica is not finite, and ``nonfinite`` is ``"error"``.
         """
         self._apply(before=self.step - self._delay + 1)
 
@@ -211,18 +181,7 @@ class Rounds:
             PartnerLost, RunStopped: as :meth:`end`.
         """
         self.arrive()
-        in_flight = [
-            {
-                "step": round_.step,
-                "part": round_.part,
-                "names": list(round_.parameters),
-                "layout": round_.buffers.layout.fingerprint,
-                "drift": round_.buffers.drift.storage.clone(),
-                "mean": round_.mean.clone(),
-            }
-            for round_ in self._in_flight
-            if round_.mean is not None
-        ]
+        in_flight = [round_.state_dict() for round_ in self._in_flight]
         return {
             "step": self.step,
             "stats": asdict(self.stats),
@@ -249,14 +208,7 @@ class Rounds:
                 raise ValueError(f"a round was in flight for parameters that this model does not have: {missing}")
             tensors = {name: parameters[name] for name in saved["names"]}
             buffers = self._buffers_of(int(saved["part"]), tensors)
-            if saved["layout"] != buffers.layout.fingerprint:
-                raise ValueError(
-                    "a round was in flight whose parameters are not laid out as this model's are: `wire_dtype`,"
-                    " `precision` and the parameters' shapes have to be as they were"
-                )
-            buffers.drift.storage.copy_(saved["drift"])
-            mean = saved["mean"].to(buffers.drift.storage.device)
-            self._in_flight.append(_Round(int(saved["step"]), int(saved["part"]), tensors, buffers, mean=mean))
+            self._in_flight.append(Round.from_state(saved, tensors, buffers, self.world_size))
 
     def close(self) -> None:
         """Give up what is in flight and release the transport."""
@@ -264,7 +216,7 @@ class Rounds:
         self._in_flight.clear()
         self._buffers.clear()
 
-    def _post(self, part: int, tensors: dict[str, Tensor]) -> None:
+    def _post(self, part: int, tensors: dict[str, Tensor], members: tuple[int, ...]) -> None:
         # one that unfroze may have come to another part than it has a round in flight with
         under_way = {name for round_ in self._in_flight for name in round_.parameters}
         tensors = {name: p for name, p in tensors.items() if name not in under_way}
@@ -274,44 +226,46 @@ class Rounds:
         buffers = self._buffers_of(part, tensors)
         staged = buffers.fill(self._state.starts, tensors)
         layout = buffers.layout
-        round_ = _Round(self.step, part, tensors, buffers)
-        if self.world_size > 1:
-            header = Header(Kind.REDUCTION, self.step, layout.nbytes, layout.fingerprint, part)
-            round_.reduction = self._reducer.post(header, buffers.sent, buffers.room, mean_over(layout), staged)
+        round_ = Round(self.step, part, tensors, buffers, members)
+        if members == (self.rank,):
+            round_.arrived(buffers.rounded.storage)
         else:
-            round_.mean = buffers.sent
+            header = Header(Kind.REDUCTION, self.step, layout.nbytes, layout.fingerprint, part)
+            mean = MeanOver(layout)
+            round_.reduction = self._reducer.post(header, buffers.sent, buffers.room, mean, staged, members)
         self._in_flight.append(round_)
         self.stats.mix_seconds += time.perf_counter() - start
 
-    def _buffers_of(self, part: int, tensors: Mapping[str, Tensor]) -> _Buffers:
+    def _buffers_of(self, part: int, tensors: Mapping[str, Tensor]) -> RoundBuffers:
         """Return the buffers of a part; new ones only where names, shapes, dtypes or the device changed."""
         layout = FlatLayout(tensors, self._wire_dtype)
         device = next(iter(tensors.values())).device
         kept = self._buffers.get(part)
         same = kept is not None and list(kept.layout.shapes) == list(tensors) and kept.drift.storage.device == device
         if kept is None or not same or kept.layout.fingerprint != layout.fingerprint:
-            kept = self._buffers[part] = _Buffers(layout, self.world_size, device, self._staging_of(device))
+            kept = self._buffers[part] = RoundBuffers(layout, self.world_size, device, self._staging_of(device))
         return kept
 
     def _staging_of(self, device: torch.device) -> Staging | None:
         """Return what copies between the device and the host, for one part, whose rounds never overlap."""
         return Staging(device) if self._reducer.from_host and self.world_size > 1 and device.type != "cpu" else None
 
-    def _receive(self, round_: _Round) -> bool:
+    def _receive(self, round_: Round) -> bool:
         """Wait until a round's mean is there; give up one that was dropped, and return False."""
         if round_.reduction is None:
             return True
         start = time.perf_counter()
-        round_.mean = round_.reduction.wait()
-        round_.reduction = None
+        mean = round_.reduction.wait()
         self.stats.wait_seconds += time.perf_counter() - start
-        if came := round_.mean is not None:
-            self.stats.bytes_sent += bytes_sent(round_.buffers.layout.nbytes, self.world_size, self.rank)
-        else:
+        if mean is None:
             # nobody has its mean: starts stay where they are, and the next round's drift begins there
             self._in_flight.remove(round_)
             del self._buffers[round_.part]  # links may be writing to them until they are closed
-        return came
+            return False
+        round_.arrived(mean)
+        ranks, index = len(round_.members), round_.members.index(self.rank)
+        self.stats.bytes_sent += bytes_sent(round_.buffers.layout.nbytes, ranks, index)
+        return True
 
     def _apply(self, before: int) -> None:
         """Apply the rounds that were posted before a step."""
@@ -319,10 +273,31 @@ class Rounds:
             round_ = self._in_flight[0]
             if self._receive(round_):
                 self._in_flight.pop(0)
-                self._make_step(round_)
+                if round_.finite:
+                    self._make_step(round_)
+                else:
+                    self._leave_out(round_)
 
     @torch.no_grad()
-    def _make_step(self, round_: _Round) -> None:
+    def _leave_out(self, round_: Round) -> None:
+        """Drop a round whose mean is not finite, and heal this replica where it is the cause."""
+        if not round_.sick or round_.healed:
+            log.info("the round of step %d is dropped: its mean is not finite", round_.step)
+            return
+        found = NotFinite(self.rank, round_.step, self.rank)
+        if not self._heals:
+            raise found
+        log.warning("%s: it goes back to the common start, and the round is dropped", found)
+        parameters = self._parameters()
+        for name, start in self._state.starts.items():
+            parameters[name].detach().copy_(start)
+        for other in self._in_flight:
+            other.healed = True
+        self.stats.healed += 1
+        self.on_heal()
+
+    @torch.no_grad()
+    def _make_step(self, round_: Round) -> None:
         if round_.mean is None:
             raise RuntimeError("a round is applied once its mean is there")
         start = time.perf_counter()
@@ -332,34 +307,12 @@ class Rounds:
             theta = parameter.detach()
             for a, velocity, x, drift, mean in self._state.pieces(name, theta, drifts[name], means[name]):
                 moved = self._state.step.descend(a, velocity, mean.to(a.dtype))
-                x.add_(drift).add_(moved)  # a' − θ(t) = (a − θ(t)) + (a' − a)
-        if self.world_size > 1:
+                if not round_.healed:
+                    x.add_(drift)
+                x.add_(moved)  # a' − θ(t) = (a − θ(t)) + (a' − a)
+        if len(round_.members) > 1:
             self.stats.exchanges += 1
         self.stats.mix_seconds += time.perf_counter() - start
-
-
-def mean_over(layout: FlatLayout) -> Callable[[Sequence[Tensor], int, Tensor], None]:
-    """Return what writes the mean of some buffers' stretch, summed in their order, in float32 or wider.
-
-    It is told the stretch of each (1-D, uint8), at which byte of the whole it begins, and where to write.
-    """
-
-    def combine(stretches: Sequence[Tensor], begin: int, out: Tensor) -> None:
-        for segment in layout.segments:
-            first = max(segment.start - begin, 0)
-            last = min(segment.start + segment.nbytes - begin, out.numel())
-            if first >= last:
-                continue
-            width = wide(segment.dtype)
-            numbers = [x[first:last].view(segment.wire_dtype) for x in (out, *stretches)]
-            chunk = CHUNK if out.device.type == "cpu" else numbers[0].numel()
-            for target, *pieces in zip(*(x.split(chunk) for x in numbers), strict=True):
-                total = pieces[0].to(width, copy=True)
-                for piece in pieces[1:]:
-                    total += piece
-                target.copy_(total.div_(len(pieces)))
-
-    return combine
 
 
 def _sizes(parameters: Mapping[str, Tensor]) -> dict[str, int]:

@@ -10,11 +10,14 @@ from torch.distributed import Store
 from typing_extensions import override
 
 from lightning_gossip.arguments import check_integer
+from lightning_gossip.control.member_control import MemberControl
 from lightning_gossip.control.run import Control
+from lightning_gossip.control.votes import Votes
 from lightning_gossip.exchange.rounds import Rounds
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.strategies.clocked import ClockedStrategy, Parameters
-from lightning_gossip.transport.all_reduce import LinkAllReduce
+from lightning_gossip.transport.all_reduce import AllReduce, LinkAllReduce
+from lightning_gossip.transport.voted_all_reduce import VotedAllReduce
 
 
 class AllReducedStrategy(ClockedStrategy[Rounds]):
@@ -64,14 +67,24 @@ class AllReducedStrategy(ClockedStrategy[Rounds]):
                 f"{type(self).__name__} does not use NCCL yet; set `process_group_backend='gloo'`, which goes through"
                 " pinned host memory."
             )
-        return Rounds(
+        links = self.make_links(control, store)
+        reducer: AllReduce
+        if isinstance(control, MemberControl):
+            reducer, members = VotedAllReduce(links, control, Votes(store, control)), control.members_at
+        else:
+            reducer, members = LinkAllReduce(links, control), None
+        rounds = Rounds(
             self.global_rank,
             self.world_size,
             self.period,
             self.outer,
-            LinkAllReduce(self.make_links(control, store), control),
+            reducer,
             parameters,
             delay=self.delay,
             fragments=self.fragments,
             wire_dtype=self.wire_dtype,
+            members=members,
+            nonfinite=self.nonfinite,
         )
+        rounds.on_heal = self._begin_optimizers_anew
+        return rounds

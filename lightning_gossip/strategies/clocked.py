@@ -73,11 +73,22 @@ class ClockedStrategy(ReplicaStrategy, Generic[C]):
         """Return this rank's links to the others."""
         return Links(store, end_of_rank(self.global_rank), control.timeout)
 
+    def _begin_optimizers_anew(self) -> None:
+        """Forget what optimizers made of a replica that was not finite."""
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+
     @property
     @override
     def hyperparameters(self) -> dict[str, Any]:
         wire_dtype = None if self.wire_dtype is None else str(self.wire_dtype).removeprefix("torch.")
-        return {"wire_dtype": wire_dtype, **super().hyperparameters}
+        return {
+            "wire_dtype": wire_dtype,
+            "min_replicas": self.min_replicas,
+            "lost_after": self.lost_after.total_seconds(),
+            "nonfinite": self.nonfinite,
+            **super().hyperparameters,
+        }
 
     @property
     @override

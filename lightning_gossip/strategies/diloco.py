@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.strategies.all_reduced import AllReducedStrategy
-from lightning_gossip.strategies.base import TIMEOUT, Evaluate, StartMethod
+from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, Evaluate, NonFinite, StartMethod
 
 
 class DiLoCoStrategy(AllReducedStrategy):
@@ -38,9 +38,17 @@ class DiLoCoStrategy(AllReducedStrategy):
         wire_dtype: dtype (or its name) in which a replica's drift travels where it is narrower than the parameter's;
             ``torch.bfloat16`` and ``torch.float16`` halve the bytes of float32.
         evaluate: ``"consensus"`` or ``"replica"``; what validation and test run on, and what remains after ``fit``.
-        timeout: how long a round may take, the wait for its slowest rank included: one that takes longer ends the run.
-            At a validation, a checkpoint or the end, where all meet: how long a rank waits for one that gives no sign
-            of life.
+        timeout: how long a round may take, the wait for its slowest rank included: one that takes longer ends the run,
+            or is dropped by all where there is ``min_replicas``. At a validation, a checkpoint or the end, where all
+            meet: how long a rank waits for one that gives no sign of life.
+        min_replicas: None: the run ends with the first rank that is lost. With a number it begins with so many ranks at
+            least, and goes on as long as so many are left. A round in which one is lost is applied by all others or by
+            none, and the next one is theirs. It needs gloo, and the run's store in a process of its own, which our
+            launchers start.
+        lost_after: with ``min_replicas``: a rank that gives no sign of life for so long is lost; more than 2 s.
+        nonfinite: what becomes of a replica with NaN or infinite parameters, which never get into a mean: ``"heal"``:
+            it goes back to the round's common start, and its optimizers begin anew; ``"error"``: its rank ends. None is
+            ``"heal"`` with ``min_replicas``, and else ``"error"``.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             start_method: as for Lightning's ``DDPStrategy``; the backend is gloo.
 
@@ -62,6 +70,9 @@ class DiLoCoStrategy(AllReducedStrategy):
         wire_dtype: torch.dtype | str | None = None,
         evaluate: Evaluate = "consensus",
         timeout: timedelta = TIMEOUT,
+        min_replicas: int | None = None,
+        lost_after: timedelta = LOST_AFTER,
+        nonfinite: NonFinite | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -78,6 +89,9 @@ class DiLoCoStrategy(AllReducedStrategy):
             wire_dtype=wire_dtype,
             evaluate=evaluate,
             timeout=timeout,
+            min_replicas=min_replicas,
+            lost_after=lost_after,
+            nonfinite=nonfinite,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,

@@ -72,9 +72,6 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
             "peers": peers if isinstance(peers, str) else repr(peers),
             "delay": self.delay,
             "shared_memory": self.shared_memory,
-            "min_replicas": self.min_replicas,
-            "lost_after": self.lost_after.total_seconds(),
-            "nonfinite": self.nonfinite,
             "seed": self.schedule.seed,
             **super().hyperparameters,
         }
@@ -98,11 +95,6 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
         )
         exchange.on_heal = self._begin_optimizers_anew
         return exchange
-
-    def _begin_optimizers_anew(self) -> None:
-        """Forget what optimizers made of a replica that was not finite."""
-        for optimizer in self.optimizers:
-            optimizer.state.clear()
 
     def _make_transport(self, control: Control, store: Store) -> Transport:
         if self.process_group_backend == "nccl" and self.world_size > 1:

@@ -1,7 +1,6 @@
-"""All-reduce in two halves, beside training: each rank combines the part that it owns, then all gather (design §12).
+"""All-reduce beside training, in the two halves of ``halves`` (design §12).
 
-All ranks hold the same bits afterwards, for each part was computed once. What is summed, in which order and how wide,
-is the caller's: a transport moves bytes.
+What is summed, in which order and how wide, is the caller's: a transport moves bytes.
 """
 
 from __future__ import annotations
@@ -10,43 +9,20 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from concurrent import futures
-from concurrent.futures import Future
-from functools import partial
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NoReturn, Protocol
 
 from torch import Tensor
 
 from lightning_gossip.control.run import LOOK, Control
 from lightning_gossip.control.stop import RunStopped
+from lightning_gossip.transport.halves import Combine, Failure, Halves, bytes_sent, part_bytes, part_of
 from lightning_gossip.transport.interface import PartnerLost, Staged
-from lightning_gossip.transport.lanes import check_header
 from lightning_gossip.transport.link import Header, Link, LinkError, Links, reason_of
 from lightning_gossip.transport.link_transport import end_of_rank
 
-ALIGNMENT = 64  # bytes; parts begin at multiples of it, so that none cuts an element of a flat buffer
-
-Combine = Callable[[Sequence[Tensor], int, Tensor], None]
-"""Combines what all ranks sent of a part, in ascending rank, into the part of the result; begin: of it, in bytes."""
-
-
-def part_bytes(nbytes: int, world_size: int) -> int:
-    """Return the bytes of every part but the last ones, which may be shorter or empty."""
-    return -(-nbytes // (world_size * ALIGNMENT)) * ALIGNMENT
-
-
-def part_of(nbytes: int, world_size: int, rank: int) -> slice:
-    """Return the bytes that ``rank`` owns."""
-    size = part_bytes(nbytes, world_size)
-    return slice(min(rank * size, nbytes), min((rank + 1) * size, nbytes))
-
-
-def bytes_sent(nbytes: int, world_size: int, rank: int) -> int:
-    """Return what a rank sends in both halves: about 2 N (n − 1) / n."""
-    own = part_of(nbytes, world_size, rank)
-    size = own.stop - own.start
-    return nbytes - size + (world_size - 1) * size
+__all__ = ["AllReduce", "LinkAllReduce", "QueuedAllReduce", "Reduction", "bytes_sent", "part_bytes", "part_of"]
 
 
 class Reduction(ABC):
@@ -74,17 +50,24 @@ class AllReduce(ABC):
 
     @abstractmethod
     def post(
-        self, header: Header, sent: Tensor, room: Tensor, combine: Combine, staged: Staged | None = None
+        self,
+        header: Header,
+        sent: Tensor,
+        room: Tensor,
+        combine: Combine,
+        staged: Staged | None = None,
+        members: tuple[int, ...] | None = None,
     ) -> Reduction:
         """Begin one.
 
         Args:
             header: what all must agree on: kind, step, size and layout.
             sent: this rank's payload (1-D, uint8, ``header.nbytes``); not to be changed until the end.
-            room: for the result (1-D, uint8, as many parts as ranks, each of :func:`part_bytes`), whose first
+            room: for the result (1-D, uint8, see :func:`~lightning_gossip.transport.halves.room_bytes`), whose first
                 ``header.nbytes`` it is in the end.
-            combine: see :data:`Combine`; called in another thread.
+            combine: see :data:`~lightning_gossip.transport.halves.Combine`; called in another thread.
             staged: where both are on the host and the replica on a device: the copies between the two.
+            members: the ranks that take part, two at least, ascending, the same on all; None for all ranks.
         """
 
     @abstractmethod
@@ -100,35 +83,71 @@ class AllReduce(ABC):
         """Give up whatever is under way and release connections."""
 
 
-class LinkAllReduce(AllReduce):
-    """Over :mod:`~lightning_gossip.transport.link`, one to every other rank, by a helper thread.
+class QueuedAllReduce(AllReduce):
+    """One at a time, in the order in which they were posted, by a helper thread.
+
+    Args:
+        control: of the run.
+    """
+
+    from_host = True
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._rewound = 0
+        self._queue: queue.SimpleQueue[_Runs | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=f"all-reduce-{control.rank}", daemon=True)
+        self._thread.start()
+
+    def rewind(self) -> None:
+        """See :meth:`AllReduce.rewind`."""
+        self._rewound += 1
+
+    def _end(self) -> None:
+        self._queue.put(None)
+        self._thread.join(timeout=5)
+
+    def _work(self) -> None:
+        while (reduction := self._queue.get()) is not None:
+            reduction.run()
+            del reduction  # it holds the buffers
+
+
+class _Runs(Protocol):
+    def run(self) -> None: ...
+
+
+class LinkAllReduce(QueuedAllReduce):
+    """Over :mod:`~lightning_gossip.transport.link`, one to every other rank; with a rank that is lost the run ends.
 
     Args:
         links: of this process; closed with this object.
         control: of the run.
     """
 
-    from_host = True
-
     def __init__(self, links: Links, control: Control) -> None:
         self._links = links
-        self._control = control
-        self._rewound = 0
         self._spell = _Spell()
-        self._queue: queue.SimpleQueue[_OnLinks | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=f"all-reduce-{control.rank}", daemon=True)
-        self._thread.start()
+        super().__init__(control)
 
     def post(
-        self, header: Header, sent: Tensor, room: Tensor, combine: Combine, staged: Staged | None = None
+        self,
+        header: Header,
+        sent: Tensor,
+        room: Tensor,
+        combine: Combine,
+        staged: Staged | None = None,
+        members: tuple[int, ...] | None = None,
     ) -> Reduction:
         """See :meth:`AllReduce.post`."""
-        header = Header(header.kind, header.step, header.nbytes, header.layout, header.number, self._rewound)
+        header = replace(header, extra=self._rewound)
         if self._spell.left:
             return _Dropped()
-        others = [rank for rank in range(self._control.world_size) if rank != self._control.rank]
-        links = {rank: self._links.to(end_of_rank(rank)) for rank in others}
-        reduction = _OnLinks(header, sent, room, combine, staged, links, self._spell, self._control, self._leave)
+        rank, everybody = self._control.rank, tuple(range(self._control.world_size))
+        halves = Halves(header, sent, room, combine, rank, members or everybody)
+        links = {other: self._links.to(end_of_rank(other)) for other in halves.others}
+        result = room[: header.nbytes]
+        reduction = _OnLinks(halves, header.step, result, staged, links, self._spell, self._control, self._leave)
         self._queue.put(reduction)
         return reduction
 
@@ -139,10 +158,6 @@ class LinkAllReduce(AllReduce):
         self._control.note_skip()
         self._links.part(end_of_rank(rank))
 
-    def rewind(self) -> None:
-        """See :meth:`AllReduce.rewind`."""
-        self._rewound += 1
-
     def reset(self, generation: int) -> None:
         """See :meth:`AllReduce.reset`."""
         self._spell.give_up()
@@ -152,21 +167,15 @@ class LinkAllReduce(AllReduce):
     def close(self) -> None:
         """See :meth:`AllReduce.close`."""
         self._spell.give_up()
-        self._queue.put(None)
         self._links.close()
-        self._thread.join(timeout=5)
-
-    def _work(self) -> None:
-        while (reduction := self._queue.get()) is not None:
-            reduction.run()
-            del reduction  # it holds the buffers
+        self._end()
 
 
 class _Spell:
     """From one meeting with a reset to the next: what fails in it leaves the links out of step for all that follows."""
 
     def __init__(self) -> None:
-        self.failure: tuple[int, BaseException] | None = None  # with which rank, and why
+        self.failure: Failure | None = None
         self.left = False  # some rank waits elsewhere
 
     def give_up(self) -> None:
@@ -182,85 +191,45 @@ class _Dropped(Reduction):
 class _OnLinks(Reduction):
     def __init__(
         self,
-        header: Header,
-        sent: Tensor,
-        room: Tensor,
-        combine: Combine,
+        halves: Halves,
+        step: int,
+        result: Tensor,
         staged: Staged | None,
         links: Mapping[int, Link],
         spell: _Spell,
         control: Control,
         leave: Callable[[int], None],
     ) -> None:
-        self._header, self._sent, self._room, self._combine, self._staged = header, sent, room, combine, staged
+        self._halves, self._step, self._where, self._staged = halves, step, result, staged
         self._links, self._spell, self._control, self._leave = links, spell, control, leave
-        self._jobs: dict[int, Future[None]] = {}  # of the present half
         self._result: Tensor | None = None
         self._done = threading.Event()  # or failed
 
-    # -- in the helper thread -----------------------------------------------------------------------------------
-
     def run(self) -> None:
-        """Do both halves, unless one before it failed."""
+        """Do both halves, unless one before it failed; in the helper thread."""
         try:
-            if self._spell.failure is None and self._scatter_and_gather():
-                result = self._room[: self._header.nbytes]
-                self._result = result if self._staged is None else self._staged.land(1, result)
+            if self._spell.failure is None:
+                if self._staged is not None:
+                    self._staged.ready()
+                failure = self._halves.run(self._links, lambda _: self._spell.failure)
+                if failure is None:
+                    self._result = self._where if self._staged is None else self._staged.land(1, self._where)
+                else:
+                    self._spell.failure = failure
         except Exception as error:  # noqa: BLE001 - a caller's `combine`: whoever waits is told
             self._spell.failure = (self._control.rank, error)
         finally:
             self._done.set()
 
-    def _scatter_and_gather(self) -> bool:
-        nbytes, ranks = self._header.nbytes, self._control.world_size
-        size = part_bytes(nbytes, ranks)
-        parts = [part_of(nbytes, ranks, rank) for rank in range(ranks)]
-        own = parts[self._control.rank]
-        if self._staged is not None:
-            self._staged.ready()
-        # what others send of this rank's part lies where their parts of the result will
-        slots = [self._room[rank * size : rank * size + own.stop - own.start] for rank in range(ranks)]
-        if not self._with_all(lambda rank: partial(self._swap, rank, self._sent[parts[rank]], slots[rank], True)):
-            return False
-        pieces = [self._sent[own] if rank == self._control.rank else slots[rank] for rank in range(ranks)]
-        self._combine(pieces, own.start, self._room[own])
-        return self._with_all(lambda rank: partial(self._swap, rank, self._room[own], self._room[parts[rank]], False))
-
-    def _with_all(self, job: Callable[[int], Callable[[], None]]) -> bool:
-        """Run a job on every link; return whether all succeeded."""
-        self._jobs = {rank: link.submit(job(rank)) for rank, link in self._links.items()}
-        while futures.wait(self._jobs.values(), LOOK, futures.FIRST_EXCEPTION).not_done:
-            # a job that came to a link after it was closed is never begun
-            if self._spell.failure is not None:
-                return False
-            if any(future.done() and future.exception() for future in self._jobs.values()):
-                break
-        for rank, future in self._jobs.items():
-            if future.done() and (error := future.exception()) is not None:
-                self._spell.failure = (rank, error)
-                return False
-        return True
-
-    # -- in a link's thread -------------------------------------------------------------------------------------
-
-    def _swap(self, rank: int, outgoing: Tensor, incoming: Tensor, with_header: bool) -> None:
-        link = self._links[rank]
-        if with_header:
-            link.send(self._header)
-            check_header(link.receive_header(), self._header, link.peer)
-        link.swap(outgoing if outgoing.numel() else None, incoming if incoming.numel() else None)
-
-    # -- in the training thread ---------------------------------------------------------------------------------
-
     def wait(self) -> Tensor | None:
-        deadline = time.monotonic() + self._control.timeout.total_seconds()
+        deadline = self._control.patience()
         try:
             while not self._control.wait(self._done, min(deadline, time.monotonic() + LOOK)):
                 if self._is_left():
                     return None
                 if time.monotonic() >= deadline:
                     limit = self._control.timeout.total_seconds()
-                    self._explain(self._latest(), TimeoutError(f"it stayed silent for {limit:g} s"))
+                    self._explain(self._halves.waits_for, TimeoutError(f"it stayed silent for {limit:g} s"))
             if self._result is not None:
                 return self._result
             if self._is_left():
@@ -268,28 +237,26 @@ class _OnLinks(Reduction):
             self._explain(*(self._spell.failure or (self._control.rank, RuntimeError("it failed"))))
         except RunStopped as stopped:
             if (lost := stopped.stop.lost) in self._links:
-                raise self._lost(lost, stopped.stop.cause) from stopped
+                raise lost_in(self._control.rank, lost, self._step, stopped.stop.cause) from stopped
             raise
 
     def _is_left(self) -> bool:
         """Whether some rank waits elsewhere and never began this step: then nobody can complete it."""
         if not self._spell.left:
             for rank in self._links:
-                if self._control.has_left(rank, self._header.step):
+                if self._control.has_left(rank, self._step):
                     self._leave(rank)
                     break
         return self._spell.left
-
-    def _latest(self) -> int:
-        return next((rank for rank, job in self._jobs.items() if not job.done()), min(self._links))
 
     def _explain(self, rank: int, error: BaseException) -> NoReturn:
         """Raise why ``rank`` is not there: the reason that a rank gave when it stopped, or else its loss."""
         self._control.check_cause(rank)
         if rank not in self._links:
             raise error
-        raise self._lost(rank, reason_of(error)) from error
+        raise lost_in(self._control.rank, rank, self._step, reason_of(error)) from error
 
-    def _lost(self, rank: int, why: str) -> PartnerLost:
-        me, step = self._control.rank, self._header.step
-        return PartnerLost(f"rank {me} lost rank {rank} in the all-reduce of step {step}: {why}", rank)
+
+def lost_in(me: int, rank: int, step: int, why: str) -> PartnerLost:
+    """Return what says that ``rank`` was lost in an all-reduce."""
+    return PartnerLost(f"rank {me} lost rank {rank} in the all-reduce of step {step}: {why}", rank)

@@ -334,10 +334,15 @@ class Links:
         self._links: dict[str, Link] = {}
         self._parted: Counter[str] = Counter()  # how many links to a peer were given up since the last reset
 
-    def reset(self, generation: int) -> None:
-        """Close every link; those made from now on meet links of the same generation at the other end."""
+    def reset(self, generation: int | str, seconds: float = 5.0) -> None:
+        """Close every link; those made from now on meet links of the same generation at the other end.
+
+        Args:
+            generation: its name, used once.
+            seconds: how long to wait for the thread of each link, see :meth:`Link.close`.
+        """
         for link in self._links.values():
-            link.close()
+            link.close(seconds)
         self._links.clear()
         self._parted.clear()
         self._store = PrefixStore(f"generation/{generation}", self._run_store)
