@@ -96,13 +96,8 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
             members=members,
             nonfinite=self.nonfinite,
         )
-        exchange.on_heal = self._begin_optimizers_anew
+        exchange.on_heal = self.begin_optimizers_anew
         return exchange
-
-    def _begin_optimizers_anew(self) -> None:
-        """Forget what optimizers made of a replica that was not finite."""
-        for optimizer in self.optimizers:
-            optimizer.state.clear()
 
     def _make_transport(self, control: Control, store: Store) -> Transport:
         if self.process_group_backend == "nccl" and self.world_size > 1:
