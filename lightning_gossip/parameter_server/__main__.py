@@ -31,6 +31,9 @@ def main() -> int:
     parser.add_argument(
         "--parent", type=int, help="process whose end, or whose closing of standard input, ends this one"
     )
+    parser.add_argument(
+        "--run-store", help="HOST:PORT of the store of a run that goes on without the parent: serve it until it is gone"
+    )
     arguments = parser.parse_args()
     log, handler = logging.getLogger("lightning_gossip.parameter_server"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -40,7 +43,8 @@ def main() -> int:
     try:
         check_integer("port", arguments.port, low=0, high=(1 << 16) - 1)
         seconds = check_number("timeout", arguments.timeout, low=0, open_low=True)
-        serve_shard(arguments.host, arguments.port, timedelta(seconds=seconds), arguments.parent)
+        timeout = timedelta(seconds=seconds)
+        serve_shard(arguments.host, arguments.port, timeout, arguments.parent, arguments.run_store)
     except (OSError, ValueError) as error:
         print(f"no shard at {arguments.host}:{arguments.port}: {error}", file=sys.stderr)
         return 1

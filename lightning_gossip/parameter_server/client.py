@@ -13,6 +13,7 @@ Usable from any training loop::
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
@@ -23,18 +24,27 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import Store
 
-from lightning_gossip.arguments import check_integer
+from lightning_gossip.arguments import check_choice, check_integer
+from lightning_gossip.control.member_control import MemberControl
 from lightning_gossip.control.run import Control
 from lightning_gossip.exchange.flat import FlatLayout
+from lightning_gossip.exchange.stats import NONFINITE, NonFinite, NotFinite
 from lightning_gossip.parameter_server import questions, snapshot
 from lightning_gossip.parameter_server.displacement import Cut
+from lightning_gossip.parameter_server.held import refuse_new_parameters
 from lightning_gossip.parameter_server.optimizers import ServerOptimizer
 from lightning_gossip.parameter_server.shard_links import ShardLinks, check_addresses, connect_store
 from lightning_gossip.parameter_server.traffic import Answered, DownpourStats, Traffic
 
+log = logging.getLogger(__name__)
+
 
 class DownpourClient:
     """One worker of a Downpour training.
+
+    With a :class:`~lightning_gossip.control.member_control.MemberControl` shards drop workers that are lost: what they
+    pushed stays, a push is applied by each shard to which its part came whole, and the lowest that is left is in worker
+    0's place. A shard that is lost ends the run all the same.
 
     A push or pull that is due while the last one is still under way waits for the first step's end at which that one
     has come back: the displacement goes on accumulating, and nothing is lost.
@@ -52,6 +62,8 @@ class DownpourClient:
             server's parameters.
         server_optimizer: an element-wise ``torch.optim`` class, or a :class:`functools.partial` of one with JSON-able
             keywords, that gets minus the displacement as the gradient; None adds the displacement.
+        nonfinite: what becomes of a replica with NaN or infinite parameters, of which nothing is pushed: it takes the
+            server's (``"heal"``), or :class:`NotFinite` is raised (``"error"``).
         connect: returns a connection to the store at an address.
         on_answer: called with every push acknowledged and pull applied.
 
@@ -73,6 +85,7 @@ class DownpourClient:
         max_staleness: int | None = None,
         warmup_steps: int = 0,
         server_optimizer: Any = None,
+        nonfinite: NonFinite = "error",
         connect: Callable[[str, timedelta], Store] = connect_store,
         on_answer: Callable[[Answered], None] = lambda answered: None,
     ) -> None:
@@ -84,6 +97,8 @@ class DownpourClient:
         self._max_staleness = None if max_staleness is None else check_integer("max_staleness", max_staleness, low=0)
         self._warmup_steps = check_integer("warmup_steps", warmup_steps, low=0)
         self._optimizer = None if server_optimizer is None else ServerOptimizer.of(server_optimizer)
+        self._heals = check_choice("nonfinite", nonfinite, NONFINITE) == "heal"
+        self.on_heal: Callable[[], None] = lambda: None  # called after this replica took the server's parameters
         self._control = control
         self._connect = connect
         self._on_answer = on_answer
@@ -136,13 +151,13 @@ class DownpourClient:
         """Begin a training; called while one is under way, begin another on the same shards, with the clock at 0.
 
         Worker 0 gives the server its parameters (or ``server_state``, and nobody warms up); the others wait for that
-        and for the end of the warm-up, as long as worker 0 lives. Those that were given no state of their own
-        (:meth:`load_state_dict`) then take the server's parameters.
+        and for the end of the warm-up, as long as worker 0 lives; where the run goes on without it, the next does what
+        it has not done. Those given no state of their own (:meth:`load_state_dict`) then take the server's parameters.
 
         Args:
             parameters: by name, the same on all workers; the server's are those that require a gradient now, or did
                 when the state was made that this worker was given.
-            server_state: of :meth:`server_state`: worker 0 lets the server go on from there.
+            server_state: of :meth:`server_state`: worker 0 lets the server go on from there, or who is in its place.
 
         Raises:
             ShardLost: if a shard is lost, or refuses.
@@ -158,29 +173,25 @@ class DownpourClient:
             raise ValueError("the worker's state belongs to other parameters: names, shapes or dtypes differ")
         if not travelling:
             raise ValueError("`parameters` must hold at least one that requires a gradient")
-        if loaded is not None and server_state is None and self._control.rank == 0:
-            raise ValueError("worker 0 can not go on from a state of its own without `server_state`")
+        if loaded is not None and server_state is None and (rank := self._control.rank) == self._control.members[0]:
+            raise ValueError(f"worker {rank} can not go on from a state of its own without `server_state`")
         links, cut = self._meet_shards(layout)
         self._trainings += 1
         self._restore_counts(loaded)
-        self._warming_up = self._control.rank == 0 and server_state is None and self.step == 0 < self._warmup_steps
         device = next(iter(travelling.values())).device
         traffic = Traffic(links, cut, device, self._trainings, self.stats, self._on_answer)
         own = traffic.displacement.begin(travelling)
-        if self._control.rank == 0:
-            everybody = not self._warming_up
-            if server_state is None:
-                job = questions.initialise(cut, own, self._trainings, everybody)
-            else:
-                job = snapshot.load(cut, server_state, self._trainings, everybody)
-            traffic.learn(traffic.wait(links.ask(job)))
-        else:
-            links.await_training(self._trainings)
+        warms_up = server_state is None and self.step == 0 < self._warmup_steps
+        job = None if loaded is not None else questions.initialise(cut, own, self._trainings, not warms_up)
+        if server_state is not None:
+            job = snapshot.load(cut, server_state, self._trainings, not warms_up)
+        leads, begins = traffic.begin(job, self.step, warms_up)
+        self._warming_up = leads and warms_up
         if loaded is not None:
             traffic.displacement.begin_from(loaded["reference"])
             seen = loaded["seen"]  # shards that are cut anew hold elements of those that were seen least
             traffic.seen = tuple(seen) if len(seen) == cut.shards else (min(seen),) * cut.shards
-        elif self._control.rank != 0 or server_state is not None:
+        elif not begins or server_state is not None:
             traffic.take_over(travelling, self.step)
         self._traffic = traffic
 
@@ -193,6 +204,7 @@ class DownpourClient:
         Raises:
             ShardLost: if a shard was lost, as far as is known.
             RunStopped: if some rank stopped.
+            NotFinite: if the replica is not finite, and ``nonfinite`` is ``"error"``.
             RuntimeError: if a parameter requires a gradient that is not on the server, for it required none when the
                 training started.
         """
@@ -202,7 +214,7 @@ class DownpourClient:
         self.step += 1
         self._control.check()
         self._links_in_use().check()
-        self._refuse_new_parameters(traffic, parameters)
+        refuse_new_parameters(traffic.displacement.cut.layout.shapes, parameters)
         traffic.collect(parameters, self.step)
         self._push_due |= self.step % self._n_push == 0
         self._pull_due |= self.step % self._n_pull == 0
@@ -244,6 +256,7 @@ class DownpourClient:
         Raises:
             ShardLost, RunStopped: as :meth:`end_step`.
         """
+        self._links_in_use()
         self._running().drain(self.step)
 
     def pull_now(self, into: Mapping[str, Tensor]) -> None:
@@ -327,6 +340,7 @@ class DownpourClient:
     def _links_in_use(self) -> ShardLinks:
         if self._links is None:
             raise RuntimeError("the client has no links: call `start` first")
+        self._links.drop_lost()
         return self._links
 
     def _meet_shards(self, layout: FlatLayout) -> tuple[ShardLinks, Cut]:
@@ -336,7 +350,8 @@ class DownpourClient:
                     "`parameters` must stay the same, in name, shape and dtype, as long as the shards live"
                 )
             return self._links, self._cut
-        cut = Cut(layout, len(self.addresses), self._control.world_size, self._optimizer)
+        survives = isinstance(self._control, MemberControl)
+        cut = Cut(layout, len(self.addresses), self._control.world_size, self._optimizer, survives)
         self._links = ShardLinks(self.addresses, self._control, self._connect, clock=lambda: self.step)
         self._links.greet(cut.setups)
         self._cut = cut
@@ -356,16 +371,24 @@ class DownpourClient:
     def _ask_for_what_is_due(self, traffic: Traffic, parameters: Mapping[str, Tensor]) -> None:
         push = self._push_due and traffic.can_push
         pull = self._pull_due and traffic.can_pull
-        if push:
-            self._push_due, self._pushed_at = False, self.step
         if pull:
             self._pull_due = False
-        if push and pull:
-            traffic.push_pull(parameters, self.step)
-        elif push:
-            traffic.push(parameters, self.step)
+        if push:
+            self._push(traffic, parameters, pull)
         elif pull:
             traffic.pull(self.step)
+
+    def _push(self, traffic: Traffic, parameters: Mapping[str, Tensor], pull: bool = False) -> None:
+        """Push, and pull by the way, unless the replica is not finite."""
+        self._push_due, self._pushed_at = False, self.step
+        if traffic.push(parameters, self.step, pull):
+            return
+        found = NotFinite(self._control.rank, self.step, self._control.rank)
+        if not self._heals:
+            raise found
+        log.warning("%s: nothing of it is pushed, and it takes the server's parameters", found)
+        traffic.restart(parameters, self.step)
+        self.on_heal()
 
     def _push_rest(self, parameters: Mapping[str, Tensor]) -> None:
         traffic = self._running()
@@ -373,21 +396,5 @@ class DownpourClient:
         changed = self._pushed_at < self.step or traffic.displacement.changed(parameters)
         traffic.collect(parameters, self.step)
         if changed:
-            self._push_due, self._pushed_at = False, self.step
-            traffic.push(parameters, self.step)
+            self._push(traffic, parameters)
             traffic.drain(self.step)
-
-    def _refuse_new_parameters(self, traffic: Traffic, parameters: Mapping[str, Tensor]) -> None:
-        known = traffic.displacement.cut.layout.shapes
-        new = [name for name, p in parameters.items() if p.requires_grad and name not in known]
-        gone = [name for name in known if name not in parameters]
-        if new and gone:
-            raise RuntimeError(
-                f"parameter '{gone[0]}' was renamed in mid-training, to '{new[0]}' it seems, and the server knows it by"
-                " the name of before: prune or parametrize it before the training starts, or under gossip"
-            )
-        if new:
-            raise RuntimeError(
-                f"parameter '{new[0]}' requires a gradient, but did not when the training started, and is not on the"
-                " server: let it require one from the start, or unfreeze it in a training of its own"
-            )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
+from lightning_gossip.exchange.flat_mixing import is_finite
 from lightning_gossip.parameter_server.optimizers import ServerOptimizer
 from lightning_gossip.parameter_server.protocol import DTYPES, Setup
 
@@ -33,6 +34,7 @@ class Cut:
         shards: how many there are.
         workers: how many there are.
         optimizer: that the shards run; None adds.
+        survives: whether the run goes on without workers that it loses.
 
     Attributes:
         setups: what each shard has to know.
@@ -41,7 +43,9 @@ class Cut:
         ValueError: if a parameter's dtype is not one that a server can hold.
     """
 
-    def __init__(self, layout: FlatLayout, shards: int, workers: int, optimizer: ServerOptimizer | None) -> None:
+    def __init__(
+        self, layout: FlatLayout, shards: int, workers: int, optimizer: ServerOptimizer | None, survives: bool = False
+    ) -> None:
         self.layout = layout
         self.shards = shards
         self.optimizer = optimizer
@@ -53,7 +57,8 @@ class Cut:
         for shard in range(shards):
             bounds = [self.bounds(segment.numel, shard) for segment in layout.segments]
             numels = tuple(end - begin for begin, end in bounds)
-            self.setups.append(Setup(workers, shard, shards, tuple(names), numels, layout.fingerprint, optimizer))
+            pieces = tuple(names), numels, layout.fingerprint
+            self.setups.append(Setup(workers, shard, shards, *pieces, optimizer, survives))
 
     def bounds(self, numel: int, shard: int) -> tuple[int, int]:
         """Return which elements of a segment ``shard`` holds."""
@@ -183,10 +188,12 @@ class Displacement:
         self._reference = (copy,)
         self._pulled = True  # it may have been, before it was saved
 
-    def start_push(self, parameters: Mapping[str, Tensor]) -> Push:
-        """Copy ``parameters``; they are the reference from now on."""
+    def start_push(self, parameters: Mapping[str, Tensor]) -> Push | None:
+        """Copy ``parameters``; they are the reference from now on. Return None, and change nothing, if not finite."""
         copy = self.free()
         self.copies.read(parameters, copy)
+        if not is_finite(copy, self.cut.layout):
+            return None
         since = self._reference
         # in place, even where a pull is measured from ``since``: on every link that comes before this push
         self.push = Push(copy, since, delta=since[0])

@@ -46,16 +46,17 @@ class Message(IntEnum):
     """A shard's answer to a HELLO that does not fit (text: why)."""
 
     INITIALISE = 18
-    """Worker 0 begins a training (parameters); ``extra`` is 1 when the others may begin at once."""
+    """The lead, worker 0 or the lowest that is not dropped, begins a training (parameters); ``extra`` is 1 when the
+    others may begin at once."""
 
     LOAD = 19
-    """Worker 0 begins a training from a checkpoint (JSON, then :attr:`TENSORS`)."""
+    """The lead begins a training from a checkpoint (JSON, then :attr:`TENSORS`)."""
 
     TENSORS = 20
     """The second half of LOAD and of the answer to SAVE (parameters, then optimizer state)."""
 
     READY = 21
-    """Worker 0 ends the warm-up."""
+    """The lead ends the warm-up."""
 
     STATUS = 22
     """Answered by JSON: :class:`Status`."""
@@ -77,6 +78,9 @@ class Message(IntEnum):
 
     BYE = 28
     """Last on a link."""
+
+    DROP = 30
+    """The run has lost the worker ``number``, and goes on; only where :attr:`Setup.survives`."""
 
 
 class ProtocolError(LinkError):
@@ -106,6 +110,7 @@ class Setup:
         dtypes, numels: of the shard's stretch of each segment of the flat parameters.
         layout: fingerprint of the whole flat parameters.
         optimizer: that the shard runs; None adds.
+        survives: whether the run goes on without workers that it loses.
     """
 
     workers: int
@@ -115,6 +120,7 @@ class Setup:
     numels: tuple[int, ...]
     layout: int
     optimizer: ServerOptimizer | None = None
+    survives: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -151,6 +157,7 @@ class Setup:
             "numels": list(self.numels),
             "layout": self.layout,
             "optimizer": optimizer,
+            "survives": self.survives,
         }
 
     @classmethod
@@ -161,7 +168,7 @@ class Setup:
             ProtocolError: if it is none.
         """
         types = {"workers": int, "shard": int, "shards": int, "dtypes": list, "numels": list, "layout": int}
-        data = fields(value, {**types, "optimizer": object})
+        data = fields(value, {**types, "optimizer": object, "survives": bool})
         dtypes, numels, optimizer = data["dtypes"], data["numels"], data["optimizer"]
         require(1 <= data["workers"] <= 1 << 20, "impossible number of workers")
         require(0 <= data["shard"] < data["shards"] <= 1 << 16, "impossible number of shards")
@@ -177,7 +184,8 @@ class Setup:
                 made = ServerOptimizer(*optimizer)
             except ValueError as error:
                 raise ProtocolError(str(error)) from None
-        return cls(data["workers"], data["shard"], data["shards"], tuple(dtypes), tuple(numels), data["layout"], made)
+        cut = data["shard"], data["shards"], tuple(dtypes), tuple(numels), data["layout"]
+        return cls(data["workers"], *cut, made, data["survives"])
 
 
 @dataclass(frozen=True)
@@ -186,8 +194,8 @@ class Status:
 
     Attributes:
         training: number of initialisations.
-        ready: whether workers other than 0 may begin.
-        lead: worker 0 is ``"absent"``, ``"present"`` or ``"gone"``.
+        ready: whether workers other than the lead may begin.
+        lead: worker 0, or the lowest that is not dropped, is ``"absent"``, ``"present"`` or ``"gone"``.
     """
 
     training: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor
 
@@ -65,9 +65,20 @@ def ping(step: int) -> Job:
     return lambda link, shard: ask(link, Header(Message.PING, step, 0))
 
 
+def of_shards(shards: Collection[int], job: Job, step: int) -> Job:
+    """Do ``job`` on these shards, and give the others a sign of life."""
+    alive = ping(step)
+    return lambda link, shard: (job if shard in shards else alive)(link, shard)
+
+
 def bye(step: int) -> Job:
     """Say goodbye."""
     return lambda link, shard: ask(link, Header(Message.BYE, step, 0))
+
+
+def drop(step: int, worker: int) -> Job:
+    """Say that the run goes on without ``worker``."""
+    return lambda link, shard: ask(link, Header(Message.DROP, step, 0, number=worker))
 
 
 def ready(step: int, training: int) -> Job:

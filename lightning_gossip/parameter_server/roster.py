@@ -33,9 +33,26 @@ class Roster:
                 self.shard = Shard(setup)
             elif self.shard.setup != setup:
                 raise ProtocolError(f"worker {worker} was set up differently: {_difference(self.shard.setup, setup)}")
+            if worker in self.shard.dropped:
+                raise ProtocolError(f"worker {worker} was dropped: the others go on without it")
             self._present[worker] += 1
             self._gone.discard(worker)
             return self.shard
+
+    def drop(self, worker: int, by: int) -> bool:
+        """Note that the run goes on without ``worker``, by the word of another; return whether that is new.
+
+        Raises:
+            ProtocolError: where a lost worker ends the run, or the word is that of a worker that was dropped itself.
+        """
+        with self._lock:
+            shard = self.shard
+            fits = shard is not None and shard.setup.survives and 0 <= worker < shard.setup.workers
+            if shard is None or not fits or worker == by or by in shard.dropped:
+                raise ProtocolError(f"worker {by} may not let worker {worker} be dropped")
+            new = worker not in shard.dropped
+            shard.drop(worker)
+            return new
 
     def leave(self, worker: int) -> None:
         """Note that a link of ``worker`` ended."""
@@ -48,15 +65,23 @@ class Roster:
 
     def status(self) -> Status:
         """Return how far the shard is."""
-        with self._lock:
-            lead = "present" if self._present[0] else "gone" if 0 in self._gone else "absent"
         shard = self.shard
+        with self._lock:
+            worker = 0 if shard is None else shard.lead
+            lead = "present" if self._present[worker] else "gone" if worker in self._gone else "absent"
         return Status(0, False, lead) if shard is None else Status(shard.training, shard.ready, lead)
 
     def everybody_left(self) -> bool:
-        """Return whether every worker came and left."""
+        """Return whether every worker came and left, or was dropped."""
         with self._lock:
-            return self.shard is not None and len(self._gone) == self.shard.setup.workers
+            shard = self.shard
+            return shard is not None and len(self._gone | shard.dropped) == shard.setup.workers
+
+    def serves(self) -> bool:
+        """Return whether a worker is there that is not dropped."""
+        with self._lock:
+            shard = self.shard
+            return shard is not None and any(worker not in shard.dropped for worker in self._present)
 
     def deserted_for(self) -> float:
         """Return for how many seconds nobody of those that came has been there; 0 before the first came."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
@@ -25,6 +26,8 @@ from lightning_gossip.parameter_server.protocol import (
 from lightning_gossip.parameter_server.roster import Roster
 from lightning_gossip.parameter_server.shard import Shard, ShardState
 from lightning_gossip.transport.link import Header, Link
+
+log = logging.getLogger(__name__)
 
 
 class Session:
@@ -52,6 +55,7 @@ class Session:
             Message.PUSH_PULL: self._push_pull,
             Message.PING: self._ping,
             Message.SAVE: self._save,
+            Message.DROP: self._drop,
         }
 
     def serve(self) -> None:
@@ -94,14 +98,14 @@ class Session:
         return shard
 
     def _initialise(self, shard: Shard, header: Header) -> None:
-        self._expect_lead(header)
+        self._expect_lead(shard, header)
         self._expect_parameters(shard, header, extras=(0, 1))
         parameters = shard.setup.allocate()
         receive_tensors(self._link, parameters)
-        self._reply(header, shard.initialise(header.number, parameters, ready=header.extra == 1))
+        self._reply(header, shard.initialise(header.number, parameters, header.extra == 1, self.worker))
 
     def _load(self, shard: Shard, header: Header) -> None:
-        self._expect_lead(header)
+        self._expect_lead(shard, header)
         self._expect(header, nbytes=header.nbytes, extras=(0, 1))
         data = fields(receive_json(self._link, header), {"version": int, "pushes": dict, "stepped": bool})
         pushes = {int(worker) if worker.isdecimal() else -1: count for worker, count in data["pushes"].items()}
@@ -118,12 +122,12 @@ class Session:
         require(following.number == header.number, "TENSORS of another training")
         receive_tensors(self._link, tensors)
         state = ShardState(data["version"], pushes, parameters, optimizer)
-        self._reply(header, shard.load(header.number, state, ready=header.extra == 1))
+        self._reply(header, shard.load(header.number, state, header.extra == 1, self.worker))
 
     def _ready(self, shard: Shard, header: Header) -> None:
-        self._expect_lead(header)
+        self._expect_lead(shard, header)
         self._expect(header)
-        self._reply(header, shard.begin_all(header.number))
+        self._reply(header, shard.begin_all(header.number, self.worker))
 
     def _status(self, shard: Shard, header: Header) -> None:
         self._expect(header)
@@ -160,6 +164,12 @@ class Session:
         tensors = state_tensors(state.parameters, state.optimizer)
         self._reply(Header(Message.TENSORS, header.step, 0), shard.position(self.worker), tensors, shard)
 
+    def _drop(self, shard: Shard, header: Header) -> None:
+        self._expect(header)
+        if self._roster.drop(header.number, by=self.worker):
+            log.warning("dropped worker %d, which the run has lost; what it pushed stays", header.number)
+        self._reply(header, shard.position(self.worker))
+
     # -- checks ---------------------------------------------------------------------------------------------------
 
     def _expect(self, header: Header, nbytes: int = 0, layout: int = 0, extras: Sequence[int] = (0,)) -> None:
@@ -169,8 +179,9 @@ class Session:
     def _expect_parameters(self, shard: Shard, header: Header, extras: Sequence[int] = (0,)) -> None:
         self._expect(header, shard.setup.nbytes, shard.setup.fingerprint, extras)
 
-    def _expect_lead(self, header: Header) -> None:
-        require(self.worker == 0, f"worker {self.worker} sent what only worker 0 may: {header}")
+    def _expect_lead(self, shard: Shard, header: Header) -> None:
+        lead = shard.lead
+        require(self.worker == lead, f"worker {self.worker} sent what only worker {lead} may: {header}")
 
     def _room(self, shard: Shard) -> list[Tensor]:
         """Return this link's buffer; a question and its answer need it one after the other."""

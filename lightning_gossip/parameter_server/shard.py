@@ -47,26 +47,39 @@ class Shard:
         self.version = 0
         self.ready = False
         self.pushes: Counter[int] = Counter()
+        self.dropped: set[int] = set()
         self._parameters: list[Tensor] = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._stepped = False
 
-    def initialise(self, training: int, parameters: Sequence[Tensor], ready: bool) -> Position:
+    @property
+    def lead(self) -> int:
+        """The worker that begins trainings, and warms up: the lowest that is not dropped."""
+        return next((worker for worker in range(self.setup.workers) if worker not in self.dropped), 0)
+
+    def drop(self, worker: int) -> None:
+        """Let ``worker`` change nothing from now on; what it pushed stays."""
+        with self.lock:
+            self.dropped.add(worker)
+
+    def initialise(self, training: int, parameters: Sequence[Tensor], ready: bool, worker: int = 0) -> Position:
         """Begin a training from ``parameters`` (a 1-D tensor a segment, taken over).
 
         Args:
             training: its number, one more than the last one's.
-            parameters: the first worker's.
+            parameters: the lead's.
             ready: whether the others may begin at once.
+            worker: that says so.
 
         Raises:
-            ProtocolError: if it is not this training's turn.
+            ProtocolError: if it is not this training's turn, or not the lead.
         """
-        return self.load(training, ShardState(0, {}, list(parameters), None), ready)
+        return self.load(training, ShardState(0, {}, list(parameters), None), ready, worker)
 
-    def load(self, training: int, state: ShardState, ready: bool) -> Position:
+    def load(self, training: int, state: ShardState, ready: bool, worker: int = 0) -> Position:
         """Begin a training from ``state``, which is taken over; see :meth:`initialise`."""
         with self.lock:
+            self._check_lead(worker)
             require(training == self.training + 1, f"training {training} can not follow training {self.training}")
             self._parameters = [p.requires_grad_() for p in state.parameters]
             optimizer = self.setup.optimizer
@@ -79,10 +92,11 @@ class Shard:
             self.training, self.ready = training, ready
             return self._position(0)
 
-    def begin_all(self, training: int) -> Position:
-        """End the warm-up: workers other than 0 may begin."""
+    def begin_all(self, training: int, worker: int = 0) -> Position:
+        """End the warm-up: workers other than the lead may begin."""
         with self.lock:
             self._check(training)
+            self._check_lead(worker)
             self.ready = True
             return self._position(0)
 
@@ -98,7 +112,7 @@ class Shard:
             The version that it made, and the updates by others until then.
 
         Raises:
-            ProtocolError: before the shard is initialised, or the warm-up ended.
+            ProtocolError: before the shard is initialised, or the warm-up ended, or once ``worker`` is dropped.
         """
         self._negate(delta)
         with self.lock:
@@ -150,6 +164,10 @@ class Shard:
         require(self.training > 0, "the shard is not initialised yet")
         require(training == self.training, f"training {training} is not the one under way, {self.training}")
 
+    def _check_lead(self, worker: int) -> None:
+        lead = self.lead
+        require(worker == lead, f"worker {worker} sent what only worker {lead} may")
+
     def _position(self, worker: int) -> Position:
         return Position(self.version, self.version - self.pushes[worker])
 
@@ -160,8 +178,9 @@ class Shard:
 
     def _update(self, worker: int, training: int, delta: Sequence[Tensor]) -> None:
         self._check(training)
-        if worker != 0 and not self.ready:
-            raise ProtocolError(f"worker {worker} pushed while worker 0 warms up")
+        require(worker not in self.dropped, f"worker {worker} was dropped: the others go on without it")
+        if not self.ready and worker != (lead := self.lead):
+            raise ProtocolError(f"worker {worker} pushed while worker {lead} warms up")
         with torch.no_grad():
             if self._optimizer is None:
                 for parameter, part in zip(self._parameters, delta, strict=True):

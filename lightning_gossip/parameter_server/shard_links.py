@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from torch.distributed import Store, TCPStore
 
+from lightning_gossip.control.member_control import MemberControl
 from lightning_gossip.control.run import Control
 from lightning_gossip.parameter_server import questions
 from lightning_gossip.parameter_server.protocol import ARRIVALS, SHARD, Setup, arrival_key, encode
@@ -25,6 +26,8 @@ GOODBYE = 5.0
 
 class ShardLost(RuntimeError):
     """A shard died, stayed silent past the timeout or refused this worker; :attr:`shard` is its number."""
+
+    ends_run = True
 
     def __init__(self, message: str, shard: int) -> None:
         super().__init__(message)
@@ -97,6 +100,7 @@ class ShardLinks:
         self._last: Sequence[Future[Any]] = ()
         self._failure: tuple[int, BaseException] | None = None  # the first; later ones find its link closed
         self._alive: threading.Thread | None = None
+        self._dropped: set[int] = set()
         device = gloo_device()
         own, timeout = f"worker{control.rank}", control.timeout
         jobs = [partial(_arrive, connect, address, device, own, timeout) for address in self.addresses]
@@ -120,6 +124,16 @@ class ShardLinks:
         interval = min(self._control.timeout.total_seconds(), *silence) / 5
         self._alive = threading.Thread(target=self._stay_alive, args=(interval,), name="downpour-alive", daemon=True)
         self._alive.start()
+
+    def drop_lost(self) -> None:
+        """Tell the shards, before anything that is asked from now on, which workers the run has lost.
+
+        What a lost worker sent and a shard has not applied by then, it will not.
+        """
+        for worker in set(range(self._control.world_size)).difference(self._control.members, self._dropped):
+            self._dropped.add(worker)
+            if worker != self._control.rank:
+                self.ask(questions.drop(self._clock(), worker))
 
     def ask(self, job: Callable[[Link, int], T]) -> Question[T]:
         """Let every link's thread call ``job(link, shard)``, after those before it."""
@@ -153,20 +167,31 @@ class ShardLinks:
         if self._failure is not None:
             raise self._explain(*self._failure)
 
-    def await_training(self, number: int) -> None:
-        """Wait until worker 0 has begun training ``number`` and its warm-up is over on all shards, as long as it lives.
+    def await_training(self, number: int) -> set[int] | None:
+        """Wait until the lead has begun training ``number``, and its warm-up is over on all shards; return None then.
+
+        The lead is the lowest worker that is not lost. If that is this one, return on which shards it has to begin the
+        training: on all, unless another one led before.
 
         Raises:
-            ShardLost: if a shard is lost, or worker 0 is gone or does not come within the timeout.
+            ShardLost: if a shard is lost, or, where a lost worker ends the run, worker 0 is gone or does not come
+                within the timeout.
             RunStopped: if some rank stopped.
         """
+        survives = isinstance(self._control, MemberControl)
+        if not survives and self._control.rank == 0:
+            return set(range(len(self.addresses)))
         limit = self._control.timeout.total_seconds()
         latest, pause, never = time.monotonic() + limit, 0.005, threading.Event()
         while True:
+            leads = self._control.rank == self._control.members[0]  # as of now: those before it are dropped next
+            self.drop_lost()
             states = self.wait(self.ask(questions.status))
             if all(state.training == number and state.ready for state in states):
-                return
-            for shard, state in enumerate(states):
+                return None
+            if leads:
+                return {shard for shard, state in enumerate(states) if state.training < number}
+            for shard, state in enumerate(() if survives else states):
                 if state.lead == "gone":
                     raise self._explain(shard, RuntimeError("worker 0, which has to initialise it, is gone"))
                 if state.lead == "absent" and time.monotonic() > latest:
@@ -179,6 +204,7 @@ class ShardLinks:
         self._closing.set()
         if self._alive is not None:
             self._alive.join()
+            self.drop_lost()
             goodbye = self.ask(questions.bye(self._clock()))
             goodbye.settled.wait(GOODBYE)
         for link in self._links:

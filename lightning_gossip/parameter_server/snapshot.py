@@ -66,6 +66,19 @@ def gather(cut: Cut, states: Sequence[ShardState]) -> dict[str, Any]:
     }
 
 
+def renumbered(state: Mapping[str, Any] | None, workers: Mapping[int, int]) -> dict[str, Any] | None:
+    """Return ``state``, of :func:`gather`, for workers of other numbers.
+
+    Args:
+        state: of the server; None for none.
+        workers: their numbers now, by those of then; empty where they are the same.
+    """
+    if state is None or not workers:
+        return None if state is None else dict(state)
+    pushes = {str(workers[int(worker)]): n for worker, n in state["pushes"].items() if int(worker) in workers}
+    return {**state, "pushes": pushes}
+
+
 def load(cut: Cut, state: Mapping[str, Any], training: int, everybody: bool) -> Job:
     """Begin a training from what :func:`gather` returned.
 

@@ -10,8 +10,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lightning_gossip.exchange.flat_mixing import is_finite
 from lightning_gossip.parameter_server import questions
-from lightning_gossip.parameter_server.displacement import Cut, Displacement
+from lightning_gossip.parameter_server.displacement import Cut, Displacement, Push
 from lightning_gossip.parameter_server.protocol import Position
 from lightning_gossip.parameter_server.shard_links import Question, ShardLinks
 
@@ -30,6 +31,7 @@ class DownpourStats:
             that this worker had applied last and the push; the maximum over shards.
         wait_seconds: that training waited for a shard.
         call_seconds: that training spent at the end of the step, waiting included.
+        healed: how often this replica was not finite, and took the server's parameters in its place.
     """
 
     pushes: int = 0
@@ -38,6 +40,7 @@ class DownpourStats:
     staleness: int = 0
     wait_seconds: float = 0.0
     call_seconds: float = 0.0
+    healed: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,35 @@ class Traffic:
         """Go on counting in ``stats``."""
         self._stats = stats
 
+    def begin(self, job: questions.Job | None, step: int, warms_up: bool) -> tuple[bool, bool]:
+        """Begin the training on the shards if this worker leads, or else wait for who does.
+
+        Args:
+            job: begins it on a shard; None where this worker has not what the server is to go on from.
+            step: of the clock.
+            warms_up: whether the others have to wait after that.
+
+        Returns:
+            Whether this worker leads, and whether it began the training on all shards: where another one led before,
+            the server may hold something else than ``job`` brings.
+
+        Raises:
+            ShardLost: if a shard failed.
+            RuntimeError: if it leads, and there is no job.
+            RunStopped: if some rank stopped.
+        """
+        shards = self._links.await_training(self.training)
+        if shards is None:
+            return False, False
+        if shards and job is None:
+            raise RuntimeError("the worker that has the server's state was lost before the server had it: resume again")
+        if job is not None:
+            self.learn(self.wait(self._links.ask(questions.of_shards(shards, job, step))))
+        begins = len(shards) == self._cut.shards
+        if not begins and not warms_up:
+            self.wait(self._links.ask(questions.ready(step, self.training)))
+        return True, begins
+
     def take_over(self, parameters: Mapping[str, Tensor], step: int) -> None:
         """Wait for the server's parameters and make ``parameters`` exactly them.
 
@@ -128,12 +160,39 @@ class Traffic:
         self.displacement.begin(parameters)
         self._pulled(positions, step, step)
 
-    def push(self, parameters: Mapping[str, Tensor], step: int) -> None:
-        """Send the displacement."""
+    def restart(self, parameters: Mapping[str, Tensor], step: int) -> None:
+        """Give up what was made since the last push, and go on from the server's parameters; no push is under way.
+
+        Raises:
+            ShardLost, RunStopped: as :meth:`take_over`.
+            RuntimeError: if these are not finite.
+        """
+        if self._pull is not None:
+            self.wait(self._pull.question)
+            self._pull = None
+        self.take_over(parameters, step)
+        if not is_finite(self.displacement.reference(), self._cut.layout):
+            raise RuntimeError(f"the server's parameters are not finite either at step {step}")
+        self._stats.healed += 1
+
+    def push(self, parameters: Mapping[str, Tensor], step: int, pull: bool = False) -> bool:
+        """Send the displacement; return False, having sent nothing, if the parameters are not finite.
+
+        Args:
+            parameters: of the replica.
+            step: of the clock.
+            pull: whether to ask for the server's parameters, in the same round trip.
+        """
         under_way = self.displacement.start_push(parameters)
+        if under_way is None:
+            return False
+        if pull:
+            self._push_pull(under_way, step)
+            return True
         job = questions.push(self._cut, step, self.training, under_way)
         self._push = _Asked(step, self._links.ask(job), self.seen)
         self._stats.bytes_sent += sum(setup.nbytes for setup in self._cut.setups)
+        return True
 
     def pull(self, step: int) -> None:
         """Ask for the server's parameters."""
@@ -141,9 +200,7 @@ class Traffic:
         job = questions.pull(self._cut, step, self.training, under_way.received, under_way)
         self._pull = _Asked(step, self._links.ask(job), self.seen)
 
-    def push_pull(self, parameters: Mapping[str, Tensor], step: int) -> None:
-        """Send the displacement and ask for the server's parameters, in one round trip."""
-        push = self.displacement.start_push(parameters)
+    def _push_pull(self, push: Push, step: int) -> None:
         pull = self.displacement.start_pull(after=push)
         job = questions.push_pull(self._cut, step, self.training, push, pull)
         self._push = self._pull = _Asked(step, self._links.ask(job), self.seen)

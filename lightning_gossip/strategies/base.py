@@ -113,6 +113,11 @@ class ReplicaStrategy(CheckpointedStrategy):
     def begin_anew(self) -> None:
         """Go on from the module's present parameters, which all ranks share."""
 
+    def begin_optimizers_anew(self) -> None:
+        """Forget what optimizers made of a replica that was not finite."""
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+
     def adopt_rank_zero(self) -> None:
         """Make every rank's module, and what a server holds, rank 0's present parameters and buffers.
 

@@ -22,11 +22,12 @@ from lightning_gossip.exchange.models import shared_parameters
 from lightning_gossip.parameter_server.client import DownpourClient
 from lightning_gossip.parameter_server.consensus import KeptParameters, Server, ServerConsensus
 from lightning_gossip.parameter_server.optimizers import ServerOptimizer
-from lightning_gossip.parameter_server.process import ShardProcess
+from lightning_gossip.parameter_server.process import ShardProcess, shares
 from lightning_gossip.parameter_server.shard_links import check_addresses
+from lightning_gossip.parameter_server.snapshot import renumbered
 from lightning_gossip.parameter_server.traffic import DownpourStats
 from lightning_gossip.strategies import lightning_compat
-from lightning_gossip.strategies.base import TIMEOUT, Evaluate, ReplicaStrategy, StartMethod
+from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, Evaluate, NonFinite, ReplicaStrategy, StartMethod
 
 
 class DownpourStrategy(ReplicaStrategy):
@@ -49,7 +50,7 @@ class DownpourStrategy(ReplicaStrategy):
     Args:
         n_push: steps from one push to the next, at least 1.
         n_pull: steps from one request for the server's parameters to the next, at least 1.
-        shards: processes between which the server's parameters are cut evenly; started by the ranks with local rank 0,
+        shards: processes between which the server's parameters are cut evenly; started by the lowest rank of each node,
             on the node of rank 0 first and over the nodes in turn, for one ``fit``.
         shard_addresses: ``host:port`` of shards started by hand (``python -m lightning_gossip.parameter_server``), the
             same on all ranks; none is started then. They serve one ``fit`` and end.
@@ -63,6 +64,13 @@ class DownpourStrategy(ReplicaStrategy):
             from a checkpoint, or in a further ``fit``, has none.
         evaluate: ``"consensus"`` or ``"replica"``; what validation and test run on, and what remains after ``fit``.
         timeout: how long a rank waits for a rank or a shard that gives no sign of life.
+        min_replicas: None: the run ends with the first rank that is lost. With a number it begins with so many ranks at
+            least, and goes on as long as so many are left. What a lost one pushed stays; each shard applies what of a
+            push came to it whole. Only a lost shard, not the rank that started it, ends the run. It needs gloo, and the
+            run's store in a process of its own, which our launchers start.
+        lost_after: with ``min_replicas``: a rank that gives no sign of life for so long is lost; more than 2 s.
+        nonfinite: a replica with NaN or infinite parameters, of which nothing is pushed, takes the server's and begins
+            its optimizers anew (``"heal"``, the default with ``min_replicas``), or ends its rank (``"error"``).
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             start_method: as for Lightning's ``DDPStrategy``.
 
@@ -89,6 +97,9 @@ class DownpourStrategy(ReplicaStrategy):
         warmup_steps: int = 0,
         evaluate: Evaluate = "consensus",
         timeout: timedelta = TIMEOUT,
+        min_replicas: int | None = None,
+        lost_after: timedelta = LOST_AFTER,
+        nonfinite: NonFinite | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -123,6 +134,9 @@ class DownpourStrategy(ReplicaStrategy):
         super().__init__(
             evaluate=evaluate,
             timeout=timeout,
+            min_replicas=min_replicas,
+            lost_after=lost_after,
+            nonfinite=nonfinite,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -154,6 +168,9 @@ class DownpourStrategy(ReplicaStrategy):
             "server_optimizer": None if optimizer is None else {"class": optimizer.path, **optimizer.keywords},
             "max_staleness": self.max_staleness,
             "warmup_steps": self.warmup_steps,
+            "min_replicas": self.min_replicas,
+            "lost_after": self.lost_after.total_seconds(),
+            "nonfinite": self.nonfinite,
             **super().hyperparameters,
         }
 
@@ -170,7 +187,9 @@ class DownpourStrategy(ReplicaStrategy):
             max_staleness=self.max_staleness,
             warmup_steps=self.warmup_steps,
             server_optimizer=self.server_optimizer,
+            nonfinite=self.nonfinite,
         )
+        self._client.on_heal = self.begin_optimizers_anew
         if trainer.global_step > 0:  # a further `fit` of one training
             self.continue_from(self._last_step)
         lightning_compat.before_training_ends(trainer, self._finish)
@@ -181,11 +200,18 @@ class DownpourStrategy(ReplicaStrategy):
 
     def _start_shards(self) -> list[str]:
         """Start this node's shards, and return the addresses of all, in their order; a collective."""
-        own = range(self.node_rank, self.shards, self.num_nodes) if self.local_rank == 0 else range(0)
-        host = self._host()
-        self._processes = [ShardProcess(host, timeout=self._timeout or TIMEOUT) for _ in own]
-        started = {shard: process.address for shard, process in zip(own, self._processes, strict=True)}
-        addresses = {shard: address for some in self.gather(started) for shard, address in some.items()}
+        host, timeout, store = self._host(), self._timeout or TIMEOUT, None
+        if self.survives and (environment := self.cluster_environment):
+            timeout, store = max(timeout, self.lost_after), f"{environment.main_address}:{environment.main_port}"
+        addresses: dict[int, str] = {}
+        while missing := [
+            shard for shard in range(self.shards) if shard not in addresses
+        ]:  # who starts some may be lost
+            own = shares(missing, self.members, self.num_processes).get(self.global_rank, [])
+            started = {shard: ShardProcess(host, timeout=timeout, run_store=store) for shard in own}
+            self._processes += started.values()
+            listening = self.gather({shard: process.address for shard, process in started.items()})
+            addresses |= {shard: address for some in listening for shard, address in some.items()}
         return [addresses[shard] for shard in range(self.shards)]
 
     def _host(self) -> str:
@@ -276,11 +302,11 @@ class DownpourStrategy(ReplicaStrategy):
 
     @override
     def training_state(self) -> dict[str, Any]:
-        """Return the worker's state, and on rank 0 the server's: all pushes are on it, for the consensus was built."""
+        """Return the worker's state, and on the lowest rank the server's: the consensus was built, all is on it."""
         if (client := self._under_way()) is None:
             return {"step": self.step}
         state: dict[str, Any] = {"worker": client.state_dict()}
-        if self.global_rank == 0:
+        if self.is_global_zero:
             state["server"] = client.server_state()
         return state
 
@@ -291,7 +317,10 @@ class DownpourStrategy(ReplicaStrategy):
         client.abandon()
         if "worker" in state:
             client.load_state_dict(state["worker"])
-            client.start(self._trained(), state.get("server"))
+            server = state.get("server")  # of the lowest; all have it where that one may be lost before the shards do
+            server = self.broadcast(server) if self.survives else server
+            ranks = () if self._resume is None else self._resume.get("ranks", ())
+            client.start(self._trained(), renumbered(server, dict(zip(ranks, self.members, strict=False))))
         else:
             client.continue_from(state["step"])
 
@@ -328,11 +357,11 @@ class DownpourStrategy(ReplicaStrategy):
             self._keep_servers(self._replica())
 
     def _keep_servers(self, replica: dict[str, Tensor]) -> None:
-        """Keep the server's parameters, in place of this copy, on rank 0 where the replicas remain: the shards end."""
+        """Keep the server's parameters, in place of this copy, on rank 0 (or all) where the replicas remain."""
         if self.evaluate == "replica":
             self._final = {}
             self._held = tuple(self._running.names)
-            if self.global_rank == 0:
+            if self.survives or self.is_global_zero:
                 self._final = replica
                 self._running.pull_now(replica)
 
@@ -356,16 +385,11 @@ class DownpourStrategy(ReplicaStrategy):
         if client is not None:
             client.close()
         while self._processes:
-            self._processes.pop().close(grace=10.0 if goodbye else 0.0)
+            self._processes.pop().close(grace=10.0 if goodbye else 0.0, leave=self.has_left)
 
     @override
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {
-            "_client": None,
-            "_processes": [],
-            "_final": None,
-            "_owned": (-1, set()),
-        }
+        return super().__getstate__() | {"_client": None, "_processes": [], "_final": None, "_owned": (-1, set())}
 
 
 def _own_address(peer: str) -> str:

@@ -93,7 +93,7 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
             members=members,
             nonfinite=self.nonfinite,
         )
-        exchange.on_heal = self._begin_optimizers_anew
+        exchange.on_heal = self.begin_optimizers_anew
         return exchange
 
     def _make_transport(self, control: Control, store: Store) -> Transport:

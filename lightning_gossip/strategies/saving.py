@@ -149,18 +149,20 @@ class CheckpointedStrategy(ConsensusStrategy):
         replica, consensus = self._parted(checkpoint)
         whole = "optimizer_states" in checkpoint  # not `weights_only`
         replicas = whole and self._consensus is not None  # after `fit` the clock is all that is left of the training
-        if replicas:
-            self._save_replica(replica, path, save_id, storage_options)
-        self._meet("replica files are complete")
         while True:
-            members = self.members
+            lowest = self.members[0]
+            if replicas:
+                self._save_replica(replica, path, save_id, storage_options)
+            self._meet("replica files are complete")
+            if lowest not in self.members:
+                continue  # what only the lowest saves is in nobody's file that is left
             if whole:
                 consensus[files.KEY] = self._entry(save_id if replicas else None)
             self._write(consensus, path, save_id, replicas, storage_options)
             if not self.survives:
                 break
             self._meet("the checkpoint is written")
-            if members[0] in self.members:
+            if lowest in self.members:
                 break  # else it is not known whether its writer came to the end of that
         self._saved[path] = save_id
 
@@ -287,6 +289,7 @@ class CheckpointedStrategy(ConsensusStrategy):
         path = files.followed(path)
         rank = ranks[self.members.index(self.global_rank)]
         replica = files.load_replica(self.checkpoint_io, path, entry["save_id"], rank, weights_only)
+        replica[files.KEY]["ranks"] = list(ranks)
         if (saved_by := replica[files.KEY]["strategy"]) != type(self).__name__:
             raise files.ReplicaFileError(f"it was saved by {saved_by}, and this is {type(self).__name__}")
         return replica

@@ -66,6 +66,7 @@ class SurvivingStrategy(MeetingStrategy):
         if min_replicas is not None and process_group_backend == "nccl":
             raise ValueError(_NO_NCCL)
         self.survives = min_replicas is not None
+        self._ends_run = False  # whether what ends this rank ends the others too
         self._members: tuple[int, ...] = ()  # those that have met last; none before any have
         super().__init__(process_group_backend=process_group_backend, **launch)
 
@@ -180,6 +181,11 @@ class SurvivingStrategy(MeetingStrategy):
         """Whether this process has started the others of its host."""
         return bool(getattr(self._launcher, "procs", ()))
 
+    @property
+    def has_left(self) -> bool:
+        """Whether this rank takes part no more, and the others go on."""
+        return isinstance(control := self._control, MemberControl) and control.declared is not None
+
     @override
     def _report_child(self, rank: int, how: str) -> bool:
         if isinstance(control := self._control, MemberControl):
@@ -188,10 +194,16 @@ class SurvivingStrategy(MeetingStrategy):
         return super()._report_child(rank, how)
 
     @override
+    def on_exception(self, exception: BaseException) -> None:
+        self._ends_run = getattr(exception, "ends_run", False)
+        super().on_exception(exception)
+
+    @override
     def _tell_ending(self, kind: str, cause: str, lost: int) -> None:
         """Leave, and let the others go on; Ctrl-C, and SIGTERM on the launching process, end the run."""
         control = self.control
-        if isinstance(control, MemberControl) and (kind == "error" or (kind == "SIGTERM" and not self._launches)):
+        ends_alone = kind == "error" or (kind == "SIGTERM" and not self._launches)
+        if isinstance(control, MemberControl) and ends_alone and not self._ends_run:
             control.leave(cause)
             if self._launches and isinstance(self._launcher, ReplicaSubprocessLauncher):
                 self._launcher.left = True
