@@ -141,7 +141,7 @@ def _add(pieces: list[Tensor], flat: Tensor, weight: float) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite: a sum carries them on, in a fraction of the time that a look at each takes.
+    """Whether no element is NaN or infinite: a sum carries them on, much faster than a look at each.
 
     A sum may also overflow by itself.
     """
