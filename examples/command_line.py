@@ -58,8 +58,8 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
         "--min-replicas",
         type=int,
         metavar="N",
-        help="go on without ranks that are lost, as long as so many are left; of gossip and elastic-gossip. None: the"
-        " run ends with the first",
+        help="go on without ranks that are lost, as long as so many are left; not of local, all-reduce and none. None:"
+        " the run ends with the first",
     )
     add("--accelerator", default="cpu", help="cpu or cuda")
     add("--process-group-backend", choices=("gloo", "nccl"), help="by default gloo on the CPU, and NCCL on CUDA")
@@ -187,8 +187,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
     if args.non_iid is not None and args.data_shares != "fixed":
         raise ValueError(f"--non-iid deals out fixed shares, and --data-shares is {args.data_shares}")
-    if args.min_replicas is not None and args.strategy not in ("gossip", "elastic-gossip"):
-        raise ValueError(f"--min-replicas is of gossip and elastic-gossip, and --strategy is {args.strategy}")
+    if args.min_replicas is not None and args.strategy in ("local", "all-reduce", "none"):
+        raise ValueError(f"--min-replicas is of replicas that exchange, and --strategy is {args.strategy}")
     if args.resume and not args.run_id:
         raise ValueError("--resume needs --run-id, the name of the run to continue")
 
@@ -208,6 +208,7 @@ def make_strategy(args: argparse.Namespace) -> Any:
     common |= {"process_group_backend": args.process_group_backend}
     if args.strategy == "none":
         return ElasticGossipStrategy(peers=Nobody(), **common)
+    common |= {"min_replicas": args.min_replicas}
     if args.strategy == "downpour":
         return DownpourStrategy(n_push=args.n_push, n_pull=args.n_pull, shards=args.shards, **common)
     common |= {"period": args.period, "delay": args.delay}
@@ -218,7 +219,6 @@ def make_strategy(args: argparse.Namespace) -> Any:
     if args.strategy == "diloco":
         return DiLoCoStrategy(fragments=args.fragments, **common, **outer)
     common |= {"probability": args.probability, "peers": args.peers, "seed": args.seed}
-    common |= {"min_replicas": args.min_replicas}
     if args.strategy == "gossip":
         return GossipStrategy(variant=args.variant, **common)
     return ElasticGossipStrategy(alpha=args.alpha, **common, **outer)
