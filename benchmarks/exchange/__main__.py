@@ -128,6 +128,8 @@ def make_setups() -> dict[str, Setup]:
         gossip("memory traffic alone", [MemoryTraffic], peers=Nobody()),
         gossip("matching"),
         gossip("matching, p 1/8", probability=1 / 8),
+        gossip("matching, members", min_replicas=1),
+        gossip("matching, p 1/8, members", probability=1 / 8, min_replicas=1),
         gossip("uniform", peers="uniform"),
         gossip("uniform, p 1/8", peers="uniform", probability=1 / 8),
         gossip("matching, period 8", period=8),
@@ -164,7 +166,7 @@ def measure(model: str, ranks: int, setups: dict[str, Setup], rounds: Iterable[i
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_name(f"{args.out.stem}_machine.txt").write_text(f"{machine.in_words()}\n")
-    fork_ranks(ranks, rank, seconds=2 * args.seconds + 600)
+    fork_ranks(ranks, rank, seconds=2 * args.seconds + 600, own_store=any("members" in name for name in setups))
 
 
 def main() -> None:

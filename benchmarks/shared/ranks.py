@@ -19,6 +19,7 @@ from multiprocessing.connection import wait
 from typing import IO, Any
 
 from benchmarks.shared.processes import exit_on
+from lightning_gossip.control.store import VARIABLE, start_store
 
 _GRACE = 15.0
 """Seconds that ranks get to end by themselves, once one of them has failed."""
@@ -47,21 +48,25 @@ def environment(rank: int, ranks: int, on_a_node: int, address: str, port: int) 
     }
 
 
-def fork_ranks(ranks: int, function: Callable[[], None], seconds: float) -> None:
+def fork_ranks(ranks: int, function: Callable[[], None], seconds: float, own_store: bool = False) -> None:
     """Call ``function`` in ``ranks`` forked processes of one node, and wait for them; none outlives this process.
 
     Args:
         ranks: number of processes.
         function: what each does; it sees its rank in the environment.
         seconds: after which they are ended.
+        own_store: whether their store is a process of its own, as ``min_replicas`` needs it; it ends after them.
 
     Raises:
         RuntimeError: if one of them failed, or they took longer.
     """
     port = free_port()
+    if own_store:
+        start_store(port)
     context = multiprocessing.get_context("fork")
     environments = [environment(rank, ranks, ranks, "127.0.0.1", port) for rank in range(ranks)]
-    processes = [context.Process(target=_rank, args=(own, function)) for own in environments]
+    held = {VARIABLE: "True"} if own_store else {}
+    processes = [context.Process(target=_rank, args=(own | held, function)) for own in environments]
     before = signal.signal(signal.SIGTERM, exit_on)
     try:
         for process in processes:

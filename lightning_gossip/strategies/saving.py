@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -16,12 +17,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gossip.control.stop import RunStopped
 from lightning_gossip.exchange.consensus import average_state
 from lightning_gossip.exchange.models import averaged_buffers
 from lightning_gossip.strategies import checkpoint as files
 from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.consensus import ConsensusStrategy, Evaluate
 from lightning_gossip.strategies.saved_state import CURRENT_STATE, Dumped
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointedStrategy(ConsensusStrategy):
@@ -94,6 +98,12 @@ class CheckpointedStrategy(ConsensusStrategy):
             self.load_model_state_dict(checkpoint, strict=self._module.strict_loading)
 
     @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if self.survives and isinstance(exception, RunStopped) and self._saved:
+            log.error("the last checkpoint is %s", next(reversed(self._saved)))
+
+    @override
     def teardown(self) -> None:
         self._dumped = {}
         super().teardown()
@@ -164,7 +174,8 @@ class CheckpointedStrategy(ConsensusStrategy):
             self._meet("the checkpoint is written")
             if lowest in self.members:
                 break  # else it is not known whether its writer came to the end of that
-        self._saved[path] = save_id
+        self._saved.pop(path, None)
+        self._saved[path] = save_id  # the last one stands last
 
     def _entry(self, save_id: str | None) -> dict[str, Any]:
         """Return what a checkpoint says of the ranks that wrote replica files beside it."""

@@ -71,6 +71,16 @@ def test_the_launching_process_leaves_on_an_exception(tmp_path: Path) -> None:
     assert "rank 0 left at step 1" in ended.printed
 
 
+def test_too_few_end_the_run_and_name_the_last_checkpoint(tmp_path: Path) -> None:
+    ended = run(tmp_path, "--min-replicas", 4, "--fault", "SIGKILL:2:10")
+    assert ended.code == 1
+    text = "3 of 4 replicas are left, fewer than `min_replicas=4`: rank 2 lost at step 1"
+    assert all(text in ending["text"] for ending in ended.endings().values())
+    assert len(ended.endings()) == 3
+    assert "the last checkpoint is " in ended.printed
+    assert "epoch=0-step=8.ckpt" in ended.printed.partition("the last checkpoint is ")[2].splitlines()[0]
+
+
 @pytest.mark.parametrize("start_method", ["spawn"])
 def test_the_process_that_spawns_is_killed(tmp_path: Path, start_method: str) -> None:
     def kill(process: Process, out: Path) -> None:
