@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from typing import Any, NoReturn
 
 from lightning_gossip.parameter_server import __main__ as shard_command
@@ -29,7 +31,7 @@ class ForkedShard:
         os.close(stdout)
         self.stdin, self.stdout = os.fdopen(write, "w"), os.fdopen(read)
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float = 60) -> int:
         deadline = time.monotonic() + timeout
         while self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -51,10 +53,14 @@ def serve(arguments: list[str], stdin: int, stdout: int) -> NoReturn:
     try:
         os.dup2(stdin, 0)
         os.dup2(stdout, 1)
+        logging.getLogger().handlers.clear()  # pytest's write to descriptors that are somebody else's from here on
         os.closerange(3, 1024)
         sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")  # none of pytest's
         sys.argv = arguments
         code = shard_command.main()
+        sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
         sys.stderr.flush()
     finally:
         os._exit(code)
