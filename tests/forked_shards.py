@@ -59,7 +59,7 @@ def serve(arguments: list[str], stdin: int, stdout: int) -> NoReturn:
         sys.argv = arguments
         code = shard_command.main()
         sys.stderr.flush()
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - told; this process ends here
         traceback.print_exc()
         sys.stderr.flush()
     finally:
