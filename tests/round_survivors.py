@@ -131,6 +131,8 @@ class MortalLinks(Links):
     me: Mortal
 
     def to(self, peer: str) -> Link:
+        if self.me.dying:
+            raise Killed
         made = peer not in self._links
         link = super().to(peer)
         if made:
@@ -167,6 +169,13 @@ class Mortal:
         self.control = MemberControl(
             lambda: run.store, rank, run.world_size, timedelta(seconds=20), survival, clock=lambda: self.step
         )
+        check = self.control.check
+
+        def checking() -> None:
+            self.breathe()  # all threads of a process die at once
+            check()
+
+        vars(self.control)["check"] = checking
         store: Any = MortalStore(self)
         self.links = MortalLinks(run.store, f"rank{rank}", timedelta(seconds=20))
         votes = MortalVotes(store, self.control)

@@ -363,7 +363,7 @@ class Links:
 
     def close(self) -> None:
         """Close every link."""
-        for link in self._links.values():
+        for link in list(self._links.values()):  # a helper thread that is late may still ask for one
             link.close()
         self._links.clear()
         self._device = None
