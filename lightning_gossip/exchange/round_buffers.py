@@ -171,7 +171,7 @@ class MeanOver:
             width, finite = wide(segment.dtype), True
             numbers = [x[first - begin : last - begin].view(segment.wire_dtype) for x in (out, *pieces)]
             chunk = CHUNK if out.device.type == "cpu" else numbers[0].numel()
-            for target, *terms in zip(*(x.split(chunk) for x in numbers), strict=True):
+            for target, *terms in zip(*[x.split(chunk) for x in numbers], strict=True):
                 total = terms[0].to(width, copy=True)
                 for term in terms[1:]:
                     total += term

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +26,11 @@ COPY = 4 * ELEMENTS  # bytes
 
 def live_bytes() -> int:
     """Of all tensors that are alive in this process, views of one memory counted once."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # a tuple that another thread is building must not be in our hands when that goes on
+    time.sleep(0.02)  # whoever waits for its turn with the old interval gets it now
     tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    sys.setswitchinterval(interval)
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     return sum(storages.values())
 
