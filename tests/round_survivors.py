@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from survivors import Killed
+from survivors import Killed, all_at_once
 from torch import Tensor, nn
 from torch.distributed import HashStore
 
@@ -326,12 +326,7 @@ class Run:
             me.reducer.close()
             me.control.close()
 
-        threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(self.world_size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=60)
-            assert not thread.is_alive(), "a rank hangs"
+        all_at_once(self.world_size, run)
         return lives
 
 

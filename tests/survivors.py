@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.distributed import HashStore, PrefixStore
 
+from lightning_gossip.control.meeting import Meeting
 from lightning_gossip.control.member_control import MemberControl, Survival
-from lightning_gossip.control.run import Meeting
 from lightning_gossip.control.together import together
 from lightning_gossip.exchange.clock import Exchange
 from lightning_gossip.rules.mixing import MixingRule
@@ -253,13 +253,18 @@ class Run:
             me.transport.close()
             me.control.close()
 
-        threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(self.world_size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=60)
-            assert not thread.is_alive(), "a rank hangs"
+        all_at_once(self.world_size, run)
         return lives
+
+
+def all_at_once(count: int, run: Callable[[int], None]) -> None:
+    """Call ``run`` with each of so many ranks, in a thread each, to the end of all."""
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive(), "a rank hangs"
 
 
 def break_link(monkeypatch: Any, mortals: Mapping[int, tuple[int, str]]) -> None:

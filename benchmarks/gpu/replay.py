@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -165,7 +166,39 @@ class PairwiseExchanges:
             self.end(step)
 
 
-class OuterExchanges:
+class ReplayedExchanges(ABC):
+    """Outer steps, which are made on the host, by a replay."""
+
+    nets: Sequence[nn.Module]
+    replay: Gossip | AllReduced
+
+    def begin(self, step: int) -> None:
+        """See the replay."""
+        self.replay.begin(step, self._theta())
+
+    def end(self, step: int) -> None:
+        """See the replay."""
+        self._change(lambda theta: self.replay.end(step, theta))
+
+    def settle(self) -> None:
+        """See the replay."""
+        self._change(self.replay.settle)
+
+    @torch.no_grad()
+    def _change(self, change: Callable[[Any], None]) -> None:
+        change(theta := self._theta())
+        self._take(theta)
+
+    @abstractmethod
+    def _theta(self) -> Any:
+        """Return all replicas' parameters, as the replay has them."""
+
+    @abstractmethod
+    def _take(self, theta: Any) -> None:
+        """Write them into the replicas."""
+
+
+class OuterExchanges(ReplayedExchanges):
     """Elastic gossip with an outer step, which is made on the host."""
 
     def __init__(self, nets: Sequence[nn.Module], strategy: PairwiseStrategy, alpha: float, steps: int) -> None:
@@ -183,29 +216,16 @@ class OuterExchanges:
             rounding=_rounding(strategy.wire_dtype),
         )
 
-    def begin(self, step: int) -> None:
-        """See :class:`Gossip`."""
-        self.replay.begin(step, self._theta())
-
-    def end(self, step: int) -> None:
-        """See :class:`Gossip`."""
-        self._change(lambda theta: self.replay.end(step, theta))
-
-    def settle(self) -> None:
-        """See :class:`Gossip`."""
-        self._change(self.replay.settle)
-
     def _theta(self) -> np.ndarray:
         return np.stack([flat(net).cpu().numpy() for net in self.nets])
 
-    def _change(self, change: Callable[[np.ndarray], None]) -> None:
-        change(theta := self._theta())
+    def _take(self, theta: np.ndarray) -> None:
         for net, row in zip(self.nets, theta, strict=True):
             own = next(net.parameters())
             nn.utils.vector_to_parameters(torch.from_numpy(row).to(own), net.parameters())
 
 
-class AllReducedExchanges:
+class AllReducedExchanges(ReplayedExchanges):
     """LocalSGD and DiLoCo, whose outer step is made on the host."""
 
     def __init__(self, nets: Sequence[nn.Module], strategy: AllReducedStrategy) -> None:
@@ -224,24 +244,10 @@ class AllReducedExchanges:
             rounding=_rounding(strategy.wire_dtype),
         )
 
-    def begin(self, step: int) -> None:
-        """See :class:`AllReduced`."""
-        self.replay.begin(step, self._theta())
-
-    def end(self, step: int) -> None:
-        """See :class:`AllReduced`."""
-        self._change(lambda theta: self.replay.end(step, theta))
-
-    def settle(self) -> None:
-        """See :class:`AllReduced`."""
-        self._change(self.replay.settle)
-
     def _theta(self) -> list[Model]:
         return [{name: p.detach().cpu().numpy().copy() for name, p in net.named_parameters()} for net in self.nets]
 
-    @torch.no_grad()
-    def _change(self, change: Callable[[list[Model]], None]) -> None:
-        change(theta := self._theta())
+    def _take(self, theta: list[Model]) -> None:
         for net, values in zip(self.nets, theta, strict=True):
             for name, parameter in net.named_parameters():
                 parameter.copy_(torch.from_numpy(values[name]))

@@ -17,7 +17,7 @@ import torch
 from forked import Linear, fit, regression
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from shards import until
-from test_surviving import STEPS, Fault, run
+from test_surviving import STEPS, Fault, run, stop_for
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -302,22 +302,8 @@ def test_all_die_at_once_and_their_shards_end(tmp_path: Path) -> None:
     assert list(tmp_path.glob("shard_*"))
 
 
-def stop(seconds: float) -> Callable[[], None]:
-    """SIGSTOP this process, and let another wake it up."""
-
-    def act() -> None:
-        pid = os.getpid()
-        if os.fork() == 0:
-            time.sleep(seconds)
-            os.kill(pid, signal.SIGCONT)
-            os._exit(0)
-        os.kill(pid, signal.SIGSTOP)
-
-    return act
-
-
 def test_who_wakes_up_after_it_was_dropped_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    fault = Fault(2, hook="on_train_batch_end", batch=2, act=stop(10))
+    fault = Fault(2, hook="on_train_batch_end", batch=2, act=stop_for(10))
     survivors = train(tmp_path, fault, lost=(2,), strategy=downpour(lost_after=3))
     check(tmp_path, survivors, (0, 1, 3))
     assert "rank 2 ends: this rank was declared lost by rank " in caplog.text

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 import torch
 from forked import Linear, Recorder, fit, recorded, regression
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from test_surviving import Fault
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -27,17 +26,6 @@ ROUNDS: dict[str, Any] = {"period": 4, "delay": 3}  # 6 steps an epoch of four r
 def diloco(**options: Any) -> DiLoCoStrategy:
     options = {**ROUNDS, "start_method": "fork", "timeout": timedelta(seconds=60), **options}
     return DiLoCoStrategy(**options)
-
-
-class Kill(Callback):
-    """SIGKILL to a rank in the midst of an epoch."""
-
-    def __init__(self, rank: int, epoch: int, batch: int) -> None:
-        self.at = rank, epoch, batch
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.at == (trainer.global_rank, trainer.current_epoch, batch_idx):
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Starts(Callback):
@@ -89,7 +77,12 @@ def test_diloco_goes_on_without_a_rank_and_resumes_on_those_that_were_left(tmp_p
     left = tuple(k for k in range(4) if k != rank)
     saving = ModelCheckpoint(tmp_path / "whole", filename="{epoch}", save_top_k=-1)
     survivors = run(
-        tmp_path / "whole", diloco(min_replicas=2), Kill(rank, 1, 2), saving, lost=rank, enable_checkpointing=True
+        tmp_path / "whole",
+        diloco(min_replicas=2),
+        Fault(rank, hook="on_train_batch_end", batch=2),
+        saving,
+        lost=rank,
+        enable_checkpointing=True,
     )
     assert len(survivors) == 3
     check_common(survivors)
