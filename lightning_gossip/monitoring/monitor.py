@@ -94,7 +94,7 @@ class GossipMonitor(Callback):
             self._seconds, self._steps = {}, 0
             self._stats = _stats_of(strategy)
             self._lost = -1
-            self._log(trainer, self._members(strategy))
+            self._log(trainer, self._news_of_members(strategy))
             self._arm(strategy, waiting=False)
 
     @override
@@ -113,7 +113,7 @@ class GossipMonitor(Callback):
         self._steps += 1
         for tag, seconds in _read(self._stats, _SECONDS).items():
             self._seconds[tag] = self._seconds.get(tag, 0.0) + seconds
-        metrics = self._members(strategy)
+        metrics = self._news_of_members(strategy)
         if distance is not None:
             metrics["gossip/partner_distance"] = distance
         if self._step % self.every_n_steps == 0:
@@ -134,15 +134,15 @@ class GossipMonitor(Callback):
         if totals != self._totals:
             self._log(trainer, totals)
         if self._lost >= 0:
-            self._log(trainer, {"gossip/members": trainer.world_size - self._lost, "gossip/lost": self._lost})
+            self._log(trainer, _members(trainer.world_size, self._lost))
         self._stats = {}
 
-    def _members(self, strategy: ReplicaStrategy) -> Metrics:
+    def _news_of_members(self, strategy: ReplicaStrategy) -> Metrics:
         """Return who takes part, where that is news."""
         if not strategy.survives or strategy.lost == self._lost:
             return {}
         self._lost = strategy.lost
-        return {"gossip/members": strategy.world_size - self._lost, "gossip/lost": self._lost}
+        return _members(strategy.world_size, self._lost)
 
     def _arm(self, strategy: ReplicaStrategy, waiting: bool) -> None:
         """Have the coming step's exchange measured if the step is due, or one that was due had no exchange yet."""
@@ -167,6 +167,10 @@ class GossipMonitor(Callback):
         lightning_compat.show_in_progress_bar(
             trainer, {name: metrics[f"gossip/{name}"] for name in shown if f"gossip/{name}" in metrics}
         )
+
+
+def _members(world_size: int, lost: int) -> Metrics:
+    return {"gossip/members": world_size - lost, "gossip/lost": lost}
 
 
 def _stats_of(strategy: Strategy) -> dict[str, Any]:

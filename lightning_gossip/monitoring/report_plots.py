@@ -138,6 +138,7 @@ def draw(plot: Plot, runs: Mapping[str, Run], out: Path, *, against: str = "step
         axes.set_xlabel("Updates of each replica" if against == "step" else f"Wall time ({unit_name})")
         if plot.log:
             axes.set_yscale("log")
+        moments = {label: losses(run, against) for label, run in runs.items()}
         for index, label in enumerate(runs):
             style: dict[str, Any] = {
                 "color": COLOURS[index % len(COLOURS)],
@@ -154,9 +155,8 @@ def draw(plot: Plot, runs: Mapping[str, Run], out: Path, *, against: str = "step
             if label in plot.consensus:
                 curve = plot.consensus[label]
                 axes.plot(curve[against] / scale, curve["mean"], color=style["color"], linestyle="--")
-            for moment in losses(runs[label], against):
+            for moment in moments[label]:
                 axes.axvline(moment / scale, color=style["color"], linestyle=":", linewidth=0.8, zorder=0)
-        lost = any(len(losses(run, against)) for run in runs.values())
         if plot.consensus:
             axes.plot([], [], color="0.35", linestyle="--", label="consensus model")
         if plot.from_zero:
@@ -166,7 +166,7 @@ def draw(plot: Plot, runs: Mapping[str, Run], out: Path, *, against: str = "step
             loc="outside lower center",
             title=plot.note
             + ("mean over ranks (line), min–max (band)" if spread else "")
-            + (f"{'; ' if spread else ''}a rank is lost (dots)" if lost else ""),
+            + (f"{'; ' if spread else ''}a rank is lost (dots)" if any(moments.values()) else ""),
         )
         file = out / f"{plot.name}_vs_{'updates' if against == 'step' else 'time'}.png"
         figure.savefig(file, dpi=DPI)

@@ -29,6 +29,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.distributed_c10d import _get_default_store
 
+from lightning_gossip.control.store import is_held
+
 METADATA_FILE = "metadata.json"
 _ENVIRONMENT_KEY = "LIGHTNING_GOSSIP_RUN_FOLDERS"
 _STORE_PREFIX = "lightning_gossip/run_folder"
@@ -126,7 +128,7 @@ def group_store() -> GroupStore | None:
     if dist.is_available() and dist.is_initialized():
         world_size = dist.get_world_size()
         return GroupStore(_get_default_store(), dist.get_rank(), world_size) if world_size > 1 else None
-    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "RANK" in os.environ
+    by_torchrun = is_held() and "RANK" in os.environ
     if not by_torchrun or os.environ.get("WORLD_SIZE", "1") == "1":
         return None
     store = _agent_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.getpid())
