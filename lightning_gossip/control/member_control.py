@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,10 +19,12 @@ from typing import Any, TypeVar
 from torch.distributed import DistNetworkError, DistStoreError, Store
 from typing_extensions import override
 
+from lightning_gossip.control.meeting import Heartbeats, Meeting
 from lightning_gossip.control.member_log import MemberLog, ends_membership
 from lightning_gossip.control.members import LEFT, LOST, Change, Members
 from lightning_gossip.control.process_id import host_of, is_gone, own_process
-from lightning_gossip.control.run import LOOK, Control, Heartbeats, Meeting, Stop
+from lightning_gossip.control.run import LOOK, Control
+from lightning_gossip.control.stop import Stop
 
 T = TypeVar("T")
 
@@ -161,6 +163,12 @@ class MemberControl(Control):
         """Append the loss of ``rank``, unless the log has it: for whoever started its process, and saw how it ended."""
         with suppress(DistNetworkError, DistStoreError):
             self._declare(self._store, rank, cause)
+
+    def declare_ended(self, ranks: Collection[int]) -> None:
+        """Append the loss of those of ``ranks`` that have said that they end, and are members still."""
+        for rank in ranks:
+            if self._store.check([f"gone/{rank}"]):
+                self._declare(self._store, rank, "it has ended")
 
     def leave(self, cause: str) -> None:
         """Append that this rank takes part no more; between two steps, or where it ends on an exception."""
@@ -324,9 +332,7 @@ class MemberControl(Control):
     def _declare_late(self, is_late: Callable[[int], bool]) -> None:
         """Declare those lost for whom this rank waits, and that have ended, or give no sign of life."""
         late = [rank for rank in self._log.present if rank != self.rank and is_late(rank)]
-        for rank in late:
-            if self._store.check([f"gone/{rank}"]):
-                self._declare(self._store, rank, "it has ended")
+        self.declare_ended(late)
         self._declare_silent(self._store, self._heartbeats, late)
 
     def _declare_silent(self, store: Store, heartbeats: Heartbeats, ranks: Sequence[int]) -> None:

@@ -50,14 +50,13 @@ def serve_store(port: int, first: timedelta = timedelta(minutes=10)) -> int:
         OSError: if the port is taken.
         RuntimeError: where the system does not show its connections (other than Linux).
     """
-    deadline = time.monotonic() + _TAKEN
+    pause, deadline = threading.Event(), time.monotonic() + _TAKEN
     while port and _count(port, _LISTENING):  # torch would share it: ranks would find one store or the other
         if time.monotonic() > deadline:
             raise OSError(f"port {port} is taken")
-        time.sleep(0.1)
+        pause.wait(0.1)
     store = _listen(port)
     print(store.port, flush=True)
-    pause = threading.Event()
     last, seen = time.monotonic(), False
     while True:
         if connections(store.port) > 0:

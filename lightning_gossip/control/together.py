@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from lightning_gossip.control.meeting import Meeting
 from lightning_gossip.control.member_control import MemberControl
-from lightning_gossip.control.run import Meeting
 
 T = TypeVar("T")
 

@@ -133,7 +133,7 @@ class Vote:
             if self._store.check([self._yes(rank) for rank in waiting]):
                 return self._end(Word(True))
             if time.monotonic() > again:
-                self._declare_ended(waiting)
+                self._control.declare_ended([rank for rank in waiting if not self._store.check([self._yes(rank)])])
                 again = time.monotonic() + _ENDED
             self._pause.wait(pause)
             pause = min(1.5 * pause, LOOK / 10)
@@ -145,11 +145,6 @@ class Vote:
         held = Word.decoded(self._store.compare_set(key, "", word.encoded()))
         self._votes.end(held, [*self._written, key])
         return held
-
-    def _declare_ended(self, ranks: Collection[int]) -> None:
-        for rank in ranks:
-            if not self._store.check([self._yes(rank)]) and self._store.check([f"gone/{rank}"]):
-                self._control.declare_lost(rank, "it has ended")
 
     def _yes(self, rank: int) -> str:
         return f"{self._key}/yes/{rank}"

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
-from lightning_gossip.control.run import Meeting
+from lightning_gossip.control.meeting import Meeting
 
 _CONNECT = timedelta(seconds=2)
 """For each of gloo's attempts to connect the members of a group: nothing else wakes it in its constructor."""

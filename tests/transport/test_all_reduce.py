@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_gossip.control.stop import RunStopped
 from lightning_gossip.exchange.rounds import Rounds
 from lightning_gossip.rules.outer import OuterStep
-from lightning_gossip.transport.all_reduce import LinkAllReduce, bytes_sent, part_bytes, part_of
+from lightning_gossip.transport.all_reduce import LinkAllReduce
+from lightning_gossip.transport.halves import bytes_sent, part_bytes, part_of
 from lightning_gossip.transport.interface import PartnerLost
 
 
