@@ -86,5 +86,5 @@ class AllReducedStrategy(ClockedStrategy[Rounds]):
             members=members,
             nonfinite=self.nonfinite,
         )
-        rounds.on_heal = self._begin_optimizers_anew
+        rounds.on_heal = self.begin_optimizers_anew
         return rounds

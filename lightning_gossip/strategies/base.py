@@ -82,6 +82,9 @@ class ReplicaStrategy(CheckpointedStrategy):
         return {
             "evaluate": self.evaluate,
             "timeout": self.timeout_seconds,
+            "min_replicas": self.min_replicas,
+            "lost_after": self.lost_after.total_seconds(),
+            "nonfinite": self.nonfinite,
             "process_group_backend": self.process_group_backend,
             "start_method": self._start_method,
         }

@@ -13,7 +13,8 @@ from torch.distributed import Store
 from typing_extensions import override
 
 from lightning_gossip.arguments import check_wire_dtype
-from lightning_gossip.control.run import Control, Meeting
+from lightning_gossip.control.meeting import Meeting
+from lightning_gossip.control.run import Control
 from lightning_gossip.exchange.models import shared_parameters
 from lightning_gossip.exchange.stats import ExchangeStats
 from lightning_gossip.strategies import lightning_compat
@@ -73,22 +74,11 @@ class ClockedStrategy(ReplicaStrategy, Generic[C]):
         """Return this rank's links to the others."""
         return Links(store, end_of_rank(self.global_rank), control.timeout)
 
-    def _begin_optimizers_anew(self) -> None:
-        """Forget what optimizers made of a replica that was not finite."""
-        for optimizer in self.optimizers:
-            optimizer.state.clear()
-
     @property
     @override
     def hyperparameters(self) -> dict[str, Any]:
         wire_dtype = None if self.wire_dtype is None else str(self.wire_dtype).removeprefix("torch.")
-        return {
-            "wire_dtype": wire_dtype,
-            "min_replicas": self.min_replicas,
-            "lost_after": self.lost_after.total_seconds(),
-            "nonfinite": self.nonfinite,
-            **super().hyperparameters,
-        }
+        return {"wire_dtype": wire_dtype, **super().hyperparameters}
 
     @property
     @override

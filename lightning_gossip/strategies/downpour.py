@@ -168,9 +168,6 @@ class DownpourStrategy(ReplicaStrategy):
             "server_optimizer": None if optimizer is None else {"class": optimizer.path, **optimizer.keywords},
             "max_staleness": self.max_staleness,
             "warmup_steps": self.warmup_steps,
-            "min_replicas": self.min_replicas,
-            "lost_after": self.lost_after.total_seconds(),
-            "nonfinite": self.nonfinite,
             **super().hyperparameters,
         }
 
@@ -204,9 +201,8 @@ class DownpourStrategy(ReplicaStrategy):
         if self.survives and (environment := self.cluster_environment):
             timeout, store = max(timeout, self.lost_after), f"{environment.main_address}:{environment.main_port}"
         addresses: dict[int, str] = {}
-        while missing := [
-            shard for shard in range(self.shards) if shard not in addresses
-        ]:  # who starts some may be lost
+        # who starts some may be lost
+        while missing := [shard for shard in range(self.shards) if shard not in addresses]:
             own = shares(missing, self.members, self.num_processes).get(self.global_rank, [])
             started = {shard: ShardProcess(host, timeout=timeout, run_store=store) for shard in own}
             self._processes += started.values()

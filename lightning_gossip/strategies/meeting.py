@@ -23,7 +23,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
 
-from lightning_gossip.control.run import Control, Meeting
+from lightning_gossip.control.meeting import Meeting
+from lightning_gossip.control.run import Control
 from lightning_gossip.control.stop import RunStopped, Stop
 from lightning_gossip.exchange.models import gathered
 from lightning_gossip.strategies import lightning_compat
@@ -67,11 +68,13 @@ class MeetingStrategy(DDPStrategy):
     _saved_for_requeue = False  # in this call of the Trainer, or is about to
     _requeued = False
 
-    survives: bool = False
-    """Whether the run goes on without a rank that it loses."""
-
     steps_go_together: bool = True
     """Whether all ranks make their steps at one pace; else each has one of its own."""
+
+    @property
+    def survives(self) -> bool:
+        """Whether the run goes on without a rank that it loses."""
+        return False
 
     @property
     @abstractmethod

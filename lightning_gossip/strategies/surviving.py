@@ -13,9 +13,10 @@ from typing_extensions import override
 
 from lightning_gossip.arguments import check_choice, check_integer, check_timeout
 from lightning_gossip.control import store as run_store
+from lightning_gossip.control.meeting import Meeting
 from lightning_gossip.control.member_control import LOST_AFTER, MemberControl, Survival
 from lightning_gossip.control.members import Change
-from lightning_gossip.control.run import HEARTBEAT, Meeting
+from lightning_gossip.control.run import HEARTBEAT
 from lightning_gossip.control.together import together
 from lightning_gossip.exchange.stats import NONFINITE, NonFinite
 from lightning_gossip.strategies import lightning_members
@@ -65,12 +66,21 @@ class SurvivingStrategy(MeetingStrategy):
         self.nonfinite: NonFinite = nonfinite or ("error" if min_replicas is None else "heal")
         if min_replicas is not None and process_group_backend == "nccl":
             raise ValueError(_NO_NCCL)
-        self.survives = min_replicas is not None
         self._ends_run = False  # whether what ends this rank ends the others too
         self._members: tuple[int, ...] = ()  # those that have met last; none before any have
         super().__init__(process_group_backend=process_group_backend, **launch)
 
     # -- who is there ---------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def survives(self) -> bool:
+        return self.min_replicas is not None
+
+    @property
+    def _member_control(self) -> MemberControl | None:
+        """The control of a run that goes on without those that it loses; None outside of one."""
+        return self._control if isinstance(self._control, MemberControl) else None
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -80,14 +90,13 @@ class SurvivingStrategy(MeetingStrategy):
     @property
     def lost(self) -> int:
         """How many ranks the run has lost, as far as this rank knows."""
-        control = self._control
-        return control.lost if isinstance(control, MemberControl) else self.world_size - len(self.members)
+        control = self._member_control
+        return self.world_size - len(self.members) if control is None else control.lost
 
     @property
     def changes(self) -> tuple[Change, ...]:
         """Which ranks the run has lost, when and how, as far as this rank knows; none outside a call of the Trainer."""
-        control = self._control
-        return control.changes if isinstance(control, MemberControl) else ()
+        return () if (control := self._member_control) is None else control.changes
 
     @property
     @override
@@ -140,15 +149,15 @@ class SurvivingStrategy(MeetingStrategy):
 
     @override
     def _meet(self, reason: str) -> None:
-        if isinstance(self._control, MemberControl) and not self._group.fits(self._met(reason)):
-            self._together("those that are left", _nothing)
-        elif self._control is not None and not isinstance(self._control, MemberControl):
+        if self._member_control is None:
             super()._meet(reason)
+        elif not self._group.fits(self._met(reason)):
+            self._together("those that are left", _nothing)
 
     @override
     def _together(self, reason: str, attempt: Callable[[], T]) -> T:
-        control = self._control
-        if not isinstance(control, MemberControl):
+        control = self._member_control
+        if control is None:
             return super()._together(reason, attempt)
 
         def once(meeting: Meeting) -> T:
@@ -167,7 +176,7 @@ class SurvivingStrategy(MeetingStrategy):
     @override
     def _have_met(self, meeting: Meeting) -> None:
         before = self.members
-        if isinstance(self._control, MemberControl):
+        if self._member_control is not None:
             self._members = meeting.members
         if self._members and self.members[0] != before[0] and self.is_global_zero:
             log.warning("rank %d takes over the duties of rank %d", self.global_rank, before[0])
@@ -184,11 +193,11 @@ class SurvivingStrategy(MeetingStrategy):
     @property
     def has_left(self) -> bool:
         """Whether this rank takes part no more, and the others go on."""
-        return isinstance(control := self._control, MemberControl) and control.declared is not None
+        return (control := self._member_control) is not None and control.declared is not None
 
     @override
     def _report_child(self, rank: int, how: str) -> bool:
-        if isinstance(control := self._control, MemberControl):
+        if (control := self._member_control) is not None:
             control.declare_lost(rank, how)
             return True
         return super()._report_child(rank, how)
@@ -201,9 +210,9 @@ class SurvivingStrategy(MeetingStrategy):
     @override
     def _tell_ending(self, kind: str, cause: str, lost: int) -> None:
         """Leave, and let the others go on; Ctrl-C, and SIGTERM on the launching process, end the run."""
-        control = self.control
+        control = self._member_control
         ends_alone = kind == "error" or (kind == "SIGTERM" and not self._launches)
-        if isinstance(control, MemberControl) and ends_alone and not self._ends_run:
+        if control is not None and ends_alone and not self._ends_run:
             control.leave(cause)
             if self._launches and isinstance(self._launcher, ReplicaSubprocessLauncher):
                 self._launcher.left = True
