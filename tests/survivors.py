@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -24,10 +25,19 @@ from lightning_gossip.rules.schedule import Schedule
 from lightning_gossip.transport.group import MeetingStore, give_up
 from lightning_gossip.transport.interface import Posted, Transferred
 from lightning_gossip.transport.link import Link, Links, ProcessGroupGloo, gloo_device
-from lightning_gossip.transport.link_transport import LinkTransport
+from lightning_gossip.transport.link_transport import LinkTransport, end_of_rank
 
 SIZE = 6
 CONNECT = timedelta(seconds=0.3)
+
+IN_A_STEP = ("before posting", "posted", "before applying")
+AT_A_MEETING = (
+    "before its word",
+    "after its word",
+    "before the collective",
+    "within the collective",
+    "after the collective",
+)
 
 
 class Killed(BaseException):
@@ -87,11 +97,23 @@ class Mortal:
         self.life = Life()
         self.step = 0
         self.doom = run.dooms.get(rank, (0, ""))
-        survival = Survival(run.min_replicas, run.lost_after, f"threads|{rank}|0", self.run.is_gone)
+        self.process = f"threads|{rank}|{run.number()}"
+        self.survival = Survival(run.min_replicas, run.lost_after, self.process, self.run.is_gone)
+        self.come(0)
+
+    def come(self, incarnation: int) -> None:
+        """Take part as a process of its seat."""
+        run, rank = self.run, self.rank
         self.control = MemberControl(
-            lambda: run.store, rank, run.world_size, timedelta(seconds=20), survival, clock=lambda: self.step
+            lambda: run.store,
+            rank,
+            run.world_size,
+            timedelta(seconds=20),
+            self.survival,
+            incarnation,
+            clock=lambda: self.step,
         )
-        self.links = Links(run.store, f"rank{rank}", timedelta(seconds=20))
+        self.links = Links(run.store, end_of_rank(rank, incarnation), timedelta(seconds=20))
         self.transport = Recording(self.links, self.control, run.shared_memory)
         self.transport.received = {}
 
@@ -110,25 +132,33 @@ class Mortal:
         self.control._thread.join()
         if self.transport._outbox is not None:
             self.transport._outbox.close()
-        self.run.gone.add(f"threads|{self.rank}|0")
+        self.run.gone.add(self.process)
         self.links.close()
 
     def live(self) -> None:
-        run = self.run
         parameter = nn.Parameter(torch.tensor(initial(self.rank)))
+        exchange = self.exchange_of(parameter)
+        self.control.begin(10)
+        self.train(exchange, parameter)
+
+    def exchange_of(self, parameter: nn.Parameter) -> Exchange:
         exchange = Exchange(
             self.rank,
-            run.world_size,
-            run.schedule(),
-            run.rule,
+            self.run.world_size,
+            self.run.schedule(),
+            self.run.rule,
             self.transport,
             lambda: {"theta": parameter},
-            delay=run.delay,
+            delay=self.run.delay,
             members=self._members_at,
         )
         self._arm(exchange)
-        self.control.begin(10)
-        for step in range(1, run.steps + 1):
+        return exchange
+
+    def train(self, exchange: Exchange, parameter: nn.Parameter) -> None:
+        """Make the steps that are left, and meet at the end."""
+        run = self.run
+        for step in range(self.step + 1, run.steps + 1):
             start = time.monotonic()
             self.step = step
             self.at("before posting")
@@ -140,14 +170,20 @@ class Mortal:
             self.life.steps = step
             if step in run.meetings:
                 self._meet(exchange, step)
+            self.after_step(exchange, parameter)
             self.life.longest = max(self.life.longest, time.monotonic() - start)
         self.control.meet("the end")
         exchange.settle()
         self.life.theta = parameter.detach().numpy().copy()
 
+    def after_step(self, exchange: Exchange, parameter: nn.Parameter) -> None:
+        """Do what there is to do between two steps."""
+
     def _members_at(self, step: int) -> tuple[int, ...]:
-        self.life.drawn[step] = self.control.members_at(step)
-        return self.life.drawn[step]
+        members = self.control.members_at(step)
+        if self.rank in members:
+            self.life.drawn[step] = members
+        return members
 
     def _arm(self, exchange: Exchange) -> None:
         mix, announce, skips = exchange._mix, self.control._announce, self.control.goes_on_without
@@ -161,10 +197,10 @@ class Mortal:
             announce(*args)
             self.at("after its word")
 
-        def going_on(partner: int, why: str) -> bool:
+        def going_on(partner: int, why: str, incarnation: int | None = None) -> bool:
             if self.dies("after its header") or self.dies("in mid-payload"):
                 raise Killed
-            return skips(partner, why)
+            return skips(partner, why, incarnation)
 
         vars(exchange)["_mix"] = mixing
         vars(self.control).update({"_announce": announcing, "goes_on_without": going_on})
@@ -182,9 +218,7 @@ class Mortal:
 
         def add(meeting: Meeting) -> float:
             self.at("before the collective")
-            fresh = MeetingStore(
-                self.run.store, lambda: not set(meeting.members) <= set(self.control.members), timedelta(seconds=5)
-            )
+            fresh = MeetingStore(self.run.store, lambda: self.control.has_lost(meeting), timedelta(seconds=5))
             store = PrefixStore(f"group/{meeting.number}", fresh)
             index = meeting.members.index(self.rank)
             options = ProcessGroupGloo._Options()
@@ -230,6 +264,11 @@ class Run:
 
     def __post_init__(self) -> None:
         self.store, self.gone, self.device = HashStore(), set[str](), gloo_device()
+        self._processes = itertools.count()
+
+    def number(self) -> int:
+        """Return the number of a new process."""
+        return next(self._processes)
 
     def is_gone(self, process: str) -> bool:
         return process in self.gone

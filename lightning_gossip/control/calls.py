@@ -17,6 +17,7 @@ class Calls:
     """One rank's view of what is called for; one thing at a time.
 
     Args:
+        name: returns what names a rank's process in the store.
         rank: of this process.
         members: returns the ranks that take part.
         clock: returns the step at which this rank is.
@@ -26,9 +27,16 @@ class Calls:
             every rank stops at the end of the step that follows its present one.
     """
 
-    def __init__(self, rank: int, members: Callable[[], Sequence[int]], clock: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        members: Callable[[], Sequence[int]],
+        clock: Callable[[], int],
+        name: Callable[[int], str] = str,
+    ) -> None:
         self.together = True
         self._rank = rank
+        self._name = name
         self._members = members
         self._clock = clock
         self._lock = threading.Lock()  # between reading the clock and making the promise this rank must not go on
@@ -41,6 +49,16 @@ class Calls:
     def note(self, what: str) -> None:
         """Call for ``what``, unless it is called for already: for signal handlers, so no more than an assignment."""
         self._noted = what
+
+    @property
+    def number(self) -> int:
+        """How many things were called for, and done."""
+        return self._number
+
+    def begin_at(self, number: int) -> None:
+        """Take part from what is called for after ``number`` were done."""
+        with self._lock:
+            self._number = number
 
     @property
     def called(self) -> str | None:
@@ -94,12 +112,12 @@ class Calls:
             if not self.together:
                 self._agreed = self._promised
                 return
-        store.set(f"{key}/at/{self._rank}", str(self._promised))
+        store.set(f"{key}/at/{self._name(self._rank)}", str(self._promised))
 
     def _settle(self, store: Store, key: str) -> bool:
         """Whether it is known where all will stop; found out here where all that take part have promised."""
         if not store.check([f"{key}/step"]):
-            promises = [f"{key}/at/{rank}" for rank in self._members()]
+            promises = [f"{key}/at/{self._name(rank)}" for rank in self._members()]
             if store.check(promises):
                 store.compare_set(f"{key}/step", "", str(max(int(store.get(promise)) for promise in promises)))
         return bool(store.check([f"{key}/step"]))

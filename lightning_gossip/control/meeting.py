@@ -17,7 +17,8 @@ class Meeting:
         skipped: whether some rank skipped a partner since the meeting before: their links are out of step.
         ending: whether some rank wants all to end training.
         number: of the meeting.
-        members: the ranks that have met, ascending.
+        members: the ranks that have met, by seniority: ascending, but that who joined later comes later.
+        incarnations: of the members, see :mod:`~lightning_gossip.control.members`.
     """
 
     clock: int
@@ -25,6 +26,7 @@ class Meeting:
     ending: bool
     number: int
     members: tuple[int, ...] = ()
+    incarnations: tuple[int, ...] = ()
 
 
 class Heartbeats:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from torch.distributed import Store
 
-from lightning_gossip.control.members import JOINED, Change, Members
+from lightning_gossip.control.members import Change, Members
 
 
 class MemberLog:
@@ -39,6 +39,11 @@ class MemberLog:
         return len(self._members.changes)
 
     @property
+    def folded(self) -> int:
+        """See :attr:`Members.folded`."""
+        return self._members.folded
+
+    @property
     def changes(self) -> tuple[Change, ...]:
         """The entries read."""
         return tuple(self._members.changes)
@@ -47,6 +52,11 @@ class MemberLog:
     def present(self) -> tuple[int, ...]:
         """See :attr:`Members.present`."""
         return self._members.present
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """See :attr:`Members.whole`."""
+        return self._members.whole
 
     def incarnation(self, seat: int) -> int:
         """See :meth:`Members.incarnation`."""
@@ -61,6 +71,26 @@ class MemberLog:
         """See :meth:`Members.at`."""
         with self._lock:
             return self._members.at(step)
+
+    def all_at(self, step: int) -> tuple[int, ...]:
+        """See :meth:`Members.all_at`."""
+        with self._lock:
+            return self._members.all_at(step)
+
+    def incarnation_at(self, step: int, seat: int) -> int:
+        """See :meth:`Members.incarnation_at`."""
+        with self._lock:
+            return self._members.incarnation_at(step, seat)
+
+    def incarnations_of(self, number: int, seats: tuple[int, ...]) -> tuple[int, ...]:
+        """See :meth:`Members.incarnations_of`."""
+        with self._lock:
+            return self._members.incarnations_of(number, seats)
+
+    def step_of(self, number: int) -> int:
+        """See :meth:`Members.step_of`."""
+        with self._lock:
+            return self._members.step_of(number)
 
     def fold(self, store: Store, number: int) -> tuple[int, ...]:
         """Read the log up to entry ``number`` at least, and let that much of it hold: see :meth:`Members.fold`."""
@@ -121,8 +151,3 @@ class MemberLog:
 
 def _horizon(seat: int, incarnation: int) -> str:
     return f"horizon/{seat}.{incarnation}"
-
-
-def ends_membership(change: Change, rank: int) -> bool:
-    """Whether ``change`` says that ``rank`` takes part no more."""
-    return change.seat == rank and change.kind != JOINED

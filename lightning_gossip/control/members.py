@@ -4,6 +4,9 @@ A run has *seats*, numbered as ranks are; a *member* is a seat whose process tak
 plain data and transitions; ``member_log`` brings them together with the run's store, ``member_control`` with a rank's
 threads.
 
+A seat that was lost may be taken again, by a process of the next *incarnation*. What stands in the store about a
+member stands there under both numbers, so that nothing that a dead one left is taken for a word of the one after it.
+
 **What is in the store.** One log, to which whoever sees a change appends it: entry n is written by compare and set, by
 who has read those before it, so that no loss is declared twice. One step an entry, from which it holds (also by compare
 and set). And of each member: its process, its heartbeat, its horizon, the meeting at which it waits.
@@ -14,14 +17,41 @@ and set). And of each member: its process, its heartbeat, its horizon, the meeti
 state      how a seat comes to it                    what the others do
 =========  ========================================  =================================================================
 empty      at the beginning; nobody has come         wait, until the start's time is over: then it is declared lost
-member     its process came before that; or, later,  draw it in every round, wait for it as long as it gives a sign
-           a joiner's entry holds                    of life
+member     its process came before that; or its      draw it in every round, wait for it as long as it gives a sign
+           entry "joined" holds                      of life
 lost       an entry of the log says so (it ended, it draw it until the entry holds, and skip it; never wait for it;
            left, or gave no sign of life)            meetings and collectives that begin now do without it
 gone       that entry holds, by step or by meeting   draw among those that are left
-joining    its process has come to a seat that was   nothing, but for one donor; it is drawn from the step on from
-           lost; a donor serves it (not built yet)   which its own entry holds, under the next incarnation
+waiting    a process has claimed a seat that was     nothing; the first member that is whole is its donor, and takes
+           lost, and asks for a donor                it in at the end of a step of its own
+joining    the donor's entry "joining": it was, or   wait for it at meetings, which it comes to where the donor would;
+           is about to be, given the donor's state   draw it in no exchange; rounds of all members count it from the
+                                                     step on from which that entry holds
 =========  ========================================  =================================================================
+
+**Joining**, message by message (``joining`` has the joiner's side, ``member_control`` the donor's). Between the donor's
+entry and its snapshot lies no meeting, and the donor comes to the next one after it: so all meetings from the snapshot
+on count the joiner, and what it does in them follows from the state that it was given. Order of precedence is by
+seniority, first those of the beginning, then who joined, in the order of the log: who joins never takes duties away.
+
+====================================  =================================================================================
+event                                 what follows
+====================================  =================================================================================
+a process comes to a seat             it claims the next incarnation (compare and set); of two, one gets it
+the seat's last process still runs    it is told who holds the seat, and ends; one that is silent is waited for, until
+                                      it gives a sign of life or is declared lost
+it asks                               the first member that is whole appends "joining" at the end of a step, and serves
+                                      its state over a link, from a thread beside training
+no member is whole, or none trains    it waits; where training is over, it is told so, and ends
+the donor dies before it has served   the joiner appends that it has left, and asks again as the next incarnation;
+or what arrives is torn, or a meeting likewise. So no incarnation has two donors, and none becomes whole without having
+comes before the snapshot             been given a state
+the joiner dies while it waits        its claim is void; nobody has counted it
+the joiner dies while it is joining   it is declared lost as any member, and meetings do without it
+it has loaded the state               it appends "joined", reads from which step that holds, and sets its clock to that
+                                      of the others; it is drawn from that step on
+it finds itself declared lost         it gives up what it holds, and comes to its seat anew
+====================================  =================================================================================
 
 **From which step.** A member draws the rounds of steps up to its *horizon* only. To move it on it (1) writes the new
 horizon to the store, (2) reads the log to its end, giving every entry there its step, and (3) holds it. An entry gets
@@ -40,7 +70,8 @@ a process of this host is gone      who sees it (control looks five times a seco
 no heartbeat for ``lost_after``     its three predecessors among the members watch it, and who waits for it: the same
 a link breaks, nobody knows why     wait a moment for the log to say; then skip the partner until the next meeting
 fewer than ``min_replicas`` left    who reads that entry writes the stop word: the run ends, with who is missing
-the own loss stands in the log      end, and say so: never go on beside what the others have done without it
+the own loss stands in the log      join anew, or end, and say so: never go on beside what the others have done without
+                                    it
 the store is gone                   end
 an exception, SIGTERM               append the own entry ("left") between two steps, and end; nobody waits
 ==================================  ===================================================================================
@@ -70,7 +101,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LOST, LEFT, JOINED = "lost", "left", "joined"
+LOST, LEFT, JOINING, JOINED = "lost", "left", "joining", "joined"
 
 
 class StepNotKnown(RuntimeError):
@@ -83,9 +114,9 @@ class Change:
 
     Attributes:
         number: of the entry, from 1.
-        kind: ``"lost"``, ``"left"`` or ``"joined"``.
+        kind: ``"lost"``, ``"left"``, ``"joining"`` or ``"joined"``.
         seat: that it is about.
-        incarnation: of that seat: how many processes have come to it before.
+        incarnation: of that seat's process: it is the number of those that came before, or were expected.
         by: the rank that wrote it.
         step: of that rank's exchange clock.
         cause: in words.
@@ -99,8 +130,14 @@ class Change:
     step: int
     cause: str
 
+    @property
+    def ends(self) -> bool:
+        """Whether the seat has no member after it."""
+        return self.kind in (LOST, LEFT)
+
     def __str__(self) -> str:
-        return f"rank {self.seat} {self.kind} at step {self.step:,} ({self.cause})"
+        cause = f"({self.cause})" if self.ends else self.cause
+        return f"rank {self.seat} {self.kind} at step {self.step:,} {cause}"
 
 
 class Members:
@@ -118,47 +155,68 @@ class Members:
         """Entries up to this number hold at every step."""
         self._from: list[int] = []
         """The step from which each entry holds, for those that have one; ascending."""
-        self._present = tuple(range(seats))
-        self._incarnations = [0] * seats
-        self._lists: list[tuple[int, tuple[int, ...]]] = [(0, self._present)]
-        """Members by the step from which on they are."""
+        self._now = _Present.at_first(seats)
+        self._after = [(0, self._now)]
+        """Who is there from a step on, by that step."""
 
     # -- who is there -------------------------------------------------------------------------------------------
 
     @property
     def present(self) -> tuple[int, ...]:
-        """The seats that take part once all that was read holds, ascending: nobody waits for another."""
-        return self._present
+        """The seats that take part once all that was read holds, by seniority: nobody waits for another."""
+        return self._now.seats
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Those of :attr:`present` that are not joining still."""
+        return self._now.whole
 
     def incarnation(self, seat: int) -> int:
-        """Return how many processes have come to ``seat`` before the one that is, or was last, its member."""
-        return self._incarnations[seat]
+        """Return the incarnation that is, or was last, the member at ``seat``."""
+        return self._now.incarnations[seat]
 
     def last_change(self, seat: int) -> Change | None:
         """Return the last entry about ``seat``."""
         return next((change for change in reversed(self.changes) if change.seat == seat), None)
 
     def at(self, step: int) -> tuple[int, ...]:
-        """Return the seats among which the round of ``step`` is drawn, ascending: the same on all members.
+        """Return the seats among which the exchanges of ``step`` are drawn, ascending: the same on all members.
 
         Raises:
             StepNotKnown: beyond the horizon.
         """
-        if step > self.horizon:
-            raise StepNotKnown(f"who takes part at step {step} is not known: the horizon is {self.horizon}")
-        return next(seats for start, seats in reversed(self._lists) if start <= step)
+        return tuple(sorted(self._at(step).whole))
 
-    def after(self, number: int) -> tuple[int, ...]:
-        """Return who is there by the first ``number`` entries of the log."""
-        return self._fold(range(self.seats), self.changes[:number])
+    def all_at(self, step: int) -> tuple[int, ...]:
+        """Return the seats that take part in what all members do at ``step``, ascending: those that join, too.
+
+        Raises:
+            StepNotKnown: beyond the horizon.
+        """
+        return tuple(sorted(self._at(step).seats))
+
+    def incarnation_at(self, step: int, seat: int) -> int:
+        """Return the incarnation of ``seat`` that is meant at ``step``.
+
+        Raises:
+            StepNotKnown: beyond the horizon.
+        """
+        return self._at(step).incarnations[seat]
+
+    def incarnations_of(self, number: int, seats: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the incarnations of ``seats`` by the first ``number`` entries of the log."""
+        incarnations = self._by(number).incarnations
+        return tuple(incarnations[seat] for seat in seats)
 
     # -- transitions --------------------------------------------------------------------------------------------
 
     def may_append(self, kind: str, seat: int, incarnation: int) -> bool:
         """Whether an entry would tell something new: each loss is declared once, each join follows a loss."""
-        if kind == JOINED:
-            return seat not in self._present and incarnation == self._incarnations[seat] + 1
-        return seat in self._present and incarnation == self._incarnations[seat]
+        if kind == JOINING:
+            return seat not in self.present and incarnation > self.incarnation(seat)
+        if incarnation != self.incarnation(seat) or seat not in self.present:
+            return False
+        return kind != JOINED or seat not in self.whole
 
     def read(self, change: Change) -> None:
         """Take the next entry of the log.
@@ -171,8 +229,7 @@ class Members:
         if not self.may_append(change.kind, change.seat, change.incarnation):
             raise ValueError(f"entry {change.number} of the log ({change}) contradicts those before it")
         self.changes.append(change)
-        self._incarnations[change.seat] = change.incarnation
-        self._present = self._fold(self._present, [change])
+        self._now = self._now.after(change)
 
     @property
     def without_step(self) -> Change | None:
@@ -182,6 +239,10 @@ class Members:
     def step_for(self, horizons: list[int]) -> int:
         """Return from which step :attr:`without_step` may hold, by the horizons of all seats."""
         return max([*horizons, self._from[-1] - 1 if self._from else 0]) + 1
+
+    def step_of(self, number: int) -> int:
+        """Return from which step entry ``number`` holds, which has one."""
+        return self._from[number - 1]
 
     def hold_from(self, number: int, step: int) -> None:
         """Learn from which step entry ``number`` holds.
@@ -195,7 +256,7 @@ class Members:
             raise ValueError(f"entry {number} of the log holds from step {step}, before {self._from[-1]}")
         self._from.append(step)
         if number > self.folded:
-            self._lists.append((step, self.after(number)))
+            self._after.append((step, self._by(number)))
 
     def hold_horizon(self, step: int) -> None:
         """Draw rounds up to ``step`` from now on.
@@ -211,13 +272,41 @@ class Members:
         """Let the first ``number`` entries hold at every step, from a meeting on; return who is there then."""
         if number > self.folded:
             self.folded = number
-            later = [(start, self.after(n)) for n, start in enumerate(self._from, start=1) if n > number]
-            self._lists = [(0, self.after(number)), *later]
-        return self.after(number)
+            later = [(start, self._by(n)) for n, start in enumerate(self._from, start=1) if n > number]
+            self._after = [(0, self._by(number)), *later]
+        return self._by(number).seats
 
-    @staticmethod
-    def _fold(present: tuple[int, ...] | range, changes: list[Change]) -> tuple[int, ...]:
-        seats = set(present)
-        for change in changes:
-            (seats.add if change.kind == JOINED else seats.discard)(change.seat)
-        return tuple(sorted(seats))
+    def _at(self, step: int) -> _Present:
+        if step > self.horizon:
+            raise StepNotKnown(f"who takes part at step {step} is not known: the horizon is {self.horizon}")
+        return next(present for start, present in reversed(self._after) if start <= step)
+
+    def _by(self, number: int) -> _Present:
+        present = _Present.at_first(self.seats)
+        for change in self.changes[:number]:
+            present = present.after(change)
+        return present
+
+
+@dataclass(frozen=True)
+class _Present:
+    """Who is there: by seniority, with the incarnation of every seat."""
+
+    seats: tuple[int, ...]
+    whole: tuple[int, ...]
+    incarnations: tuple[int, ...]
+
+    @classmethod
+    def at_first(cls, seats: int) -> _Present:
+        everybody = tuple(range(seats))
+        return cls(everybody, everybody, (0,) * seats)
+
+    def after(self, change: Change) -> _Present:
+        seat = change.seat
+        incarnations = (*self.incarnations[:seat], change.incarnation, *self.incarnations[seat + 1 :])
+        if change.kind == JOINING:
+            return _Present((*self.seats, seat), self.whole, incarnations)
+        if change.kind == JOINED:
+            return _Present(self.seats, (*self.whole, seat), incarnations)
+        seats, whole = (tuple(k for k in these if k != seat) for these in (self.seats, self.whole))
+        return _Present(seats, whole, incarnations)

@@ -66,7 +66,7 @@ class Control:
         self.rank = rank
         self.world_size = world_size
         self.timeout = timeout
-        self.calls = Calls(rank, lambda: self.members, clock)
+        self.calls = Calls(rank, lambda: self.members, clock, self._name)
         self._clock = clock
         self.stopped: Stop | None = None
         self._end_asked_at = 0  # the meeting at which a rank waits that wants training to end
@@ -162,13 +162,21 @@ class Control:
         """The ranks that take part, as far as this rank knows, ascending."""
         return tuple(range(self.world_size))
 
-    def is_lost(self, rank: int) -> bool:
-        """Whether ``rank`` is known to take part no more, while the run goes on."""
+    def incarnation_at(self, step: int, rank: int) -> int:
+        """Return which process of ``rank`` is meant at ``step``: how many were there before it."""
+        return 0
+
+    def is_lost(self, rank: int, incarnation: int | None = None) -> bool:
+        """Whether ``rank``, or that process of it, is known to take part no more, while the run goes on."""
         return False
 
-    def goes_on_without(self, rank: int, why: str) -> bool:
+    def goes_on_without(self, rank: int, why: str, incarnation: int | None = None) -> bool:
         """Whether the run goes on without ``rank``, whom this rank can not reach any more."""
         return False
+
+    def _name(self, rank: int) -> str:
+        """Return what stands for ``rank`` in keys that a later process of the same rank must not find."""
+        return str(rank)
 
     def patience(self) -> float:
         """Return until when (of :func:`time.monotonic`) this rank may wait for a partner that gives a sign of life."""
@@ -227,7 +235,7 @@ class Control:
         if ending:
             self._store.set(f"{key}/ending", "1")
             self._store.set(_END, str(self._meetings))
-        self._store.set(f"at/{self.rank}", f"{self._meetings}:{self._clock()}")
+        self._store.set(f"at/{self._name(self.rank)}", f"{self._meetings}:{self._clock()}")
 
     def claim(self, reason: str) -> tuple[int, str]:
         """Let ``reason`` be that of the next meeting, unless another is; return the rank that came first, and its.
@@ -260,7 +268,7 @@ class Control:
             self._waits[reason] += 1
             arrivals = f"await/{reason}/{self._waits[reason]}"
             with self._reaching_store():
-                self._store.set(f"{arrivals}/{self.rank}", "1")
+                self._store.set(f"{arrivals}/{self._name(self.rank)}", "1")
             while (called := self._await_call(reason, arrivals, ending)) != reason:
                 follow(called)
         return self.meet(reason, ending)
@@ -273,12 +281,12 @@ class Control:
         def look() -> str | None:
             if self._store.check([key]):
                 return self._store.get(key).decode().partition("|")[2]
-            return reason if self._store.check([f"{arrivals}/{rank}" for rank in self.members]) else None
+            return reason if self._store.check([f"{arrivals}/{self._name(rank)}" for rank in self.members]) else None
 
         with self._reaching_store():
             if ending:
                 self._store.set(_END, str(meeting))
-            self._store.set(f"at/{self.rank}", f"{meeting}:{self._clock()}")
+            self._store.set(f"at/{self._name(self.rank)}", f"{meeting}:{self._clock()}")
             return self._await(look, meeting, reason)
 
     @property
@@ -317,7 +325,7 @@ class Control:
 
     def _whereabouts(self, rank: int) -> tuple[int, int]:
         """Return the number of the last meeting at which ``rank`` arrived, and its clock then."""
-        key = f"at/{rank}"
+        key = f"at/{self._name(rank)}"
         if not self._store.check([key]):
             return 0, 0
         meeting, clock = map(int, self._store.get(key).decode().split(":"))
@@ -346,7 +354,7 @@ class Control:
         if self._closing.is_set():
             return
         try:
-            self._store.set(f"gone/{self.rank}", "1")
+            self._store.set(f"gone/{self._name(self.rank)}", "1")
             self._leave(grace)
         except (DistNetworkError, DistStoreError) as error:
             log.debug("rank %d left a run whose store is gone: %s", self.rank, error)

@@ -41,7 +41,7 @@ def together(control: MemberControl, meet: Callable[[], Meeting], attempt: Calla
             failure = error
         if control.agree(meeting, failure is None):
             return result
-        if control.await_loss(meeting.members, time.monotonic() + _WORD):
+        if control.await_loss(meeting, time.monotonic() + _WORD):
             unexplained = 0
         elif (unexplained := unexplained + 1) == _ATTEMPTS:
             raise failure or RuntimeError(f"another rank failed {_ATTEMPTS} times in what all did together")

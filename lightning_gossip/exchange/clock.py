@@ -174,6 +174,19 @@ class Exchange:
         """
         self._apply()
 
+    def state_to_join(self) -> dict[str, Any]:
+        """Return what a rank begins with that takes over this replica: nothing in flight, and nobody's counts.
+
+        It waits for nobody; :meth:`load_state_dict` takes it.
+        """
+        state: dict[str, Any] = {"step": self.step, "stats": asdict(ExchangeStats()), "in_flight": None}
+        if self._outer is not None:
+            state["outer"] = self._outer.state_dict()
+            if self._in_flight is not None:  # a round that is another's; the joiner's first begins here
+                here = travelling(self._parameters())
+                state["outer"]["starts"] = {name: p.detach().clone() for name, p in here.items()}
+        return state | {"transport": self._transport.position()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return clock, counts and what is in flight, as tensors and numbers; it waits for what is on the wire.
 
@@ -209,6 +222,8 @@ class Exchange:
         self.arrive()
         self._in_flight = None
         self._transport.rewind()
+        if "transport" in state:
+            self._transport.take_place(state["transport"])
         self.step = int(state["step"])
         self.stats = ExchangeStats(**state["stats"])
         parameters = self._parameters()
@@ -264,6 +279,8 @@ class Exchange:
 
     def _draw(self, step: int, members: tuple[int, ...]) -> Transfers:
         """Return this rank's transfers in a round of ``members``, numbered among them for the schedule."""
+        if self.rank not in members:
+            return Transfers((), ())
         if len(members) == self.world_size or not self._schedule.serves(len(members)):
             return self._rule.transfers(self._schedule.choices(step, self.world_size), self.rank)
         drawn = self._rule.transfers(self._schedule.choices(step, len(members)), members.index(self.rank))

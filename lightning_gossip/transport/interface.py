@@ -108,6 +108,13 @@ class Transport(ABC):
     def reset(self, generation: int) -> None:
         """Begin anew with everybody, after partners were skipped; called on all ranks, with nothing on the wire."""
 
+    def position(self) -> dict[str, int]:
+        """Return what a rank that takes this one's state has to know to meet the others on their ways."""
+        return {}
+
+    def take_place(self, position: Mapping[str, int]) -> None:
+        """Meet the others where the rank does whose :meth:`position` this was; before anything was posted."""
+
     @abstractmethod
     def close(self) -> None:
         """Give up whatever is under way and release connections."""

@@ -25,9 +25,11 @@ class Lane:
         outbox: of this rank; None where it shares no memory.
         readers: number of ranks.
         pin_memory: whether the partner's outbox is page-locked here too.
+        incarnation: which process of the partner's rank is at the other end.
     """
 
-    def __init__(self, outbox: Outbox | None, readers: int, pin_memory: bool = False) -> None:
+    def __init__(self, outbox: Outbox | None, readers: int, pin_memory: bool = False, incarnation: int = 0) -> None:
+        self.incarnation = incarnation
         self.inbox: Inbox | None = None
         """The partner's outbox, where the two are near; known once a first :meth:`trade` is done."""
         self._outbox = outbox

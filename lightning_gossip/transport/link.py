@@ -50,6 +50,9 @@ class Kind(IntEnum):
     REDUCTION = 4
     """Of an all-reduce (:mod:`~lightning_gossip.transport.all_reduce`); ``number``: which part of the model."""
 
+    STATE = 5
+    """Of a whole rank, for one that joins (:mod:`~lightning_gossip.transport.handover`); ``layout``: a checksum."""
+
 
 class LinkError(RuntimeError):
     """A link failed or was closed; it carries nothing any more."""

@@ -37,9 +37,9 @@ from lightning_gossip.transport.shared_memory import (
 log = logging.getLogger(__name__)
 
 
-def end_of_rank(rank: int) -> str:
-    """Return the name of a rank's end of its links."""
-    return f"rank{rank}"
+def end_of_rank(rank: int, incarnation: int = 0) -> str:
+    """Return the name of a rank's end of its links; each process of a rank that was lost has its own."""
+    return f"rank{rank}.{incarnation}" if incarnation else f"rank{rank}"
 
 
 class LinkTransport(Transport):
@@ -65,6 +65,7 @@ class LinkTransport(Transport):
         self._lanes: dict[int, Lane] = {}
         self._rewound = 0  # how often the clock was set back
         self._left: set[int] = set()  # skipped since the last meeting; their links are closed
+        self._generation = 0  # the meeting from which on links are, see `reset`
 
     def room(self, nbytes: int, at_most: int) -> Tensor:
         """See :meth:`Transport.room`."""
@@ -91,7 +92,7 @@ class LinkTransport(Transport):
     def _await_slot(self, outbox: Outbox) -> int:
         def free_slot() -> int | None:
             for reader in {reader for slot in range(SLOTS) for reader in outbox.readers(slot)}:
-                if self._control.is_lost(reader):
+                if self._control.is_lost(reader, self._lanes[reader].incarnation if reader in self._lanes else None):
                     outbox.forget(reader)
             return outbox.free_slot()
 
@@ -127,16 +128,19 @@ class LinkTransport(Transport):
         else:
             payload = self._rooms[0]
         transfers = {}
-        partners = [k for k in sorted({*send_to, *receive_from} - self._left) if not self._control.is_lost(k)]
+        everybody = {k: self._control.incarnation_at(header.step, k) for k in sorted({*send_to, *receive_from})}
+        self._forget_those_before(everybody)
+        lost = {k for k, incarnation in everybody.items() if self._control.is_lost(k, incarnation)}
+        partners = [k for k in everybody if k not in self._left and k not in lost]
         for number, partner in enumerate(partners, start=1):
-            lane = self._lane(partner)
+            lane = self._lane(partner, everybody[partner])
             transfer = Transfer(lane, sends=partner in send_to, receives=partner in receive_from)
             if staged is not None and transfer.receives:
                 transfer.land = partial(staged.land, number)
             if not lane.is_near(header.nbytes):
                 outgoing = payload if transfer.sends else None
                 room = partial(self._rooms.__getitem__, number) if transfer.receives else None
-                link = self._links.to(end_of_rank(partner))
+                link = self._links.to(end_of_rank(partner, lane.incarnation))
                 transfer.job = link.submit(partial(lane.trade, link, header, outgoing, room, staged, transfer.land))
             elif transfer.land is not None and lane.inbox is not None:
                 transfer.landing = self._helpers.submit(transfer.land_when_announced, lane.inbox, header)
@@ -144,13 +148,24 @@ class LinkTransport(Transport):
         lend = partial(self._outbox.lend, self._slot) if self._outbox is not None else None
         return _PostedOnLinks(transfers, header, lend, self._control, self._part, self._skip, announced)
 
-    def _lane(self, partner: int) -> Lane:
+    def _lane(self, partner: int, incarnation: int) -> Lane:
         if partner not in self._lanes:
-            self._lanes[partner] = Lane(self._outbox, self._control.world_size, self._pins)
+            self._lanes[partner] = Lane(self._outbox, self._control.world_size, self._pins, incarnation)
         return self._lanes[partner]
 
+    def _forget_those_before(self, partners: Mapping[int, int]) -> None:
+        """Give up what lies between this rank and processes of ``partners`` (by incarnation) that were lost."""
+        for partner, incarnation in partners.items():
+            if partner in self._lanes and self._lanes[partner].incarnation != incarnation:
+                self._part(partner)
+                del self._lanes[partner]
+                self._left.discard(partner)
+                if self._outbox is not None:
+                    self._outbox.forget(partner)
+
     def _part(self, partner: int) -> None:
-        self._links.part(end_of_rank(partner))
+        lane = self._lanes.get(partner)
+        self._links.part(end_of_rank(partner, lane.incarnation if lane is not None else 0))
 
     def _skip(self, partner: int) -> None:
         self._left.add(partner)
@@ -166,6 +181,17 @@ class LinkTransport(Transport):
         self._left.clear()
         self._lanes.clear()
         self._links.reset(generation)
+        self._generation = generation
+
+    def position(self) -> dict[str, int]:
+        """See :meth:`Transport.position`."""
+        return {"generation": self._generation, "rewound": self._rewound}
+
+    def take_place(self, position: Mapping[str, int]) -> None:
+        """See :meth:`Transport.take_place`."""
+        if position["generation"]:
+            self.reset(position["generation"])
+        self._rewound = position["rewound"]
 
     def close(self) -> None:
         """See :meth:`Transport.close`."""
@@ -240,7 +266,7 @@ class _PostedOnLinks(Posted):
                 return None
             if time.monotonic() >= deadline:
                 self._explain(partner, self._silence())
-        if transfer.job is None and not self._control.is_lost(partner):
+        if transfer.job is None and not self._is_lost(partner):
             self._part(partner)  # it came to know this rank in a step before, and has read what was sent then
         if transfer.sends and self._lend is not None:
             self._lend(partner, now)
@@ -287,9 +313,12 @@ class _PostedOnLinks(Posted):
         self._skip(partner)
         return True
 
+    def _is_lost(self, partner: int) -> bool:
+        return self._control.is_lost(partner, self._transfers[partner].lane.incarnation)
+
     def _drop_if_lost(self, partner: int) -> bool:
         """Give up what is under way with a partner that is known to be lost."""
-        if not self._control.is_lost(partner):
+        if not self._is_lost(partner):
             return False
         self._transfers.pop(partner).given_up = True
         self._part(partner)
@@ -300,9 +329,12 @@ class _PostedOnLinks(Posted):
 
         From one that is lost, what arrived whole is mixed; from one that lives, nothing: it has this rank's not whole.
         """
-        if isinstance(error, LayoutMismatch) or not self._control.goes_on_without(partner, reason_of(error)):
+        incarnation = self._transfers[partner].lane.incarnation
+        if isinstance(error, LayoutMismatch) or not self._control.goes_on_without(
+            partner, reason_of(error), incarnation
+        ):
             self._explain(partner, error)
-        if not self._control.is_lost(partner):
+        if not self._is_lost(partner):
             self._transfers.pop(partner).given_up = True
             self._skip(partner)
             return

@@ -11,7 +11,7 @@ import pytest
 from torch.distributed import HashStore
 
 from lightning_gossip.control.member_log import MemberLog
-from lightning_gossip.control.members import JOINED, LEFT, LOST, Change, Members, StepNotKnown
+from lightning_gossip.control.members import JOINED, JOINING, LEFT, LOST, Change, Members, StepNotKnown
 from lightning_gossip.control.process_id import is_gone, own_process
 
 pytestmark = pytest.mark.faults
@@ -61,22 +61,52 @@ def test_a_meeting_folds_the_log() -> None:
     assert members.at(110) == (1, 3)
 
 
-def test_a_loss_is_declared_once_and_a_seat_is_joined_once_under_its_next_incarnation() -> None:
+def test_a_loss_is_declared_once_and_a_seat_is_joined_under_a_later_incarnation() -> None:
     members = Members(3)
     assert members.may_append(LOST, 1, 0)
-    assert not members.may_append(JOINED, 1, 1), "it is taken"
+    assert not members.may_append(JOINING, 1, 1), "it is taken"
     members.read(change(1, 1))
     assert not members.may_append(LOST, 1, 0)
     assert not members.may_append(LEFT, 1, 0)
-    assert not members.may_append(JOINED, 1, 0), "its old process' number"
+    assert not members.may_append(JOINING, 1, 0), "its old process' number"
+    assert not members.may_append(JOINED, 1, 1), "nobody has taken it in"
     with pytest.raises(ValueError, match="contradicts"):
         members.read(change(2, 1))
-    members.read(change(2, 1, JOINED, 1))
-    assert members.present == (0, 1, 2)
+    members.read(change(2, 1, JOINING, 2))  # a process that had claimed the seat as 1 died before it was taken in
+    assert members.present == (0, 2, 1), "who joins comes last"
+    assert members.whole == (0, 2)
+    assert not members.may_append(JOINING, 1, 3), "it is taken"
     assert not members.may_append(LOST, 1, 0), "the word about the process of before comes too late"
-    assert members.may_append(LOST, 1, 1)
-    with pytest.raises(ValueError, match="entry 4 of the log was read after entry 2"):
-        members.read(change(4, 0))
+    assert not members.may_append(JOINED, 1, 1)
+    members.read(change(3, 1, JOINED, 2))
+    assert members.whole == (0, 2, 1)
+    assert not members.may_append(JOINED, 1, 2)
+    assert members.may_append(LOST, 1, 2)
+    with pytest.raises(ValueError, match="entry 5 of the log was read after entry 3"):
+        members.read(change(5, 0))
+
+
+def test_who_is_joining_meets_and_is_drawn_once_it_has_joined() -> None:
+    members = Members(3)
+    for number, (kind, step) in enumerate([(LOST, 10), (JOINING, 20), (JOINED, 30)], start=1):
+        members.read(change(number, 0, kind, 1 if number > 1 else 0))
+        members.hold_from(number, step)
+    members.hold_horizon(40)
+    steps = (9, 10, 20, 30)
+    assert [members.at(step) for step in steps] == [(0, 1, 2), (1, 2), (1, 2), (0, 1, 2)]
+    assert [members.all_at(step) for step in steps] == [(0, 1, 2), (1, 2), (0, 1, 2), (0, 1, 2)]
+    assert [members.incarnation_at(step, 0) for step in steps] == [0, 0, 1, 1]
+    assert members.incarnations_of(1, (0, 1)) == (0, 0)
+    assert members.fold(2) == (1, 2, 0), "rank 0's duties stay with rank 1"
+    assert members.at(0) == (1, 2)
+    assert members.incarnations_of(2, (1, 2, 0)) == (0, 0, 1)
+
+
+def test_who_is_lost_while_joining_is_counted_no_more() -> None:
+    members = Members(2)
+    for number, (kind, incarnation) in enumerate([(LEFT, 0), (JOINING, 1), (LOST, 1), (JOINING, 2)], start=1):
+        members.read(change(number, 1, kind, incarnation))
+    assert (members.present, members.whole) == ((0, 1), (0,))
 
 
 class Killed(BaseException):

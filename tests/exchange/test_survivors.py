@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from survivors import Run, break_link, check
+from survivors import AT_A_MEETING, IN_A_STEP, Run, break_link, check
 
 from lightning_gossip.rules.mixing import ElasticMixing, MixingRule, PullMixing, PushMixing
 from lightning_gossip.rules.schedule import Schedule
@@ -15,15 +15,6 @@ pytestmark = pytest.mark.faults
 
 SEEDS = 200
 """Of the random walk; ten times as many by ``--long``."""
-
-IN_A_STEP = ("before posting", "posted", "before applying")
-AT_A_MEETING = (
-    "before its word",
-    "after its word",
-    "before the collective",
-    "within the collective",
-    "after the collective",
-)
 
 
 def of_four(dooms: dict[int, tuple[int, str]], **options: Any) -> Run:
