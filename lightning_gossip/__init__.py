@@ -8,6 +8,7 @@ store or ``lightning-gossip --help`` start without Lightning, which takes second
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_gossip.strategies.lightning_family import use_lightning
 from lightning_gossip.strategies.registration import STRATEGIES, register_with_lightning
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = [
     "RankTensorBoardLogger",
     "WeightedPeers",
     "__version__",
+    "use_lightning",
 ]
 
 _HOMES = {

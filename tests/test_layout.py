@@ -29,7 +29,10 @@ STANDS_ON = {
 """A room may import those that it stands on, and all that these stand on."""
 
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
-MAY_IMPORT_LIGHTNING = {"monitoring", "strategies"}
+IMPORTS_LIGHTNING = f"{PACKAGE}.strategies.lightning_names"
+"""For all others, who take its names from there: under whichever of its two names Lightning is imported."""
+
+MAY_USE_LIGHTNING = {"monitoring", "strategies"}
 OUTSIDE_THE_ROOMS = {"__init__", "__main__"}
 """The public names, which are looked up in all rooms, and the command."""
 
@@ -87,7 +90,8 @@ def of_lightning(modules: dict[str, str]) -> list[str]:
         f"{module} imports {name}"
         for module, source in modules.items()
         for name in imported(module, source)
-        if room(module) not in MAY_IMPORT_LIGHTNING and name.split(".")[0] in LIGHTNING
+        if (module != IMPORTS_LIGHTNING and name.split(".")[0] in LIGHTNING)
+        or (name.startswith(IMPORTS_LIGHTNING) and room(module) not in MAY_USE_LIGHTNING)
     ]
 
 
@@ -129,18 +133,29 @@ def test_an_import_that_does_not_is_found(module: str, source: str) -> None:
     assert len(upward({f"{PACKAGE}.{module}": source})) == 1
 
 
-def test_only_strategies_and_monitoring_import_lightning() -> None:
+def test_one_module_imports_lightning_for_strategies_and_monitoring() -> None:
     assert of_lightning(sources()) == []
 
 
 @pytest.mark.parametrize(
     "source",
-    ["import lightning.pytorch as pl", "def later():\n    from pytorch_lightning import Trainer", "import lightning"],
+    [
+        "import lightning.pytorch as pl",
+        "def later():\n    from pytorch_lightning import Trainer",
+        "import lightning",
+        "from lightning_gossip.strategies.lightning_names import Trainer",
+    ],
 )
 def test_an_import_of_lightning_below_is_found(source: str) -> None:
     for module in ("exchange.new", "__init__", "__main__", "arguments"):
         assert len(of_lightning({f"{PACKAGE}.{module}": source})) == 1
-    assert of_lightning({f"{PACKAGE}.strategies.new": source}) == []
+
+
+def test_strategies_and_monitoring_take_lightning_from_that_module() -> None:
+    for module in ("strategies.new", "monitoring.new"):
+        for source in ("import lightning.pytorch as pl", "from lightning_fabric.plugins import CheckpointIO"):
+            assert len(of_lightning({f"{PACKAGE}.{module}": source})) == 1
+        assert of_lightning({f"{PACKAGE}.{module}": f"from {IMPORTS_LIGHTNING} import Trainer"}) == []
 
 
 def test_there_is_no_cycle() -> None:

@@ -16,16 +16,19 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_gossip.arguments import check_integer
 from lightning_gossip.monitoring import run_folder
 from lightning_gossip.monitoring.run_folder import RunFolder
+from lightning_gossip.strategies.lightning_names import (
+    LightningModule,
+    TensorBoardLogger,
+    Trainer,
+    get_filesystem,
+    rank_zero_only,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import Store

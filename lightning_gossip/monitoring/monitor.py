@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
 from lightning_gossip.arguments import check_integer
 from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.base import ReplicaStrategy
+from lightning_gossip.strategies.lightning_names import STEP_OUTPUT, Callback, Strategy, pl, rank_zero_warn
 
 Metrics = dict[str, float]
 Fields = dict[str, tuple[str, ...]]

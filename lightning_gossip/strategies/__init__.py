@@ -5,6 +5,6 @@ meet and end), ``surviving`` (those that are left go on), ``consensus`` (evaluat
 ``window``), ``saving`` (checkpoints of it, with ``checkpoint`` and ``saved_state``), ``base`` (the life of a fit, with
 ``counting``), ``clocked`` and over it ``pairwise`` (partners that exchange) and ``all_reduced`` (all meet in one
 start), then a file a strategy. Beside them ``launchers``, ``ownership``, ``stand_in``, and what knows Lightning's
-private parts: ``lightning_compat``, ``lightning_counts``, ``lightning_members``. ``registration`` gives strategies
-their names.
+private parts: ``lightning_compat``, ``lightning_counts``, ``lightning_members``. ``lightning_names`` alone imports
+Lightning, under the name that ``lightning_family`` decides on. ``registration`` gives strategies their names.
 """

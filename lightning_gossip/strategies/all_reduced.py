@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed import Store
 from typing_extensions import override
 
@@ -16,6 +15,7 @@ from lightning_gossip.control.votes import Votes
 from lightning_gossip.exchange.rounds import Rounds
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.strategies.clocked import ClockedStrategy, Parameters
+from lightning_gossip.strategies.lightning_names import MisconfigurationException
 from lightning_gossip.transport.all_reduce import AllReduce, LinkAllReduce
 from lightning_gossip.transport.voted_all_reduce import VotedAllReduce
 

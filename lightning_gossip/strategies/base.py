@@ -7,11 +7,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins.precision import Precision
 from torch.distributed import Store
 from typing_extensions import override
 
@@ -21,6 +17,7 @@ from lightning_gossip.exchange.models import check_models_agree, rank_zeros, tak
 from lightning_gossip.strategies import lightning_compat, lightning_counts, lightning_members
 from lightning_gossip.strategies.consensus import Evaluate
 from lightning_gossip.strategies.counting import Counting
+from lightning_gossip.strategies.lightning_names import Accelerator, CheckpointIO, ClusterEnvironment, Precision, pl
 from lightning_gossip.strategies.meeting import TIMEOUT, StartMethod
 from lightning_gossip.strategies.saving import CheckpointedStrategy
 from lightning_gossip.strategies.surviving import LOST_AFTER, NonFinite

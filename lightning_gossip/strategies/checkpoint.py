@@ -27,12 +27,16 @@ import numpy as np
 import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from typing_extensions import override
+
+from lightning_gossip.strategies.lightning_names import (
+    _PATH,
+    AsyncCheckpointIO,
+    CheckpointIO,
+    TorchCheckpointIO,
+    _WrappingCheckpointIO,
+    get_filesystem,
+)
 
 KEY = "lightning_gossip"
 """Of this package's entry in a checkpoint."""

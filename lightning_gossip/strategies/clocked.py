@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.distributed import Store
@@ -19,6 +18,7 @@ from lightning_gossip.exchange.models import shared_parameters
 from lightning_gossip.exchange.stats import ExchangeStats
 from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.base import ReplicaStrategy
+from lightning_gossip.strategies.lightning_names import pl
 from lightning_gossip.transport.link import Links
 from lightning_gossip.transport.link_transport import end_of_rank
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch.distributed as dist
 from torchmetrics import Metric
 from typing_extensions import override
@@ -14,6 +13,7 @@ from typing_extensions import override
 from lightning_gossip.arguments import check_choice
 from lightning_gossip.exchange.consensus import Consensus
 from lightning_gossip.strategies import lightning_compat
+from lightning_gossip.strategies.lightning_names import pl
 from lightning_gossip.strategies.stand_in import SharedStandIn
 from lightning_gossip.strategies.surviving import SurvivingStrategy
 from lightning_gossip.strategies.window import ConsensusWindow

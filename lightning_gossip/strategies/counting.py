@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
-
 from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies import lightning_counts as counts
+from lightning_gossip.strategies.lightning_names import pl
 
 LAST_BATCHES = "the last batches of an epoch"
 END_OF_EPOCH = "the end of an epoch"

@@ -6,14 +6,12 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins.precision import Precision
 from typing_extensions import override
 
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.strategies.all_reduced import AllReducedStrategy
 from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, Evaluate, NonFinite, StartMethod
+from lightning_gossip.strategies.lightning_names import Accelerator, CheckpointIO, ClusterEnvironment, Precision
 
 
 class DiLoCoStrategy(AllReducedStrategy):

@@ -7,11 +7,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 from torch.distributed import Store
 from typing_extensions import override
@@ -28,6 +24,7 @@ from lightning_gossip.parameter_server.snapshot import renumbered
 from lightning_gossip.parameter_server.traffic import DownpourStats
 from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, Evaluate, NonFinite, ReplicaStrategy, StartMethod
+from lightning_gossip.strategies.lightning_names import Accelerator, CheckpointIO, ClusterEnvironment, Precision, pl
 
 
 class DownpourStrategy(ReplicaStrategy):

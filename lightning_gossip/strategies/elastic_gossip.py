@@ -5,12 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.distributed import Store
 from typing_extensions import override
 
@@ -20,6 +15,14 @@ from lightning_gossip.rules.mixing import ElasticMixing
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Chooser, Peers, stability_limit
 from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, Evaluate, NonFinite, StartMethod
+from lightning_gossip.strategies.lightning_names import (
+    Accelerator,
+    CheckpointIO,
+    ClusterEnvironment,
+    Precision,
+    pl,
+    rank_zero_warn,
+)
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
 
 

@@ -6,15 +6,13 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins.precision import Precision
 from typing_extensions import override
 
 from lightning_gossip.arguments import check_choice
 from lightning_gossip.rules.mixing import MixingRule, PullMixing, PushMixing
 from lightning_gossip.rules.schedule import Chooser, Peers
 from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, Evaluate, NonFinite, StartMethod
+from lightning_gossip.strategies.lightning_names import Accelerator, CheckpointIO, ClusterEnvironment, Precision
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
 
 _RULES: dict[str, MixingRule] = {"pull": PullMixing(), "push": PushMixing()}

@@ -20,17 +20,21 @@ from contextlib import suppress
 from typing import Any
 
 import torch.multiprocessing as mp
-from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
-from lightning.fabric.utilities import move_data_to_device
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from typing_extensions import override
 
 from lightning_gossip.control import store as run_store
 from lightning_gossip.control.interpreter import path_in_environment
+from lightning_gossip.strategies import lightning_family
 from lightning_gossip.strategies.lightning_compat import SIGKILL
 from lightning_gossip.strategies.lightning_members import global_states, outlive_parent, refuse_bad_start
+from lightning_gossip.strategies.lightning_names import (
+    ClusterEnvironment,
+    _MultiProcessingLauncher,
+    _set_num_threads_if_needed,
+    _SubprocessScriptLauncher,
+    find_free_network_port,
+    move_data_to_device,
+)
 from lightning_gossip.strategies.ownership import own_parameters
 
 log = logging.getLogger(__name__)
@@ -128,6 +132,9 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
     """Whether the run goes on without a rank that fails."""
 
     _launching = 0  # the process that has started the others
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return lightning_family.reduced(self)
 
     @override
     def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:

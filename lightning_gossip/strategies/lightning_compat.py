@@ -15,18 +15,20 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.utilities.data import _set_sampler_epoch
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.trainer import call
-from lightning.pytorch.trainer.connectors.signal_connector import _get_sigkill_signal
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed import Store, distributed_c10d
 
+from lightning_gossip.strategies.lightning_names import (
+    AsyncCheckpointIO,
+    CheckpointIO,
+    MisconfigurationException,
+    ModelCheckpoint,
+    _get_sigkill_signal,
+    _optimizers_to_device,
+    _set_sampler_epoch,
+    call,
+    is_overridden,
+    pl,
+)
 from lightning_gossip.strategies.stand_in import put, take_away
 from lightning_gossip.strategies.window import ConsensusWindow
 

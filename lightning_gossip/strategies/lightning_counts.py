@@ -10,10 +10,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
+from lightning_gossip.strategies.lightning_names import MisconfigurationException, ModelCheckpoint, Timer, pl
 from lightning_gossip.strategies.stand_in import put, take_away
 
 

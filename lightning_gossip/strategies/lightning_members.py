@@ -9,20 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers.multiprocessing import (
+from torch.multiprocessing.spawn import _prctl_pr_set_pdeathsig
+
+from lightning_gossip.strategies.lightning_compat import is_fitting
+from lightning_gossip.strategies.lightning_names import (
+    CSVLogger,
+    DDPStrategy,
+    TensorBoardLogger,
     _check_bad_cuda_fork,
     _check_missing_main_guard,
     _GlobalStateSnapshot,
     _MultiProcessingLauncher,
+    pl,
+    rank_zero_only,
+    reset_seed,
 )
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch.multiprocessing.spawn import _prctl_pr_set_pdeathsig
-
-from lightning_gossip.strategies.lightning_compat import is_fitting
 from lightning_gossip.strategies.stand_in import put
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from datetime import timedelta
 
 import torch
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins.precision import Precision
 
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.strategies.all_reduced import AllReducedStrategy
 from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, Evaluate, NonFinite, StartMethod
+from lightning_gossip.strategies.lightning_names import Accelerator, CheckpointIO, ClusterEnvironment, Precision
 
 
 class LocalSGDStrategy(AllReducedStrategy):

@@ -10,13 +10,6 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Literal, NoReturn, TypeVar
 
-import lightning.pytorch as pl
-from lightning.fabric.utilities.types import ReduceOp
-from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.strategy import TBroadcast
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
 from torchmetrics import Metric
@@ -27,11 +20,22 @@ from lightning_gossip.control.meeting import Meeting
 from lightning_gossip.control.run import Control
 from lightning_gossip.control.stop import RunStopped, Stop
 from lightning_gossip.exchange.models import gathered
-from lightning_gossip.strategies import lightning_compat
+from lightning_gossip.strategies import lightning_compat, lightning_family
 from lightning_gossip.strategies.launchers import (
     ReplicaMultiProcessingLauncher,
     ReplicaSubprocessLauncher,
     grace_of,
+)
+from lightning_gossip.strategies.lightning_names import (
+    STEP_OUTPUT,
+    CPUAccelerator,
+    CUDAAccelerator,
+    DDPStrategy,
+    MisconfigurationException,
+    ReduceOp,
+    SIGTERMException,
+    TBroadcast,
+    pl,
 )
 from lightning_gossip.strategies.stand_in import SharedStandIn
 
@@ -70,6 +74,9 @@ class MeetingStrategy(DDPStrategy):
 
     steps_go_together: bool = True
     """Whether all ranks make their steps at one pace; else each has one of its own."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {lightning_family.for_whom()}>"  # what a Trainer of the other family shows
 
     @property
     def survives(self) -> bool:

@@ -2,7 +2,7 @@
 
 ``Trainer(strategy="gossip")`` works after ``import lightning_gossip``, in whichever order the two are imported; yet a
 process that needs no Lightning must not pay the seconds that its import takes. So where Lightning is there already, the
-names are registered at once; where it is not, when its strategies are imported.
+names are registered at once; where it is not, when its strategies are imported. Each of its two names has a registry.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-_REGISTRY_HOME = "lightning.pytorch.strategies"
+from lightning_gossip.strategies.lightning_family import FAMILIES, Family, use_lightning
 
 STRATEGIES = {
     "gossip": "GossipStrategy",
@@ -33,48 +33,58 @@ _START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": 
 
 def register_with_lightning() -> None:
     """Register the names now where Lightning's strategies are imported, else when they are; harmless if repeated."""
-    module = sys.modules.get(_REGISTRY_HOME)
-    if module is not None and hasattr(module, "StrategyRegistry"):
-        _register(module)
-    elif not any(isinstance(finder, _AwaitLightning) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AwaitLightning())
+    for family in FAMILIES:
+        module = sys.modules.get(_registry_home(family))
+        if module is not None and hasattr(module, "StrategyRegistry"):
+            _register(family, module)
+        elif not any(isinstance(finder, _AwaitLightning) and finder.family == family for finder in sys.meta_path):
+            sys.meta_path.insert(0, _AwaitLightning(family))
 
 
-def _register(module: ModuleType) -> None:
+def _registry_home(family: Family) -> str:
+    return f"{family}.strategies"
+
+
+def _register(family: Family, module: ModuleType) -> None:
     for name, class_name in STRATEGIES.items():
         for suffix, start_method in _START_METHODS.items():
             module.StrategyRegistry.register(
                 f"{name}{suffix}",
-                partial(_make, name),
+                partial(_make, family, name),
                 description=f"{class_name} with `start_method` '{start_method}'",
                 override=True,
                 start_method=start_method,
             )
 
 
-def _make(name: str, **arguments: Any) -> Any:
+def _make(family: Family, name: str, **arguments: Any) -> Any:
+    use_lightning(family)
     return getattr(import_module(f"lightning_gossip.strategies.{name}"), STRATEGIES[name])(**arguments)
 
 
 class _AwaitLightning(MetaPathFinder):
     """Finds Lightning's strategies as they are found without it, and registers ours once they are imported."""
 
+    def __init__(self, family: Family) -> None:
+        self.family = family
+
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != _REGISTRY_HOME:
+        if name != _registry_home(self.family):
             return None
         sys.meta_path.remove(self)
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
+            spec.loader = _ThenRegister(self.family, spec.loader)
         return spec
 
 
 class _ThenRegister(Loader):
     """A module's own loader, and what follows it."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, family: Family, loader: Loader) -> None:
+        self._family = family
         self._loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -85,4 +95,4 @@ class _ThenRegister(Loader):
             module.__spec__.loader = self._loader  # whoever asks for its source finds the loader that knows it
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-        _register(module)
+        _register(self._family, module)

@@ -10,10 +10,6 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -23,6 +19,7 @@ from lightning_gossip.exchange.models import averaged_buffers
 from lightning_gossip.strategies import checkpoint as files
 from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.consensus import ConsensusStrategy, Evaluate
+from lightning_gossip.strategies.lightning_names import _PATH, CheckpointIO, pl, rank_zero_warn
 from lightning_gossip.strategies.saved_state import CURRENT_STATE, Dumped
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_gossip.arguments import check_choice, check_integer, check_timeout
@@ -21,6 +20,7 @@ from lightning_gossip.control.together import together
 from lightning_gossip.exchange.stats import NONFINITE, NonFinite
 from lightning_gossip.strategies import lightning_members
 from lightning_gossip.strategies.launchers import ReplicaSubprocessLauncher
+from lightning_gossip.strategies.lightning_names import MisconfigurationException
 from lightning_gossip.strategies.meeting import START_TIMEOUT, TIMEOUT, MeetingStrategy
 from lightning_gossip.transport.group import DefaultGroup
 
