@@ -244,10 +244,18 @@ class MemberControl(Control):
                 self.stop("error", f"nobody is left who could take in rank {self.rank}")
         return found
 
-    def _look_for_donor(self) -> int | None:
+    def check_over(self) -> None:
+        """Raise :class:`RunOver` if training is over."""
         with self._reaching_store():
             if self._store.check([OVER]):
                 raise RunOver(self._store.get(OVER).decode())
+
+    def rest(self, seconds: float) -> None:
+        """Wait for so long, or until this object is closed."""
+        self._closing.wait(seconds)
+
+    def _look_for_donor(self) -> int | None:
+        self.check_over()
         change = self._log.last_change(self.rank)
         return change.by if change is not None and (change.kind, change.incarnation) == self._being_taken_in else None
 

@@ -32,7 +32,8 @@ class ReplicaStrategy(CheckpointedStrategy):
         evaluate: what validation and test during and after ``fit`` run on: ``"consensus"``, the mean of the replicas,
             the data sharded over the ranks; or ``"replica"``, each rank's own on the whole data.
         timeout: how long a rank waits for one that gives no sign of life.
-        min_replicas, lost_after, nonfinite: see :class:`~lightning_gossip.strategies.surviving.SurvivingStrategy`.
+        min_replicas, restarts, lost_after, nonfinite: see
+            :class:`~lightning_gossip.strategies.surviving.SurvivingStrategy`.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             start_method: as for Lightning's ``DDPStrategy``.
 
@@ -46,6 +47,7 @@ class ReplicaStrategy(CheckpointedStrategy):
         evaluate: Evaluate,
         timeout: timedelta,
         min_replicas: int | None = None,
+        restarts: int = 0,
         lost_after: timedelta = LOST_AFTER,
         nonfinite: NonFinite | None = None,
         accelerator: Accelerator | None,
@@ -59,6 +61,7 @@ class ReplicaStrategy(CheckpointedStrategy):
         super().__init__(
             evaluate=evaluate,
             min_replicas=min_replicas,
+            restarts=restarts,
             lost_after=lost_after,
             nonfinite=nonfinite,
             accelerator=accelerator,
@@ -80,6 +83,7 @@ class ReplicaStrategy(CheckpointedStrategy):
             "evaluate": self.evaluate,
             "timeout": self.timeout_seconds,
             "min_replicas": self.min_replicas,
+            "restarts": self.restarts,
             "lost_after": self.lost_after.total_seconds(),
             "nonfinite": self.nonfinite,
             "process_group_backend": self.process_group_backend,
@@ -178,18 +182,18 @@ class ReplicaStrategy(CheckpointedStrategy):
         self.start_training(trainer, self.control, self._connect())
         self._resume_training(trainer)
         lightning_compat.stop_broadcasting_before_batches(trainer, self._before_batch)
-        lightning_compat.run_steps_between(trainer, self.begin_step, self.end_step)
+        lightning_compat.run_steps_between(trainer, self._begin, self.end_step)
         lightning_compat.allow_skipped_steps(trainer)
         lightning_compat.share_monitored_metrics(trainer, self.broadcast)
         name = type(self).__name__
         counting = Counting(trainer, name, self.gather, self._await_all, self._acts, self._refuse_unequal_lengths)
-        counting.install(self._answer_call)
+        counting.install(self._after_batch)
         if self.survives:
-            lightning_members.deal_anew(trainer, self._members_that_meet)
+            lightning_members.deal_anew(trainer, self._members_that_meet, self.dealt_among)
 
-    def _members_that_meet(self) -> tuple[int, ...]:
+    def _members_that_meet(self) -> object:
         self._meet("the dealing of the data")
-        return self.members
+        return self.dealt_among()
 
     def _refuse_unequal_lengths(self, lengths: list[float]) -> None:
         if self.process_group_backend == "nccl" and self.world_size > 1:
@@ -203,6 +207,16 @@ class ReplicaStrategy(CheckpointedStrategy):
 
     # -- steps --------------------------------------------------------------------------------------------------
 
+    def _begin(self) -> None:
+        if not self._has_begun:
+            self._begin_first_step()
+        self.begin_step()
+
+    def _after_batch(self) -> None:
+        self._answer_call()
+        if (control := self._member_control) is not None and control.guest is not None:
+            self._take_in_guest()
+
     def _before_batch(self) -> None:
         control = self.control
         control.check()
@@ -213,6 +227,7 @@ class ReplicaStrategy(CheckpointedStrategy):
 
     @override
     def on_train_end(self) -> None:
+        self._tell_over()
         self.settle()
         super().on_train_end()
 

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_gossip.arguments import check_wire_dtype
 from lightning_gossip.control.meeting import Meeting
+from lightning_gossip.control.member_control import MemberControl
 from lightning_gossip.control.run import Control
 from lightning_gossip.exchange.models import shared_parameters
 from lightning_gossip.exchange.stats import ExchangeStats
@@ -37,6 +38,7 @@ class Clock(Protocol):
     def arrive(self) -> None: ...  # noqa: D102
     def drop(self) -> None: ...  # noqa: D102
     def settle(self) -> None: ...  # noqa: D102
+    def state_to_join(self) -> dict[str, Any]: ...  # noqa: D102
     def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
     def load_state_dict(self, state: dict[str, Any]) -> None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
@@ -72,7 +74,8 @@ class ClockedStrategy(ReplicaStrategy, Generic[C]):
 
     def make_links(self, control: Control, store: Store) -> Links:
         """Return this rank's links to the others."""
-        return Links(store, end_of_rank(self.global_rank), control.timeout)
+        own = control.incarnation if isinstance(control, MemberControl) else 0
+        return Links(store, end_of_rank(self.global_rank, own), control.timeout)
 
     @property
     @override
@@ -118,6 +121,14 @@ class ClockedStrategy(ReplicaStrategy, Generic[C]):
     @override
     def training_state(self) -> dict[str, Any]:
         return self._running.state_dict()
+
+    @override
+    def training_state_to_join(self) -> dict[str, Any]:
+        return self._running.state_to_join()
+
+    @override
+    def align(self, clock: int) -> None:
+        self._running.align(clock)
 
     @override
     def load_training_state(self, state: dict[str, Any]) -> None:

@@ -65,6 +65,8 @@ class DownpourStrategy(ReplicaStrategy):
             least, and goes on as long as so many are left. What a lost one pushed stays; each shard applies what of a
             push came to it whole. Only a lost shard, not the rank that started it, ends the run. It needs gloo, and the
             run's store in a process of its own, which our launchers start.
+        restarts: how often this strategy's launchers start the process of each rank again that was lost, with
+            ``min_replicas``; it joins with the state of one that trains (as does one that is started by hand).
         lost_after: with ``min_replicas``: a rank that gives no sign of life for so long is lost; more than 2 s.
         nonfinite: a replica with NaN or infinite parameters, of which nothing is pushed, takes the server's and begins
             its optimizers anew (``"heal"``, the default with ``min_replicas``), or ends its rank (``"error"``).
@@ -95,6 +97,7 @@ class DownpourStrategy(ReplicaStrategy):
         evaluate: Evaluate = "consensus",
         timeout: timedelta = TIMEOUT,
         min_replicas: int | None = None,
+        restarts: int = 0,
         lost_after: timedelta = LOST_AFTER,
         nonfinite: NonFinite | None = None,
         accelerator: Accelerator | None = None,
@@ -132,6 +135,7 @@ class DownpourStrategy(ReplicaStrategy):
             evaluate=evaluate,
             timeout=timeout,
             min_replicas=min_replicas,
+            restarts=restarts,
             lost_after=lost_after,
             nonfinite=nonfinite,
             accelerator=accelerator,

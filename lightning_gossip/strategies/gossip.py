@@ -42,6 +42,8 @@ class GossipStrategy(PairwiseStrategy):
         min_replicas: None: the run ends with the first rank that is lost. With a number it begins with so many ranks at
             least, and goes on as long as so many are left: whoever is lost is skipped, and rounds are drawn among the
             others. It needs gloo, and the run's store in a process of its own, which our launchers start.
+        restarts: how often this strategy's launchers start the process of each rank again that was lost, with
+            ``min_replicas``; it joins with the state of one that trains (as does one that is started by hand).
         lost_after: with ``min_replicas``: a rank that gives no sign of life for so long is lost; more than 2 s.
         nonfinite: what becomes of a replica with NaN or infinite parameters, which is never mixed into another:
             ``"heal"``: it takes a partner's, and its optimizers begin anew; ``"error"``: whoever finds it ends. None is
@@ -70,6 +72,7 @@ class GossipStrategy(PairwiseStrategy):
         timeout: timedelta = TIMEOUT,
         shared_memory: bool = True,
         min_replicas: int | None = None,
+        restarts: int = 0,
         lost_after: timedelta = LOST_AFTER,
         nonfinite: NonFinite | None = None,
         accelerator: Accelerator | None = None,
@@ -93,6 +96,7 @@ class GossipStrategy(PairwiseStrategy):
             timeout=timeout,
             shared_memory=shared_memory,
             min_replicas=min_replicas,
+            restarts=restarts,
             lost_after=lost_after,
             nonfinite=nonfinite,
             accelerator=accelerator,

@@ -15,8 +15,11 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.multiprocessing as mp
@@ -42,6 +45,9 @@ log = logging.getLogger(__name__)
 _POLL = 0.2
 """Seconds between looks at the children."""
 
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0
+"""Seconds from a process' end to its next start: at first, and at the most."""
+
 _started: list[subprocess.Popen] = []
 """The further ranks of this script: the launcher of its first Trainer starts them, those of others find them there."""
 
@@ -57,6 +63,7 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
         report: called with a rank and a text when a child failed; tells the run, and returns whether there was one.
         timeout: seconds after a child's failure at which a call of the Trainer that has not ended is hanging.
         survives: whether the run goes on without a rank that fails, with its store in a process of its own.
+        restarts: how often the process of each rank is started again that fails.
     """
 
     def __init__(
@@ -67,8 +74,10 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
         report: Callable[[int, str], bool],
         timeout: float,
         survives: bool = False,
+        restarts: int = 0,
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
+        self.restarts = restarts
         self.report = report
         self.timeout = timeout
         self.survives = survives
@@ -80,10 +89,12 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
             _start_store(self.cluster_environment)
         with path_in_environment():
             super()._call_children_scripts()
+            environment = dict(os.environ)
         _started.extend(self.procs)
         atexit.register(self._await_children)
         first_rank = self.cluster_environment.node_rank() * self.num_processes
-        _Observer(self.procs, first_rank + 1).start()
+        again = partial(_start_again, [proc.args for proc in self.procs], environment)
+        _Observer(_started, first_rank + 1, _Restarts(self.restarts), again).start()
 
     @override
     def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
@@ -92,7 +103,7 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
         if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
         _set_num_threads_if_needed(num_processes=self.num_processes)
-        self.procs = list(_started)
+        self.procs = _started
         _running.append(self)
         try:
             return function(*args, **kwargs)
@@ -101,7 +112,7 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
 
     def _await_children(self) -> None:
         """Let the children end by themselves: without a limit where they go on without this process."""
-        end_processes(self.procs, math.inf if self.left else grace_of(self.timeout))
+        end_processes(_started, math.inf if self.left else grace_of(self.timeout))
 
     @override
     def kill(self, signum: Any) -> None:
@@ -130,6 +141,9 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
 
     survives: bool = False
     """Whether the run goes on without a rank that fails."""
+
+    restarts: int = 0
+    """How often the process of each rank is started again that fails."""
 
     _launching = 0  # the process that has started the others
 
@@ -181,15 +195,24 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
     def _run_members(self, trainer: Any, function: Callable, args: Any, kwargs: Any) -> Any:
         strategy: Any = self._strategy
         queue = mp.get_context(self._start_method).SimpleQueue()
-        started = mp.start_processes(
-            self._wrapping_function,
-            args=(trainer, function, args, kwargs, queue, *global_states(self._start_method)),
-            nprocs=strategy.num_processes,
-            start_method=self._start_method,
-            join=False,
-        )
-        self.procs = started.processes
+        error_files: list[str] = []
+
+        def start(index: int) -> Any:
+            started = mp.start_processes(
+                _AsIndex(self._wrapping_function, index),
+                args=(trainer, function, args, kwargs, queue, *global_states(self._start_method)),
+                nprocs=1,
+                start_method=self._start_method,
+                join=False,
+            )
+            error_files[index:index] = started.error_files
+            return started.processes[0]
+
+        self.procs = []
+        for index in range(strategy.num_processes):
+            self.procs.append(start(index))
         output, failures = None, dict[int, str]()
+        restarts = _Restarts(self.restarts)
         pause = threading.Event()
         running = True
         while running:
@@ -199,9 +222,16 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
             for index, process in enumerate(self.procs):
                 if process.exitcode and index not in failures:
                     failures[index] = f"its process (pid {process.pid}) {_how_ended(process.exitcode)}"
-                    log.warning("rank %d: %s%s", index, failures[index], _told(started.error_files[index]))
+                    log.warning("rank %d: %s%s", index, failures[index], _told(error_files[index]))
+                    restarts.note(index)
+            for index in restarts.due() if running else ():
+                log.warning("rank %d: its process is started again", index)
+                with suppress(FileNotFoundError):
+                    os.unlink(error_files.pop(index))
+                self.procs[index] = start(index)
+                del failures[index]
             pause.wait(_POLL / 4)
-        for file in started.error_files:
+        for file in error_files:
             with suppress(FileNotFoundError):
                 os.unlink(file)
         if output is None:
@@ -252,14 +282,24 @@ class _Observer(threading.Thread):
     """Tells whoever runs now when a child failed, and kills a launching process that hangs in spite of that.
 
     Args:
-        procs: the children.
+        procs: the children; those that are started again take the places of those before them.
         first_rank: of the first of them.
+        restarts: which of them are started again.
+        start_again: starts one, by its index.
     """
 
-    def __init__(self, procs: Sequence[subprocess.Popen], first_rank: int) -> None:
+    def __init__(
+        self,
+        procs: list[subprocess.Popen],
+        first_rank: int,
+        restarts: _Restarts,
+        start_again: Callable[[int], subprocess.Popen],
+    ) -> None:
         super().__init__(daemon=True, name="child-observer")
         self._procs = procs
         self._first_rank = first_rank
+        self._restarts = restarts
+        self._start_again = start_again
         self._pause = threading.Event()
 
     @override
@@ -276,7 +316,14 @@ class _Observer(threading.Thread):
                 if not launcher.survives:
                     deadline = min(deadline, time.monotonic() + launcher.timeout)
                 self._pause.wait(1.0)  # the rank's own word, or its partners', says more
-                reported |= {k for k in failed - reported if launcher.report(self._first_rank + k, self._how(k))}
+                told_now = {k for k in failed - reported if launcher.report(self._first_rank + k, self._how(k))}
+                reported |= told_now
+                for index in told_now if launcher.survives else ():
+                    self._restarts.note(index)
+            for index in self._restarts.due() if launcher is not None and not launcher.left else ():
+                log.warning("rank %d: its process is started again", self._first_rank + index)
+                self._procs[index] = self._start_again(index)
+                reported.discard(index)
             if launcher is not None and time.monotonic() > deadline:
                 break
             self._pause.wait(_POLL)
@@ -296,6 +343,48 @@ class _Observer(threading.Thread):
 
     def _how(self, index: int) -> str:
         return _ending(self._procs[index])
+
+
+class _Restarts:
+    """Which processes are started again, and when: each so often, after a pause that doubles every time.
+
+    Args:
+        limit: of restarts of one process.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._counts: Counter[int] = Counter()
+        self._when: dict[int, float] = {}
+
+    def note(self, index: int) -> None:
+        """Note that a process has failed just now."""
+        if self._counts[index] < self._limit:
+            self._when[index] = time.monotonic() + min(_FIRST_PAUSE * 2 ** self._counts[index], _LONGEST_PAUSE)
+            self._counts[index] += 1
+
+    def due(self) -> list[int]:
+        """Return those that are to be started now, each once."""
+        due = [index for index, when in self._when.items() if time.monotonic() >= when]
+        for index in due:
+            del self._when[index]
+        return due
+
+
+@dataclass(frozen=True)
+class _AsIndex:
+    """A function that takes a process' index first, for the process of that index alone."""
+
+    function: Callable[..., None]
+    index: int
+
+    def __call__(self, _: int, *args: Any) -> None:
+        self.function(self.index, *args)
+
+
+def _start_again(commands: Sequence[Any], environment: Mapping[str, str], index: int) -> subprocess.Popen:
+    """Run the script again for a further local rank, as Lightning does."""
+    return subprocess.Popen(commands[index], env={**environment, "LOCAL_RANK": str(index + 1)})
 
 
 def _ending(proc: subprocess.Popen) -> str:

@@ -24,7 +24,7 @@ from lightning_gossip.strategies.lightning_names import (
     rank_zero_only,
     reset_seed,
 )
-from lightning_gossip.strategies.stand_in import put
+from lightning_gossip.strategies.stand_in import put, take_away
 
 
 def refuse_bad_start(launcher: _MultiProcessingLauncher, trainer: pl.Trainer | None) -> None:
@@ -60,6 +60,41 @@ def take_over_from_rank_zero(trainer: pl.Trainer | None) -> None:
         trainer.progress_bar_callback.enable()
 
 
+def be_no_rank_zero(rank: int) -> None:
+    """Let this process do nothing that only rank 0 does: it has joined, and another has those duties."""
+    setattr(rank_zero_only, "rank", max(1, rank))  # noqa: B010 - a function's attribute
+
+
+def resume_from(trainer: pl.Trainer, load: Callable[[], dict[str, Any]]) -> None:
+    """Let this call of ``fit`` resume from what ``load`` returns, whatever checkpoint it was given."""
+    connector = trainer._checkpoint_connector
+
+    def resume_start(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+        take_away(connector, "resume_start")
+        connector._ckpt_path = None
+        connector._loaded_checkpoint = load()
+
+    put(connector, "resume_start", resume_start)
+
+
+def is_between_steps(trainer: pl.Trainer) -> bool:
+    """Whether a rank can go on from the state in which this one is at the end of a batch, in the same epoch."""
+    loop = trainer.fit_loop
+    ends = loop.epoch_loop.batch_progress.is_last_batch or loop.epoch_loop._num_ready_batches_reached()
+    return not (ends or trainer.should_stop or loop._should_accumulate() or _makes_last_step(trainer))
+
+
+def _makes_last_step(trainer: pl.Trainer) -> bool:
+    return trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+
+
+def dumped(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return this rank's whole checkpoint, as Lightning makes it, less what nobody needs to go on."""
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    constructor = [name for name in checkpoint if "hyper_parameters" in name or "hparams" in name]
+    return {name: value for name, value in checkpoint.items() if name not in constructor}
+
+
 def share_log_folders(trainer: pl.Trainer, broadcast: Callable[[Any], Any]) -> None:
     """Let every rank's loggers know rank 0's folder: one of them may have to go on in it."""
     for logger in trainer.loggers:
@@ -67,27 +102,29 @@ def share_log_folders(trainer: pl.Trainer, broadcast: Callable[[Any], Any]) -> N
             logger._version = broadcast(logger.version if trainer.is_global_zero else None)
 
 
-def deal_anew(trainer: pl.Trainer, members: Callable[[], Any]) -> None:
+def deal_anew(trainer: pl.Trainer, members: Callable[[], Any], dealt_among: Callable[[], Any]) -> None:
     """Make the loaders of training and validation anew, by their data sets, wherever others take part than before.
 
     Args:
         trainer: in ``fit``.
-        members: meets, and returns who takes part; called before every epoch and validation but the first.
+        members: meets, and returns who takes part; called before every epoch and validation.
+        dealt_among: returns among whom data is dealt that is loaded now.
     """
     for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop):
-        _deal_anew_in(loop, members)
+        _deal_anew_in(loop, members, dealt_among)
 
 
-def _deal_anew_in(loop: Any, members: Callable[[], Any]) -> None:
+def _deal_anew_in(loop: Any, members: Callable[[], Any], dealt_among: Callable[[], Any]) -> None:
     set_up = loop.setup_data
-    dealt_among: list[Any] = []
+    dealt: list[Any] = []
 
     def setup_data() -> None:
-        if loop._combined_loader is not None:
-            present = members()
-            if dealt_among and dealt_among != [present]:
-                loop._combined_loader = None
-            dealt_among[:] = [present]
+        present = members()  # whether or not there is a loader here: one that has joined has none yet
+        if dealt and dealt != [present]:
+            loop._combined_loader = None
+        before = loop._combined_loader
         set_up()
+        if loop._combined_loader is not before:
+            dealt[:] = [dealt_among()]
 
     put(loop, "setup_data", setup_data)

@@ -35,6 +35,8 @@ class LocalSGDStrategy(AllReducedStrategy):
             least, and goes on as long as so many are left. A round in which one is lost is applied by all others or by
             none, and the next one is theirs. It needs gloo, and the run's store in a process of its own, which our
             launchers start.
+        restarts: how often this strategy's launchers start the process of each rank again that was lost, with
+            ``min_replicas``; it joins with the state of one that trains (as does one that is started by hand).
         lost_after: with ``min_replicas``: a rank that gives no sign of life for so long is lost; more than 2 s.
         nonfinite: what becomes of a replica with NaN or infinite parameters, which never get into a mean: ``"heal"``:
             it goes back to the round's common start, and its optimizers begin anew; ``"error"``: its rank ends. None is
@@ -59,6 +61,7 @@ class LocalSGDStrategy(AllReducedStrategy):
         evaluate: Evaluate = "consensus",
         timeout: timedelta = TIMEOUT,
         min_replicas: int | None = None,
+        restarts: int = 0,
         lost_after: timedelta = LOST_AFTER,
         nonfinite: NonFinite | None = None,
         accelerator: Accelerator | None = None,
@@ -78,6 +81,7 @@ class LocalSGDStrategy(AllReducedStrategy):
             evaluate=evaluate,
             timeout=timeout,
             min_replicas=min_replicas,
+            restarts=restarts,
             lost_after=lost_after,
             nonfinite=nonfinite,
             accelerator=accelerator,

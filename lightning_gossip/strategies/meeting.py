@@ -68,6 +68,7 @@ class MeetingStrategy(DDPStrategy):
     _control: Control | None = None
     _acts: Mapping[str, Callable[[], None]] = {}  # what a rank may call for, by reason of the meeting for it
     _failed = False
+    _serving = False  # this rank's own state is taken, between two steps of others
     _gathering: tuple[Metric, ...] = ()
     _saved_for_requeue = False  # in this call of the Trainer, or is about to
     _requeued = False
@@ -77,6 +78,9 @@ class MeetingStrategy(DDPStrategy):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {lightning_family.for_whom()}>"  # what a Trainer of the other family shows
+
+    restarts: int = 0
+    """How often this package's launchers start each rank's process again that the run has lost."""
 
     @property
     def survives(self) -> bool:
@@ -124,11 +128,13 @@ class MeetingStrategy(DDPStrategy):
                 report=self._report_child,
                 timeout=self.timeout_seconds,
                 survives=self.survives,
+                restarts=self.restarts,
             )
         else:
             launcher = ReplicaMultiProcessingLauncher(self, start_method=self._start_method)
             launcher.grace = grace_of(self.timeout_seconds)
             launcher.survives = self.survives
+            launcher.restarts = self.restarts
             self._launcher = launcher
 
     def _report_child(self, rank: int, how: str) -> bool:
@@ -204,7 +210,7 @@ class MeetingStrategy(DDPStrategy):
     @property
     def _alone(self) -> bool:
         """Whether this rank must not wait for others: it is ending on an exception, which they may not know yet."""
-        return self._failed or (self._trainer is not None and self._trainer.interrupted)
+        return self._failed or self._serving or (self._trainer is not None and self._trainer.interrupted)
 
     def _meet(self, reason: str) -> None:
         """Wait for all ranks, at the same point of the program."""

@@ -15,10 +15,11 @@ from typing_extensions import override
 
 from lightning_gossip.control.stop import RunStopped
 from lightning_gossip.exchange.consensus import average_state
-from lightning_gossip.exchange.models import averaged_buffers
+from lightning_gossip.exchange.models import averaged_buffers, manifest
 from lightning_gossip.strategies import checkpoint as files
-from lightning_gossip.strategies import lightning_compat
+from lightning_gossip.strategies import lightning_compat, lightning_members
 from lightning_gossip.strategies.consensus import ConsensusStrategy, Evaluate
+from lightning_gossip.strategies.joining import identity_of
 from lightning_gossip.strategies.lightning_names import _PATH, CheckpointIO, pl, rank_zero_warn
 from lightning_gossip.strategies.saved_state import CURRENT_STATE, Dumped
 
@@ -53,6 +54,10 @@ class CheckpointedStrategy(ConsensusStrategy):
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`training_state` returned."""
 
+    def training_state_to_join(self) -> dict[str, Any]:
+        """Return what one that joins begins with, as :meth:`load_training_state` takes it."""
+        return self.training_state()
+
     def continue_from(self, step: int) -> None:
         """Set the exchange clock, where a training goes on from a consensus model."""
 
@@ -75,6 +80,9 @@ class CheckpointedStrategy(ConsensusStrategy):
         resume = self._resume
         if resume is not None and "state" in resume:
             self.load_training_state(resume["state"])
+            if "rng" not in resume:  # another rank's: this one draws its own numbers
+                lightning_compat.before_iterating(trainer, lambda: None)
+                return
             lightning_compat.before_iterating(trainer, lambda: files.restore_rng_state(resume["rng"]))
         elif resume is not None:
             self.continue_from(resume["step"])
@@ -104,6 +112,30 @@ class CheckpointedStrategy(ConsensusStrategy):
     def teardown(self) -> None:
         self._dumped = {}
         super().teardown()
+
+    # -- joining --------------------------------------------------------------------------------------------------
+
+    @override
+    def identity(self) -> dict[str, Any]:
+        return identity_of(type(self).__name__, self.hyperparameters, manifest(self._module))
+
+    @override
+    def state_to_join(self) -> dict[str, Any]:
+        checkpoint = lightning_members.dumped(self._module.trainer)
+        self._dumped = {}
+        return {"checkpoint": checkpoint, "training": self.training_state_to_join(), "saved": dict(self._saved)}
+
+    @override
+    def take_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        self._saved = dict(state["saved"])
+        self._resume = {"state": state["training"]}
+        checkpoint: dict[str, Any] = state["checkpoint"]
+        return checkpoint
+
+    @override
+    def _what_is_left(self) -> str:
+        saved = next(reversed(self._saved), None)
+        return f"the last checkpoint is {saved}" if saved else super()._what_is_left()
 
     # -- saving ---------------------------------------------------------------------------------------------------
 

@@ -104,18 +104,20 @@ class DefaultGroup:
         self._store: MeetingStore | None = None
         self.members: tuple[int, ...] = ()
         """Whose group it is; those that have met last."""
+        self._incarnations: tuple[int, ...] = ()
 
     def fits(self, meeting: Meeting) -> bool:
         """Whether this is a group of those that have met, and none of them has given it up."""
-        return self._sound and self.members == meeting.members
+        there = (self.members, self._incarnations)
+        return self._sound and there == (meeting.members, meeting.incarnations)
 
-    def follow(self, meeting: Meeting, store: Store, is_lost: Callable[[int], bool], timeout: timedelta) -> None:
+    def follow(self, meeting: Meeting, store: Store, has_lost: Callable[[], bool], timeout: timedelta) -> None:
         """Make the group anew, unless it fits; a collective of those that have met.
 
         Args:
             meeting: of its members; its number is used once with ``store``.
             store: of the run, on a connection that nobody blocks.
-            is_lost: whether a member is lost.
+            has_lost: whether one of those that have met is lost.
             timeout: of waits in the group.
 
         Raises:
@@ -123,16 +125,30 @@ class DefaultGroup:
         """
         if self.fits(meeting):
             return
+        self._make(str(meeting.number), meeting.members, meeting.incarnations, store, has_lost, timeout)
+
+    def be_alone(self, name: str, store: Store, timeout: timedelta) -> None:
+        """Make a group of this process, of that ``name``, which is used once with ``store``."""
+        self._make(name, (self._rank,), (-1,), store, lambda: False, timeout)
+
+    def _make(
+        self,
+        name: str,
+        members: tuple[int, ...],
+        incarnations: tuple[int, ...],
+        store: Store,
+        has_lost: Callable[[], bool],
+        timeout: timedelta,
+    ) -> None:
         self.destroy()
-        patient = MeetingStore(store, lambda: any(map(is_lost, meeting.members)), timeout)
+        patient = MeetingStore(store, has_lost, timeout)
         self._store = patient  # torch keeps what is beneath it, and not this object: new groups ask it for their keys
-        index = meeting.members.index(self._rank)
-        self.members = meeting.members
+        self.members, self._incarnations = members, incarnations
         dist.init_process_group(
             "gloo",
-            store=PrefixStore(f"group/{meeting.number}", patient),
-            rank=index,
-            world_size=len(meeting.members),
+            store=PrefixStore(f"group/{name}", patient),
+            rank=members.index(self._rank),
+            world_size=len(members),
             timeout=_CONNECT,
         )
         dist.set_timeout(timeout)

@@ -112,7 +112,7 @@ class Transport(ABC):
         """Return what a rank that takes this one's state has to know to meet the others on their ways."""
         return {}
 
-    def take_place(self, position: Mapping[str, int]) -> None:
+    def take_place(self, position: Mapping[str, int]) -> None:  # noqa: B027 - a choice, not a duty
         """Meet the others where the rank does whose :meth:`position` this was; before anything was posted."""
 
     @abstractmethod

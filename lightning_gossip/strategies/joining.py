@@ -1,0 +1,174 @@
+"""A process that joins a training under Lightning: a resume whose file comes over a link (design §10).
+
+Up to its first step a joiner is alone: the others train, and meet for nothing of what a beginning takes. So its
+collectives go to a group of its own; what the others agreed on when they began, it reads in the run's store.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.distributed import Store
+from torch.utils._pytree import tree_map_only
+
+from lightning_gossip.control.member_control import MemberControl
+from lightning_gossip.control.run import LOOK
+from lightning_gossip.strategies.lightning_names import MisconfigurationException
+from lightning_gossip.transport import handover
+from lightning_gossip.transport.link import Link
+
+_KEY = "beginning"
+_OF_A_PROCESS = ("timeout", "lost_after", "restarts", "start_method", "min_replicas")
+"""Arguments in which a process may differ from those of the beginning."""
+
+
+@dataclass
+class Beginning:
+    """What ranks agreed on when they began, for those that come later.
+
+    Attributes:
+        broadcasts: what each broadcast gave, in their order.
+        gathered: what was last gathered for each reason.
+        identity: by name, what has to be alike: the strategy, its arguments, the model's tensors.
+    """
+
+    broadcasts: list[Any] = field(default_factory=list)
+    gathered: dict[str, list[Any]] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
+
+    def publish(self, store: Store) -> None:
+        """Let those that come later read it."""
+        store.set(_KEY, pickle.dumps(self).decode("latin-1"))
+
+    @classmethod
+    def read(cls, store: Store) -> Beginning | None:
+        """Return what was published, if it was."""
+        if not store.check([_KEY]):
+            return None
+        found: Beginning = pickle.loads(store.get(_KEY).decode().encode("latin-1"))
+        return found
+
+
+class Joiner:
+    """What a process does between its coming to a seat and its first step.
+
+    Args:
+        control: of this rank; has its seat.
+        store: of the run, on a connection that nobody blocks.
+    """
+
+    def __init__(self, control: MemberControl, store: Store) -> None:
+        self.control = control
+        self._store = store
+        self._beginning: Beginning | None = None
+        self._broadcasts = 0
+        self.donor = -1
+        self.dealt: tuple[int, ...] = ()
+        """Among whom the donor's data is dealt."""
+
+    @property
+    def beginning(self) -> Beginning:
+        """What the others agreed on when they began.
+
+        Raises:
+            RunStopped, RunOver: where they end before they have.
+        """
+        while self._beginning is None:
+            self._beginning = Beginning.read(self._store)
+            if self._beginning is None:
+                self.control.check_over()
+                self.control.check()
+                self.control.rest(LOOK / 4)
+        return self._beginning
+
+    def broadcast(self, own: Any) -> Any:
+        """Return what the others' next broadcast gave; ``own``, where they had no more."""
+        given = self.beginning.broadcasts
+        self._broadcasts += 1
+        return given[self._broadcasts - 1] if self._broadcasts <= len(given) else own
+
+    def gather(self, own: Any, reason: str) -> list[Any]:
+        """Return what the others gathered for ``reason``, and this rank's own."""
+        return [*self.beginning.gathered.get(reason, ()), own]
+
+    def check_identity(self, own: Mapping[str, Any]) -> None:
+        """Raise ``MisconfigurationException`` if this process would train something else than the others do."""
+        theirs = self.beginning.identity
+        differing = [
+            f"{name} is {own.get(name, 'missing')!s} here but {theirs.get(name, 'missing')!s} there"
+            for name in [*theirs, *(name for name in own if name not in theirs)]
+            if own.get(name) != theirs.get(name)
+        ]
+        if differing:
+            raise MisconfigurationException(
+                f"rank {self.control.rank} can not join: it differs from those that train. {'; '.join(differing[:5])}"
+            )
+
+    def state(self) -> dict[str, Any] | None:
+        """Ask for a donor, and return its state; None where it was lost, or what came was not whole.
+
+        Raises:
+            RunStopped: if the run ends.
+            RunOver: if its training is over.
+        """
+        self.control.ask()
+        self.donor = self.control.await_donor()
+        link = handover.guests_link(
+            self._store, self.donor, self.control.rank, self.control.incarnation, self.control.timeout
+        )
+        try:
+            future = handover.fetch(link)
+            while not future.done():
+                self.control.check()
+                if self.control.is_lost(self.donor) or self.control.declared is not None:
+                    return None
+                self.control.rest(0.002)
+            if isinstance(future.exception(), (pickle.UnpicklingError, AttributeError)):
+                raise MisconfigurationException(
+                    "a checkpoint of this training holds objects that do not travel: a joiner takes tensors, numbers,"
+                    f" strings and containers of them only, as `torch.load(weights_only=True)`: {future.exception()}"
+                )
+            return None if future.exception() is not None else future.result()
+        finally:
+            link.close()
+
+
+class Donor:
+    """What a member does for one that it takes in: a copy between two steps, and the rest beside training.
+
+    Args:
+        control: of this rank.
+        store: of the run, on a connection that nobody blocks.
+    """
+
+    def __init__(self, control: MemberControl, store: Store) -> None:
+        self._control = control
+        self._store = store
+        self._links: list[Link] = []
+
+    def serve(self, guest: tuple[int, int], step: int, state: dict[str, Any]) -> None:
+        """Send ``state`` to seat and incarnation ``guest``, as it is now."""
+        copied = tree_map_only(Tensor, _on_host, state)
+        link = handover.donors_link(self._store, self._control.rank, *guest, self._control.timeout)
+        self._links.append(link)
+        handover.serve(link, step, lambda: copied).add_done_callback(lambda _: copied.clear())
+
+    def close(self) -> None:
+        """Give up what is under way."""
+        for link in self._links:
+            link.close()
+        self._links.clear()
+
+
+def identity_of(strategy: str, arguments: Mapping[str, Any], tensors: Mapping[str, str]) -> dict[str, Any]:
+    """Return by name what two processes of one training have in common."""
+    arguments = {f"argument `{name}`": v for name, v in arguments.items() if name not in _OF_A_PROCESS}
+    return {"the strategy": strategy, **arguments, **tensors}
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
