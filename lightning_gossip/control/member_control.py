@@ -464,9 +464,9 @@ class MemberControl(Control):
         present = self._log.present
         if change.ends and (change.seat, change.incarnation) == (self.rank, self.incarnation):
             self.declared = change
-            if change.kind == LOST and self.stopped is None:
+            if (change.kind == LOST or change.by != self.rank) and self.stopped is None:
                 cause = f"this rank was declared lost by rank {change.by} ({change.cause}), and the others went on"
-                self.stopped = Stop("error", -1, self._clock(), f"rank {self.rank} ends: {cause}")
+                self.stopped = Stop("lost", -1, self._clock(), f"rank {self.rank} ends: {cause}")
         elif self.rank == next(iter(present), -1) and change.kind != JOINING:
             log.warning("%s; %d of %d go on", change, len(present), self.world_size)
         if len(present) < self._survival.min_replicas and self.stopped is None and not self._joins:

@@ -11,7 +11,8 @@ class Stop:
     """Why a run ends before its time.
 
     Attributes:
-        kind: ``"error"``, ``"SIGTERM"`` or ``"SIGINT"``.
+        kind: ``"error"``, ``"SIGTERM"`` or ``"SIGINT"``; ``"lost"`` where this rank alone ends, as the others have
+            declared it lost and go on: it may join them anew.
         rank: that wrote it, -1 where nobody could (the store is gone).
         step: of that rank's exchange clock.
         cause: in words.
@@ -36,8 +37,14 @@ class RunStopped(RuntimeError):
         self.stop = stop
 
 
+class SeatLost(RunStopped):
+    """The others have declared this rank lost, and go on without it."""
+
+
 def raise_stop(stop: Stop) -> NoReturn:
     """Raise what the stop looks like in a plain program: as this process' own error or signal would."""
+    if stop.kind == "lost":
+        raise SeatLost(stop)
     if stop.kind == "SIGINT":
         raise KeyboardInterrupt(str(stop))
     if stop.kind == "SIGTERM":

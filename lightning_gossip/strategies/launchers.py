@@ -27,8 +27,9 @@ from typing_extensions import override
 
 from lightning_gossip.control import store as run_store
 from lightning_gossip.control.interpreter import path_in_environment
+from lightning_gossip.control.stop import SeatLost
 from lightning_gossip.strategies import lightning_family
-from lightning_gossip.strategies.lightning_compat import SIGKILL
+from lightning_gossip.strategies.lightning_compat import SIGKILL, is_fitting
 from lightning_gossip.strategies.lightning_members import global_states, outlive_parent, refuse_bad_start
 from lightning_gossip.strategies.lightning_names import (
     ClusterEnvironment,
@@ -106,7 +107,7 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
         self.procs = _started
         _running.append(self)
         try:
-            return function(*args, **kwargs)
+            return until_it_stays(function, trainer, *args, **kwargs)
         finally:
             _running.remove(self)
 
@@ -252,7 +253,7 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
 
         def run(*args: Any, **kwargs: Any) -> Any:
             try:
-                returned.append(function(*args, **kwargs))
+                returned.append(until_it_stays(function, trainer, *args, **kwargs))
             except BaseException as error:
                 if self.survives:  # Lightning calls this where one process is the launching one, and a rank
                     self._strategy.on_exception(error)
@@ -276,6 +277,17 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
         super()._recover_results_in_main_process(worker_output, trainer)
         if worker_output.weights_path is not None:
             os.rmdir(os.path.dirname(worker_output.weights_path))  # Lightning leaves the folder that it made
+
+
+def until_it_stays(function: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a function of the Trainer, and again wherever the others have declared this process lost in a ``fit``."""
+    while True:
+        try:
+            return function(*args, **kwargs)
+        except SeatLost as lost:
+            if not is_fitting(trainer):
+                raise
+            trainer.strategy.leave_to_come_again(lost, trainer)
 
 
 class _Observer(threading.Thread):

@@ -77,6 +77,12 @@ def resume_from(trainer: pl.Trainer, load: Callable[[], dict[str, Any]]) -> None
     put(connector, "resume_start", resume_start)
 
 
+def tear_down(trainer: pl.Trainer) -> None:
+    """Release what a call of ``fit`` holds that has not come to its end, for another one of the same Trainer."""
+    trainer._teardown()
+    trainer.training = True
+
+
 def is_between_steps(trainer: pl.Trainer) -> bool:
     """Whether a rank can go on from the state in which this one is at the end of a batch, in the same epoch."""
     loop = trainer.fit_loop

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_gossip.control.meeting import Meeting
 from lightning_gossip.control.run import Control
-from lightning_gossip.control.stop import RunStopped, Stop
+from lightning_gossip.control.stop import RunStopped, SeatLost, Stop
 from lightning_gossip.exchange.models import gathered
 from lightning_gossip.strategies import lightning_compat, lightning_family
 from lightning_gossip.strategies.launchers import (
@@ -376,4 +376,6 @@ def _raise_stop(stop: Stop) -> NoReturn:
         raise SIGTERMException
     if stop.kind == "SIGINT":
         raise KeyboardInterrupt(str(stop))
+    if stop.kind == "lost":
+        raise SeatLost(stop)
     raise RunStopped(stop)

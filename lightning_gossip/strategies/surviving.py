@@ -19,12 +19,13 @@ from lightning_gossip.control.meeting import Meeting
 from lightning_gossip.control.member_control import LOST_AFTER, MemberControl, RunOver, Survival
 from lightning_gossip.control.members import Change
 from lightning_gossip.control.run import HEARTBEAT
+from lightning_gossip.control.stop import SeatLost
 from lightning_gossip.control.together import together
 from lightning_gossip.exchange.stats import NONFINITE, NonFinite
 from lightning_gossip.strategies import lightning_members
 from lightning_gossip.strategies.joining import Beginning, Donor, Joiner
 from lightning_gossip.strategies.launchers import ReplicaSubprocessLauncher
-from lightning_gossip.strategies.lightning_names import MisconfigurationException
+from lightning_gossip.strategies.lightning_names import MisconfigurationException, pl
 from lightning_gossip.strategies.meeting import START_TIMEOUT, TIMEOUT, MeetingStrategy
 from lightning_gossip.transport.group import DefaultGroup
 
@@ -84,6 +85,7 @@ class SurvivingStrategy(MeetingStrategy):
         self._donor: Donor | None = None
         self._beginning = Beginning()  # what was agreed on, up to the first step
         self._has_begun = False  # whether this rank has begun its first step
+        self._comes_again = False  # whether this process was in this call of the Trainer before, and was lost
         super().__init__(process_group_backend=process_group_backend, **launch)
 
     # -- who is there ---------------------------------------------------------------------------------------------
@@ -147,7 +149,9 @@ class SurvivingStrategy(MeetingStrategy):
         environment = self.cluster_environment
         if environment is None:
             raise MisconfigurationException(f"{type(self).__name__} has no cluster environment to find the others in")
-        self._reach_store(run_store.reach(environment.main_address, environment.main_port))
+        if not self._comes_again:
+            self._reach_store(run_store.reach(environment.main_address, environment.main_port))
+        self._comes_again = False
         self._has_begun, self._beginning = False, Beginning()
         self._group_store = self._connect()
         control = self._take_seat()
@@ -226,6 +230,13 @@ class SurvivingStrategy(MeetingStrategy):
         joiner.dealt = tuple(state["dealt"])
         joiner.beginning.gathered.update(state["gathered"])
         return self.take_state(state)
+
+    def leave_to_come_again(self, lost: SeatLost, trainer: pl.Trainer) -> None:
+        """Give up all that this process has in a ``fit``, in which the others have declared it lost."""
+        log.warning("%s; it joins them anew", lost)
+        self.on_exception(lost)
+        lightning_members.tear_down(trainer)
+        self._comes_again = True
 
     def _begin_first_step(self) -> None:
         """Do once what comes before the first step: become whole, or tell those that come later how all began."""
@@ -334,7 +345,7 @@ class SurvivingStrategy(MeetingStrategy):
     @property
     def _launches(self) -> bool:
         """Whether this process has started the others of its host."""
-        return bool(getattr(self._launcher, "procs", ()))
+        return isinstance(self._launcher, ReplicaSubprocessLauncher) and bool(self._launcher.procs)
 
     @property
     def has_left(self) -> bool:

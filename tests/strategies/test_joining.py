@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from forked import Linear, regression
-from lightning.pytorch.callbacks import Callback
-from test_surviving import Fault, run, surviving
+from curves import scalars
+from forked import Linear, Recorder, fit, regression
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from test_surviving import Fault, History, run, stop_for, surviving
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+from lightning_gossip import ElasticGossipStrategy, GossipMonitor, GossipStrategy, RankTensorBoardLogger
+from lightning_gossip.monitoring import run_folder
+from lightning_gossip.transport import handover
 
 pytestmark = pytest.mark.faults
 
@@ -32,34 +39,222 @@ class OnceOnly(Fault):
     """A fault that hits the first process of a rank only."""
 
     def _hook(self, trainer: pl.Trainer, *arguments: Any) -> None:
-        control: Any = trainer.strategy.control  # type: ignore[attr-defined]
-        if control.incarnation == 0:
+        strategy: Any = trainer.strategy
+        if strategy.control.incarnation == 0:
             super()._hook(trainer, *arguments)
 
 
+class Rich(pl.LightningModule):
+    """BatchNorm, AdamW, and a schedule by steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)).double()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = nn.functional.mse_loss(self.layers(x).squeeze(1), y)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", nn.functional.mse_loss(self.layers(x).squeeze(1), y), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.02)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=40, gamma=0.5)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def snapshot(trainer: pl.Trainer) -> dict[str, Any]:
+    """All of a rank's state that training changes."""
+    loop = trainer.fit_loop
+    return {
+        "module": {name: value.clone() for name, value in trainer.lightning_module.state_dict().items()},
+        "optimizers": [_cloned(optimizer.state_dict()) for optimizer in trainer.optimizers],
+        "schedulers": [dict(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
+        "steps": (
+            trainer.global_step,
+            loop.epoch_progress.current.processed,
+            loop.epoch_loop.batch_progress.total.ready,
+        ),
+    }
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _cloned(item) for key, item in value.items()}
+    return [_cloned(item) for item in value] if isinstance(value, list) else value
+
+
+class Snapshots(History):
+    """Records what a donor gave, and with what a joiner begins."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.seen |= {"given": None, "began": None, "seconds": None}
+        self.born = time.monotonic()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        if strategy.control.incarnation:
+            self.seen["began"] = snapshot(trainer)
+            self.seen["donor"] = strategy._joiner.donor
+            return
+        served = strategy._donor.serve
+
+        def serve(guest: Any, step: int, state: Any) -> None:
+            self.seen["given"] = snapshot(trainer)
+            served(guest, step, state)
+
+        strategy._donor.serve = serve
+
+
+CASES: dict[str, Any] = {
+    "elastic": lambda **o: ElasticGossipStrategy(**o),
+    "elastic, delayed": lambda **o: ElasticGossipStrategy(period=3, delay=2, **o),
+    "elastic, outer step": lambda **o: ElasticGossipStrategy(period=2, outer_lr=0.7, outer_momentum=0.9, **o),
+    "pull over links": lambda **o: GossipStrategy("pull", shared_memory=False, **o),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("rank", [2, 0])
-def test_a_rank_that_is_killed_comes_back(tmp_path: Path, rank: int, caplog: pytest.LogCaptureFixture) -> None:
-    fault = OnceOnly(rank, hook="on_train_batch_end", batch=2)
+def test_a_rank_that_is_killed_comes_back_as_its_donor_is(
+    tmp_path: Path, rank: int, case: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rank == 0 and case not in ("elastic", "elastic, delayed"):
+        pytest.skip("rank 0 comes back as any other; two cases are enough")
+    monkeypatch.setattr(run_folder, "_handed_on", {})
+    options = {"start_method": "fork", "timeout": timedelta(seconds=60), "min_replicas": 1, "restarts": 1}
+    strategy = CASES[case](lost_after=timedelta(seconds=20), **options)
+    saver = ModelCheckpoint(dirpath=tmp_path / "saved", save_last=True, every_n_epochs=1)
+    with caplog.at_level(logging.WARNING):
+        seen = fit(
+            tmp_path,
+            Rich(),
+            strategy,
+            devices=4,
+            train=DataLoader(regression(480), 4),
+            val=DataLoader(regression(), 4),
+            max_epochs=4,
+            enable_checkpointing=True,
+            log_every_n_steps=1,
+            logger=RankTensorBoardLogger(tmp_path, name="run"),
+            callbacks=[Pace(), OnceOnly(rank, hook="on_train_batch_end", batch=2), GossipMonitor(1), saver],
+            recorder=Snapshots(tmp_path),
+        )
+    joiner = seen[rank]
+    donor = seen[joiner["donor"]]
+    assert donor["given"] is not None
+    assert joiner["donor"] == (1 if rank == 0 else 0)
+    torch.testing.assert_close(joiner["began"], donor["given"], rtol=0, atol=0)
+    for other in seen:
+        torch.testing.assert_close(other["state"], seen[0]["state"], rtol=0, atol=0)
+        assert set(other["members"][-1]) == {0, 1, 2, 3}
+        assert other["zero"][-1] == (other is donor), "duties stay with who has them"
+        assert other["losses"][-1] == seen[0]["losses"][-1]
+    assert f"rank {rank} joined at step" in "".join(donor["changes"])
+    curve = scalars(tmp_path / "run" / "version_0" / f"rank_{rank}", "train_loss")
+    steps = [step for step, _ in curve]
+    assert steps == sorted(steps), "one curve goes on"
+    lost = [value for _, value in scalars(tmp_path / "run" / "version_0" / f"rank_{joiner['donor']}", "gossip/members")]
+    assert (min(lost), lost[-1]) == (3, 4)
+    if case == "elastic":
+        caplog.clear()
+        again = fit(
+            tmp_path,
+            Rich(),
+            CASES[case](lost_after=timedelta(seconds=20), **options),
+            devices=4,
+            train=DataLoader(regression(480), 4),
+            max_epochs=5,
+            ckpt_path=tmp_path / "saved" / "last.ckpt",
+            recorder=Recorder(tmp_path),
+        )
+        assert "not from their replicas" not in caplog.text, "it resumes on four"
+        assert {other["step"] for other in again} == {again[0]["step"]}
+        assert again[0]["step"] >= joiner["step"] + 30
+
+
+def test_who_was_declared_lost_joins_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fault = OnceOnly(2, hook="on_train_batch_end", batch=2, act=stop_for(6))
+    with caplog.at_level(logging.WARNING):
+        seen = run(
+            tmp_path,
+            Pace(0.1),
+            fault,
+            lost=(),
+            strategy=surviving(lost_after=3),
+            train=DataLoader(regression(960), 4),
+            max_epochs=3,
+        )
+    assert len(seen) == 4
+    for other in seen:
+        torch.testing.assert_close(other["state"], seen[0]["state"], rtol=0, atol=0)
+    assert set(seen[0]["members"][-1]) == {0, 1, 2, 3}
+    changes = seen[0]["changes"]
+    assert [change.split(" at ")[0] for change in changes] == ["rank 2 lost", "rank 2 joining", "rank 2 joined"]
+
+
+def test_a_torn_state_is_asked_for_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, sent = handover._packed, tmp_path / "sent"
+
+    def tearing(state: Any) -> Tensor:
+        payload = packed(state)
+        if not sent.exists():
+            sent.touch()
+            monkeypatch.setattr(handover, "_checksum", lambda _: 7)
+        else:
+            monkeypatch.undo()
+        return payload
+
+    monkeypatch.setattr(handover, "_packed", tearing)
+    with caplog.at_level(logging.WARNING):
+        seen = run(
+            tmp_path,
+            Pace(),
+            OnceOnly(2, hook="on_train_batch_end", batch=2),
+            lost=(),
+            strategy=surviving(restarts=1),
+            train=DataLoader(regression(480), 4),
+        )
+    changes = [change.split(" at ")[0] for change in seen[0]["changes"]]
+    assert changes == ["rank 2 lost", "rank 2 joining", "rank 2 left", "rank 2 joining", "rank 2 joined"]
+
+
+class Wider(Linear):
+    """Another model in a process that comes back."""
+
+    def setup(self, stage: str) -> None:
+        strategy: Any = self.trainer.strategy
+        if strategy.control.incarnation:
+            self.more = nn.Linear(3, 2)
+
+
+def test_who_would_train_another_model_is_told_and_ends_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fault = OnceOnly(2, hook="on_train_batch_end", batch=2)
     with caplog.at_level(logging.WARNING):
         seen = run(
             tmp_path,
             Pace(),
             fault,
-            lost=(),
+            lost=(2,),
             strategy=surviving(restarts=1),
-            train=DataLoader(regression(480), 4),
-            max_epochs=4,
+            module=Wider(),
+            train=DataLoader(regression(240), 4),
         )
-    assert len(seen) == 4
-    for other in seen:
-        torch.testing.assert_close(other["state"], seen[0]["state"], rtol=0, atol=0)
-        assert set(other["members"][-1]) == {0, 1, 2, 3}
-    assert f"rank {rank} joined at step" in "".join(seen[1 if rank == 0 else 0]["changes"])
+    assert [set(other["members"][-1]) for other in seen] == [{0, 1, 3}] * 3
+    assert "rank 2 can not join: it differs from those that train. parameter 'more.weight' is" in caplog.text
 
 
 def test_bad_restarts_are_named() -> None:
     with pytest.raises(ValueError, match="`restarts` must be an integer of at least 0, got -1"):
         surviving(restarts=-1)
     with pytest.raises(ValueError, match="`restarts` must be 0 without `min_replicas`, got 2"):
-        type(surviving())(restarts=2)
-    assert Linear
+        ElasticGossipStrategy(restarts=2)

@@ -246,13 +246,14 @@ def test_a_pause_is_no_death(tmp_path: Path) -> None:
 
 
 def test_who_is_silent_for_too_long_is_lost_and_finds_itself_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """When it wakes up the others have come to the end: it is told so (one that can still join: test_joining)."""
     fault = Fault(2, hook="on_train_batch_end", batch=2, act=stop_for(12))
     survivors = run(tmp_path, fault, lost=(2,), strategy=surviving(lost_after=3))
     check(survivors, (0, 1, 3))
-    assert "rank 2 ends: this rank was declared lost by rank " in caplog.text
-    assert "(no sign of life for 3 s), and the others went on" in caplog.text
+    assert "(no sign of life for 3 s)" in survivors[0]["changes"][0]
+    assert "rank 2: the training is over; no checkpoint was saved" in capfd.readouterr().err
 
 
 class Diverging(Linear):

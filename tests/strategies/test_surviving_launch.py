@@ -144,6 +144,34 @@ def test_ranks_started_one_by_one_by_a_shell_and_one_never_comes(tmp_path: Path)
     assert "rank 2 lost at step 0 (no process came within 20 s); 3 of 4 go on" in printed[0], printed[0]
 
 
+def test_one_that_a_shell_starts_again_joins_and_a_second_one_is_refused(tmp_path: Path) -> None:
+    """Rank 0 is killed, and started by hand; what is started beside a living one ends, and is told who is there."""
+    port = free_port()
+    store = [sys.executable, "-m", "lightning_gossip", "store", "--port", str(port)]
+    environment = {**LEAN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), VARIABLE: "True"}
+    arguments = ["--timeout", 60, "--min-replicas", 1, "--epochs", 9, "--fault", "slow:0:0", "--devices", 3]
+    command = [sys.executable, str(PROGRAMS / "train.py"), str(tmp_path), *map(str, arguments)]
+
+    def start(rank: int) -> subprocess.Popen[str]:
+        output: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env=environment | {"LOCAL_RANK": str(rank)}, **output)
+
+    with subprocess.Popen(store, stdout=subprocess.DEVNULL) as server:
+        ranks = [start(rank) for rank in range(3)]
+        wait_for(ranks[0], tmp_path / "pid_0")
+        time.sleep(2)
+        ranks[0].kill()
+        ranks.append(start(0))
+        second = start(1)
+        printed = [process.communicate(timeout=150)[0] for process in (*ranks, second)]
+        assert [process.returncode for process in ranks] == [-signal.SIGKILL, 0, 0, 0], printed
+        assert second.returncode == 1
+        assert "rank 1 is there already, as process" in printed[-1]
+        assert server.wait(10) == 0
+    assert "rank 0 joined at step" in printed[1], printed[1]
+    check(Ended(tmp_path, 0, "".join(printed)), (1, 2, 0))
+
+
 SEVERAL_TRAINERS = """
 import sys
 from datetime import timedelta
