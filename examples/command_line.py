@@ -61,6 +61,7 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
         help="go on without ranks that are lost, as long as so many are left; not of local, all-reduce and none. None:"
         " the run ends with the first",
     )
+    add("--restarts", type=int, default=0, metavar="N", help="of each rank that is lost, with --min-replicas: it joins")
     add("--accelerator", default="cpu", help="cpu or cuda")
     add("--process-group-backend", choices=("gloo", "nccl"), help="by default gloo on the CPU, and NCCL on CUDA")
     add = parser.add_argument_group("training").add_argument
@@ -189,6 +190,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--non-iid deals out fixed shares, and --data-shares is {args.data_shares}")
     if args.min_replicas is not None and args.strategy in ("local", "all-reduce", "none"):
         raise ValueError(f"--min-replicas is of replicas that exchange, and --strategy is {args.strategy}")
+    if args.restarts and args.min_replicas is None:
+        raise ValueError(f"--restarts needs --min-replicas, got {args.restarts}: else the first loss ends the run")
     if args.resume and not args.run_id:
         raise ValueError("--resume needs --run-id, the name of the run to continue")
 
@@ -208,7 +211,7 @@ def make_strategy(args: argparse.Namespace) -> Any:
     common |= {"process_group_backend": args.process_group_backend}
     if args.strategy == "none":
         return ElasticGossipStrategy(peers=Nobody(), **common)
-    common |= {"min_replicas": args.min_replicas}
+    common |= {"min_replicas": args.min_replicas, "restarts": args.restarts}
     if args.strategy == "downpour":
         return DownpourStrategy(n_push=args.n_push, n_pull=args.n_pull, shards=args.shards, **common)
     common |= {"period": args.period, "delay": args.delay}

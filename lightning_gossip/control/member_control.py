@@ -124,8 +124,13 @@ class MemberControl(Control):
 
     @property
     def lost(self) -> int:
-        """How many ranks do not take part any more."""
-        return self.world_size - len(self._log.present)
+        """How many members were lost, or left, so far: some may have joined again."""
+        return self.world_size - len(self._log.whole) + self.joined
+
+    @property
+    def joined(self) -> int:
+        """How many processes have joined so far."""
+        return sum(change.kind == JOINED for change in self._log.changes)
 
     @property
     def changes(self) -> tuple[Change, ...]:

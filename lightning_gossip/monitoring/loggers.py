@@ -125,6 +125,8 @@ class RankTensorBoardLogger(TensorBoardLogger):
     def _agree(self) -> None:
         """Tell, or learn, where rank 0 writes: once in each process group, and without a collective."""
         group = run_folder.group_store()
+        if group is None and self._version is None and (folder := run_folder.handed_on(self._ordinal)) is not None:
+            self._adopt(folder)  # this process has joined a run
         if group is None or group.store is self._agreed_in:
             return
         run_folder.publish_host(group)

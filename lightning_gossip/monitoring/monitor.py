@@ -37,8 +37,9 @@ class GossipMonitor(Callback):
     ``gossip/bytes_sent``          bytes of payload sent since the start
     ``gossip/wait_seconds``        seconds a step that training waited, mean since they were logged last
     ``gossip/mix_seconds``         seconds a step that snapshots and mixing took, likewise
-    ``gossip/members``             ranks that take part, and those that were lost so far, with ``min_replicas``: at the
-    ``gossip/lost``                start, whenever they change, and at the end
+    ``gossip/members``             ranks that take part, how often one was lost so far, and how often one joined, with
+    ``gossip/lost``                ``min_replicas``: at the start, whenever they change, and at the end
+    ``gossip/joined``
     ``gossip/partner``             rank in the exchange applied in the logged step, the smallest of several, -1 for none
     =============================  =====================================================================================
 
@@ -65,7 +66,7 @@ class GossipMonitor(Callback):
         self._consensus_built = 0
         self._stats: dict[str, Any] = {}  # by the tags' prefix; they outlive the strategy's connections
         self._totals: Metrics = {}  # as last logged
-        self._lost = -1  # as last logged
+        self._members: Metrics = {}  # as last logged
         self._seconds: Metrics = {}  # summed over the steps since they were logged
         self._steps = 0
         self._warned = False
@@ -89,7 +90,7 @@ class GossipMonitor(Callback):
             self._totals = {}
             self._seconds, self._steps = {}, 0
             self._stats = _stats_of(strategy)
-            self._lost = -1
+            self._members = {}
             self._log(trainer, self._news_of_members(strategy))
             self._arm(strategy, waiting=False)
 
@@ -129,16 +130,23 @@ class GossipMonitor(Callback):
         totals = _read(self._stats | _stats_of(trainer.strategy), _TOTALS)
         if totals != self._totals:
             self._log(trainer, totals)
-        if self._lost >= 0:
-            self._log(trainer, _members(trainer.world_size, self._lost))
+        self._log(trainer, self._members)
         self._stats = {}
 
     def _news_of_members(self, strategy: ReplicaStrategy) -> Metrics:
         """Return who takes part, where that is news."""
-        if not strategy.survives or strategy.lost == self._lost:
+        if not strategy.survives:
             return {}
-        self._lost = strategy.lost
-        return _members(strategy.world_size, self._lost)
+        lost, joined = strategy.lost, strategy.joined
+        members: Metrics = {
+            "gossip/members": strategy.world_size - lost + joined,
+            "gossip/lost": lost,
+            "gossip/joined": joined,
+        }
+        if members == self._members:
+            return {}
+        self._members = members
+        return dict(members)
 
     def _arm(self, strategy: ReplicaStrategy, waiting: bool) -> None:
         """Have the coming step's exchange measured if the step is due, or one that was due had no exchange yet."""
@@ -163,10 +171,6 @@ class GossipMonitor(Callback):
         lightning_compat.show_in_progress_bar(
             trainer, {name: metrics[f"gossip/{name}"] for name in shown if f"gossip/{name}" in metrics}
         )
-
-
-def _members(world_size: int, lost: int) -> Metrics:
-    return {"gossip/members": world_size - lost, "gossip/lost": lost}
 
 
 def _stats_of(strategy: Strategy) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def draw(plot: Plot, runs: Mapping[str, Run], out: Path, *, against: str = "step
         axes.set_xlabel("Updates of each replica" if against == "step" else f"Wall time ({unit_name})")
         if plot.log:
             axes.set_yscale("log")
-        moments = {label: losses(run, against) for label, run in runs.items()}
+        moments = {label: changes(run, against) for label, run in runs.items()}
         for index, label in enumerate(runs):
             style: dict[str, Any] = {
                 "color": COLOURS[index % len(COLOURS)],
@@ -155,8 +155,8 @@ def draw(plot: Plot, runs: Mapping[str, Run], out: Path, *, against: str = "step
             if label in plot.consensus:
                 curve = plot.consensus[label]
                 axes.plot(curve[against] / scale, curve["mean"], color=style["color"], linestyle="--")
-            for moment in moments[label]:
-                axes.axvline(moment / scale, color=style["color"], linestyle=":", linewidth=0.8, zorder=0)
+            for tag, moment in moments[label]:
+                axes.axvline(moment / scale, color=style["color"], linestyle=CHANGES[tag], linewidth=0.8, zorder=0)
         if plot.consensus:
             axes.plot([], [], color="0.35", linestyle="--", label="consensus model")
         if plot.from_zero:
@@ -166,20 +166,26 @@ def draw(plot: Plot, runs: Mapping[str, Run], out: Path, *, against: str = "step
             loc="outside lower center",
             title=plot.note
             + ("mean over ranks (line), min–max (band)" if spread else "")
-            + (f"{'; ' if spread else ''}a rank is lost (dots)" if any(moments.values()) else ""),
+            + ("; " if spread and any(moments.values()) else "")
+            + ("a rank is lost (dots), or joins (dashes and dots)" if any(moments.values()) else ""),
         )
         file = out / f"{plot.name}_vs_{'updates' if against == 'step' else 'time'}.png"
         figure.savefig(file, dpi=DPI)
     return file
 
 
-def losses(run: Run, against: str) -> list[float]:
-    """Return when ranks were lost: steps or seconds at which some rank first logged so many."""
-    curve = run.curve("gossip/lost")
-    if curve is None:
-        return []
-    most = curve["high"].cummax()
-    return [float(moment) for moment in curve[against][most > most.shift(fill_value=0)]]
+CHANGES = {"gossip/lost": ":", "gossip/joined": "-."}
+"""How the moments are drawn at which each of these counts grows."""
+
+
+def changes(run: Run, against: str) -> list[tuple[str, float]]:
+    """Return when ranks were lost or joined: tag, and the step or seconds at which some rank first logged so many."""
+    found = []
+    for tag in CHANGES:
+        if (curve := run.curve(tag)) is not None:
+            most = curve["high"].cummax()
+            found += [(tag, float(moment)) for moment in curve[against][most > most.shift(fill_value=0)]]
+    return found
 
 
 def _draw_curve(axes: Axes, curve: pd.DataFrame, style: Mapping[str, Any], *, log: bool) -> None:

@@ -6,6 +6,7 @@ collectives go to a group of its own; what the others agreed on when they began,
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from lightning_gossip.transport import handover
 from lightning_gossip.transport.link import Link
 
 _KEY = "beginning"
+_HANDED_ON = "LIGHTNING_GOSSIP_"
 _OF_A_PROCESS = ("timeout", "lost_after", "restarts", "start_method", "min_replicas")
 """Arguments in which a process may differ from those of the beginning."""
 
@@ -34,14 +36,17 @@ class Beginning:
         broadcasts: what each broadcast gave, in their order.
         gathered: what was last gathered for each reason.
         identity: by name, what has to be alike: the strategy, its arguments, the model's tensors.
+        environment: variables that this package hands on to processes.
     """
 
     broadcasts: list[Any] = field(default_factory=list)
     gathered: dict[str, list[Any]] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
 
     def publish(self, store: Store) -> None:
         """Let those that come later read it."""
+        self.environment = {name: value for name, value in os.environ.items() if name.startswith(_HANDED_ON)}
         store.set(_KEY, pickle.dumps(self).decode("latin-1"))
 
     @classmethod

@@ -113,6 +113,11 @@ class CheckpointedStrategy(ConsensusStrategy):
         self._dumped = {}
         super().teardown()
 
+    @property
+    @abstractmethod
+    def hyperparameters(self) -> dict[str, Any]:
+        """The strategy's arguments as JSON-able values, defaults filled in, for a run's metadata."""
+
     # -- joining --------------------------------------------------------------------------------------------------
 
     @override

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -112,8 +113,13 @@ class SurvivingStrategy(MeetingStrategy):
         return self.world_size - len(self.members) if control is None else control.lost
 
     @property
+    def joined(self) -> int:
+        """How many processes have joined the run, as far as this rank knows."""
+        return 0 if (control := self._member_control) is None else control.joined
+
+    @property
     def changes(self) -> tuple[Change, ...]:
-        """Which ranks the run has lost, when and how, as far as this rank knows; none outside a call of the Trainer."""
+        """Which ranks were lost or joined, when and how, as far as this rank knows; none outside a Trainer's call."""
         return () if (control := self._member_control) is None else control.changes
 
     @property
@@ -177,6 +183,7 @@ class SurvivingStrategy(MeetingStrategy):
             self._joiner = Joiner(control, self._group_store)
             self._joiner.dealt = self._members = (*control.members, self.global_rank)
             lightning_members.be_no_rank_zero(self.global_rank)
+            os.environ.update(self._joiner.beginning.environment)
             self._group.be_alone(f"of {self.global_rank}.{incarnation}", self._group_store, self._timeout or TIMEOUT)
             if (trainer := self._trainer) is not None:
                 lightning_members.resume_from(trainer, self._state_of_donor)

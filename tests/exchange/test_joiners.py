@@ -33,7 +33,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def of_four(dooms: dict[int, tuple[int, str]], returns: dict[int, list[Any]], **options: Any) -> Returns:
-    options = {"steps": 400, "meetings": (150, 300), "longest": 1.5} | options
+    options = {"steps": 400, "meetings": (150, 300), "longest": 1.5, **options}
     return Returns(4, dooms, ElasticMixing(0.5), lambda: Schedule("matching", seed=3), returns=returns, **options)
 
 

@@ -69,7 +69,7 @@ class Rich(pl.LightningModule):
 
 def snapshot(trainer: pl.Trainer) -> dict[str, Any]:
     """All of a rank's state that training changes."""
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop
     return {
         "module": {name: value.clone() for name, value in trainer.lightning_module.state_dict().items()},
         "optimizers": [_cloned(optimizer.state_dict()) for optimizer in trainer.optimizers],

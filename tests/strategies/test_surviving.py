@@ -315,7 +315,7 @@ def test_loggers_go_on_in_the_same_folders_and_the_moment_is_marked(
         assert [value for _, value in scalars(tmp_path / "ranks" / "version_0" / f"rank_{rank}", "gossip/members")][
             -1
         ] == 3
-    [step] = report_plots.losses(followed, "step")
+    [(_, step)] = report_plots.changes(followed, "step")
     assert 8 <= step < 14, "a report marks it there"
 
 
