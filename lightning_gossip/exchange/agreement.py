@@ -9,11 +9,15 @@ that ask each other. Everything here is one rank's side of it, as plain data and
 word       said by            it means
 =========  =================  =========================================================================================
 ask        the leader         "my snapshot is taken: exchange it with me"
-answer     the asked          "so is mine": both payloads follow, each way. And, where the asked one had asked the
-                              leader at the same time, the number of that ask: it is void
+answer     the asked          "so is mine". And, where the asked one had asked the leader at the same time, the number
+                              of that ask: it is void
 busy       the asked          "I am in another exchange, or at a meeting": the leader may ask somebody else
 crossed    the asked, lower   "I have asked you at the same time: that ask, of the lower rank, counts", or did. With its
                               number: where the leader has said busy to it before it asked, that means busy
+go         the leader         "exchange them": both payloads follow, each way
+void       the leader         "you were long silent, and I have turned to others": nothing was agreed
+go         the leader         "exchange them": both payloads follow, each way
+void       the leader         "you were long silent, and I have turned to others": nothing was agreed
 payload    both               the snapshot
 held       both               "I have yours whole": whoever holds the other's, and hears this, applies the exchange
 =========  =================  =========================================================================================
@@ -24,18 +28,20 @@ held       both               "I have yours whole": whoever holds the other's, a
 state           how it comes to it                   an ask of j
 ==============  ===================================  ==================================================================
 idle            at the beginning; *applied*          answering j; at a meeting: busy
-asking k        its own round, and it is idle        of k: crossed, or if k is lower, answer: trading k. Of another: if
-                                                     that is lower, j waits until k has spoken, else busy
-expecting k     k said crossed                       of k: answer: trading k; else busy
+asking k        its own round, and it is idle        of k: crossed, or if k is lower, answer: answered k. Of another:
+                                                     if that is lower, j waits until k has spoken, else busy
+expecting k     k said crossed                       of k: answer: answered k; else busy
 answering k     k asked: its snapshot is now taken   busy
-trading k       it answered, or heard an answer      busy
+answered k      it has answered                      busy
+trading k       it said go, or heard it              busy
 holding k       k's payload is whole: it says held   busy
 agreed k        k said held                          busy, until it has applied the exchange at the end of its step
 ==============  ===================================  ==================================================================
 
 Where k says busy, the first of those that wait has its exchange with this rank; where k answers, all that wait hear
-busy. Who waits is lower than whom it waits for, so that nobody waits in a circle; and as they wait in helper threads,
-training waits for nothing of all this.
+busy. Where k says nothing for long (it is stopped, or not there yet), this rank *withdraws*, as if k had said busy, and
+says void to what comes in the end. Who waits is lower than whom it waits for, so that nobody waits in a circle; and as
+they wait in helper threads, training waits for nothing of all this.
 
 **Who is gone, and when**, and what its partner does:
 
@@ -43,7 +49,8 @@ training waits for nothing of all this.
 while the partner is        the rank
 ==========================  ===========================================================================================
 asking, expecting,          is idle again (or takes who waits): nothing was agreed, nothing is applied
-answering, trading
+answering, answered,
+trading
 holding                     lost for good: applies, for it has both snapshots, and no one else is left to disagree.
                             Where the link broke between two that live: idle, as the other end is most likely
 agreed                      applies
@@ -73,6 +80,8 @@ class Word(IntEnum):
     CROSSED = 35
     PAYLOAD = 36
     HELD = 37
+    GO = 38
+    VOID = 39
 
 
 class Phase(Enum):
@@ -82,6 +91,7 @@ class Phase(Enum):
     ASKING = "asking"
     EXPECTING = "expecting"
     ANSWERING = "answering"
+    ANSWERED = "answered"
     TRADING = "trading"
     HOLDING = "holding"
     AGREED = "agreed"
@@ -163,6 +173,10 @@ class Side:
         """Answer: the snapshot for which somebody asked is taken."""
         return self._answer(self.partner) if self.phase is Phase.ANSWERING else Step(self)
 
+    def withdraw(self) -> Step:
+        """Wait no more for what the other says to an ask."""
+        return self._turn_to_waiting() if self.phase in (Phase.ASKING, Phase.EXPECTING) else Step(self)
+
     def decline(self) -> Step:
         """Take no snapshot for who asked: this rank is at a meeting."""
         if self.phase is not Phase.ANSWERING:
@@ -209,19 +223,26 @@ class Side:
 
         With it comes the number of the sender's own ask that crossed it; 0 for none.
         """
-        if self.phase is not Phase.ASKING or (self.partner, self.asks) != (sender, asks):
-            return Step(self)
         if word is Word.ANSWER:
-            return self._having_heard(sender, number)._trade(sender, leads=True)
+            side = self._having_heard(sender, number)
+            if self._asks_for(sender, asks):
+                return side._lead(sender)
+            return Step(side, (Say(sender, Word.VOID, self.rank),))
+        if not self._asks_for(sender, asks):
+            return Step(self)
         if word is Word.BUSY or number <= self._heard_of(sender):
             return self._turn_to_waiting()
         expecting = replace(self, phase=Phase.EXPECTING, leads=False, waiting=())
         return Step(expecting, self._busy_to_waiting())
 
     def hear(self, word: Word, sender: int, leader: int) -> Step:
-        """Hear payload or held of ``sender``, on the link of ``leader``, which is this rank or that one."""
+        """Hear another word of ``sender``, on the link of ``leader``, which is this rank or that one."""
         leads = leader == self.rank
         if self.is_with(sender, leads):
+            if word is Word.GO and self.phase is Phase.ANSWERED:
+                return Step(replace(self, phase=Phase.TRADING), (Say(sender, Word.PAYLOAD, leader),))
+            if word is Word.VOID and self.phase is Phase.ANSWERED:
+                return Step(self._idle())
             if word is Word.PAYLOAD and self.phase is Phase.TRADING:
                 return Step(replace(self, phase=Phase.HOLDING), (Say(sender, Word.HELD, leader),))
             if word is Word.HELD and self.phase is Phase.HOLDING:
@@ -246,15 +267,18 @@ class Side:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _answer(self, asker: int, void: int = 0) -> Step:
-        side, says = self._trade(asker, leads=False)
-        return Step(side, (Say(asker, Word.ANSWER, asker, void), *says))
+    def _asks_for(self, partner: int, asks: int) -> bool:
+        return self.phase is Phase.ASKING and (self.partner, self.asks) == (partner, asks)
 
-    def _trade(self, partner: int, leads: bool) -> Step:
-        others = tuple(k for k in self.waiting if k != partner)
-        refused = replace(self, waiting=others)._busy_to_waiting()
-        side = replace(self, phase=Phase.TRADING, partner=partner, leads=leads, waiting=())
-        return Step(side, (Say(partner, Word.PAYLOAD, self.rank if leads else partner), *refused))
+    def _answer(self, asker: int, void: int = 0) -> Step:
+        others = replace(self, waiting=tuple(k for k in self.waiting if k != asker))
+        side = replace(self, phase=Phase.ANSWERED, partner=asker, leads=False, waiting=())
+        return Step(side, (Say(asker, Word.ANSWER, asker, void), *others._busy_to_waiting()))
+
+    def _lead(self, partner: int) -> Step:
+        side = replace(self, phase=Phase.TRADING, waiting=())
+        says = Say(partner, Word.GO, self.rank), Say(partner, Word.PAYLOAD, self.rank)
+        return Step(side, (*says, *self._busy_to_waiting()))
 
     def _heard_of(self, rank: int) -> int:
         return dict(self.heard).get(rank, 0)

@@ -325,8 +325,9 @@ class AsynchronousExchange:
         else:
             buffer.pack(self._standing.tensors)
 
-    def _another(self, step: int, tried: set[int]) -> int:
-        return asking.another(self._schedule, step, self.rank, self._control.members, tried, self.world_size)
+    def _another(self, step: int, tried: set[int], silent: set[int]) -> int:
+        members = self._control.members
+        return asking.another(self._schedule, step, self.rank, members, tried, silent, self.world_size)
 
     @torch.no_grad()
     def _apply(self) -> None:

@@ -24,7 +24,7 @@ class Pulled(Partners):
             return
         link.send(own.header(Word.ANSWER))
         link.flush()
-        if self._fits(visitor, own, header):
+        if self._may_go_on(link) and self._fits(visitor, own, header):
             self._pass(link, own, None, own.step, lambda: None)
 
 
@@ -60,7 +60,7 @@ class Pushed(Partners):
         theirs = Snapshot(standing, self._buffer(("pushed by", visitor), standing.layout))
         link.send(theirs.header(Word.ANSWER))
         link.flush()
-        if not self._fits(visitor, theirs, header):
+        if not (self._may_go_on(link) and self._fits(visitor, theirs, header)):
             return
         self._pass(link, None, theirs.payload, theirs.step, lambda: None)
         with self._still.copying() as may, self._changed:

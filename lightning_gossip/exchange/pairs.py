@@ -21,7 +21,10 @@ class Pairs(Partners):
             return
         link.send(own.header(word, number))
         link.flush()
-        self._trade(link, visitor, own, header, leads=False)
+        goes_on = self._may_go_on(link)
+        self._hear(Word.GO if goes_on else Word.VOID, visitor, visitor)
+        if goes_on:
+            self._trade(link, visitor, own, header, leads=False)
 
     def _decide(self, visitor: int, number: int) -> tuple[Word, Snapshot | None, int]:
         """Return what to say, of which snapshot and with what number, once it is known and that is taken."""
@@ -32,7 +35,7 @@ class Pairs(Partners):
                 answers = self._side.is_with(visitor, leads=False)
                 return (Word.ANSWER if answers else Word.BUSY), self._own, 0
             for say in says:
-                if say.to == visitor and say.word is not Word.PAYLOAD:
+                if say.to == visitor:
                     return say.word, self._own, say.number
         with self._still.copying() as may:
             own = self._copy("own") if may else None

@@ -39,6 +39,10 @@ from lightning_gossip.transport.link import Header, Link, LinkError, SendFailed,
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 2.0
+"""Seconds after which a rank withdraws an ask to which nothing was said: nobody answers more slowly but who is stopped,
+or has not come yet."""
+
 _FOR_EVER = timedelta(days=365)
 
 
@@ -58,7 +62,8 @@ class Partners(ABC):
         store: of the run, on a connection that nobody blocks.
         still: when this rank's parameters stand still.
         standing: returns what does.
-        another: returns whom to ask next, given the step of the round and who was asked in it; -1 for nobody.
+        another: returns whom to ask next, given the step of the round, who was asked in it and who must not be; -1 for
+            nobody.
         sends: whether the leader, and the asked one, send a snapshot.
         life: see :class:`~lightning_gossip.transport.doors.Doors`.
     """
@@ -69,7 +74,7 @@ class Partners(ABC):
         store: Store,
         still: Standstill,
         standing: Callable[[], Standing],
-        another: Callable[[int, set[int]], int],
+        another: Callable[[int, set[int], set[int]], int],
         sends: tuple[bool, bool],
         life: Callable[[int], int] = lambda rank: 0,
     ) -> None:
@@ -84,6 +89,8 @@ class Partners(ABC):
         self._own: Snapshot | None = None  # of the exchange that this rank is in, or asks for
         self._theirs: Received | None = None
         self._tried: set[int] = set()
+        self._silent: set[int] = set()  # ranks that have said nothing to an ask yet, which was withdrawn
+        self._asked_at = 0.0
         self._counts = Counts()
         self._failure: tuple[int, BaseException] | None = None
         self._closing = False
@@ -112,8 +119,8 @@ class Partners(ABC):
             buffer = self._buffer("own", standing.layout)
             write(buffer)
             self._own = Snapshot(standing, buffer)
-            self._tried = {partner}
-            self._begin(partner, self._own)
+            self._tried = set()
+            self._ask_one(partner)
         return True
 
     def take(self) -> Agreed | None:
@@ -134,7 +141,16 @@ class Partners(ABC):
         """Take part in nothing new from now on."""
         with self._changed:
             self._side = self._side.leave().side
-            self._changed.notify_all()
+            self._withdraw()
+
+    def _withdraw(self) -> None:
+        """Wait no more for who was asked and says nothing, with the lock held."""
+        partner = self._side.partner
+        before, self._side = self._side, self._side.withdraw().side
+        if self._side is not before:
+            self._silent.add(partner)
+            self._counts.without_partner += self._side.phase is Phase.IDLE and before.phase is Phase.ASKING
+        self._changed.notify_all()
 
     def come_back(self) -> None:
         """Take part again."""
@@ -176,6 +192,10 @@ class Partners(ABC):
                 self._side = self._side.lose(partner).side  # a host that is cut off breaks no link
                 self._changed.notify_all()
             self._doors.part(partner)
+        if partner >= 0 and time.monotonic() > self._asked_at + PATIENCE:
+            with self._changed:
+                if time.monotonic() > self._asked_at + PATIENCE:
+                    self._withdraw()
 
     def counted(self) -> Counts:
         """Return the counts since this was called last."""
@@ -194,6 +214,8 @@ class Partners(ABC):
 
     def _begin(self, partner: int, own: Snapshot) -> None:
         """Ask, with the lock held."""
+        self._tried.add(partner)
+        self._asked_at = time.monotonic()
         self._side = self._side.ask(partner).side
         try:
             link = self._doors.to(partner)
@@ -208,16 +230,18 @@ class Partners(ABC):
         link.flush()
         if header.kind not in (Word.ANSWER, Word.BUSY, Word.CROSSED):
             raise LinkError(f"rank {partner} answered with a message of kind {header.kind}")
-        word = Word(header.kind)
         with self._changed:
-            before, self._side = self._side, self._side.hear_reply(word, partner, asks, header.number).side
-            if self._side is before:
-                return  # the exchange is over, on the other's link
-            if self._side.phase in (Phase.IDLE, Phase.TRADING) and word is not Word.ANSWER:
+            self._silent.discard(partner)
+            asking = self._side.phase is Phase.ASKING and self._side.asks == asks
+            self._side, says = self._side.hear_reply(Word(header.kind), partner, asks, header.number)
+            if asking and header.kind != Word.ANSWER:
                 self._go_on()
             self._changed.notify_all()
-        if word is Word.ANSWER:
-            self._trade(link, partner, own, header, leads=True)
+        if header.kind == Word.ANSWER:
+            go = any(say.word is Word.GO for say in says)
+            self._say(link, Word.GO if go else Word.VOID)
+            if go:
+                self._trade(link, partner, own, header, leads=True)
 
     def _hear(self, word: Word, partner: int, leader: int) -> None:
         with self._changed:
@@ -227,13 +251,19 @@ class Partners(ABC):
     def _go_on(self) -> None:
         """Ask another, with the lock held, where the present ask came to nothing."""
         if self._side.is_free and self._own is not None and not self._closing:
-            partner = self._another(self._own.step, self._tried)
-            if partner >= 0:
-                self._tried.add(partner)
-                self._begin(partner, self._own)
-        if self._side.phase is Phase.IDLE:
+            self._ask_one(self._another(self._own.step, self._tried, self._silent))
+        elif self._side.phase is Phase.IDLE:
             self._counts.without_partner += 1
         self._changed.notify_all()
+
+    def _ask_one(self, partner: int) -> None:
+        """Ask ``partner``, or another in the place of one that has said nothing for long, with the lock held."""
+        if self._own is not None and partner in self._silent:
+            partner = self._another(self._own.step, self._tried, self._silent)
+        if self._own is not None and partner >= 0:
+            self._begin(partner, self._own)
+        else:
+            self._counts.without_partner += 1
 
     def _trade(self, link: Link, partner: int, own: Snapshot, header: Header, leads: bool) -> None:
         """Exchange payloads; what is agreed then waits for the end of the step."""
@@ -309,6 +339,13 @@ class Partners(ABC):
     @abstractmethod
     def _answer(self, visitor: int, link: Link, header: Header) -> None:
         """Answer an ask."""
+
+    def _may_go_on(self, link: Link) -> bool:
+        """Hear whether who was answered still wants an exchange."""
+        heard = link.receive_header()
+        if heard.kind not in (Word.GO, Word.VOID):
+            raise LinkError(f"{link.peer} sent a message of kind {heard.kind} after an answer")
+        return heard.kind == Word.GO
 
     def _say(self, link: Link, word: Word, number: int = 0) -> None:
         link.send(Header(word, self._standing().step, 0, number=number))

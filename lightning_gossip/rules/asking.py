@@ -45,18 +45,25 @@ def first(schedule: Schedule, step: int, rank: int, members: Sequence[int], worl
 
 
 def another(
-    schedule: Schedule, step: int, rank: int, members: Sequence[int], tried: Collection[int], world_size: int
+    schedule: Schedule,
+    step: int,
+    rank: int,
+    members: Sequence[int],
+    tried: Collection[int],
+    without: Collection[int],
+    world_size: int,
 ) -> int:
     """Return whom ``rank`` asks once those in ``tried`` were busy; -1 where nobody is left, or after :data:`TRIES`.
 
-    A pure function, for any thread. An object of the user's is not asked again. Arguments as of :func:`first`.
+    A pure function, for any thread. An object of the user's is not asked again. Arguments as of :func:`first`;
+    ``without``: ranks that are not asked either.
     """
     peers = schedule.peers
     if not isinstance(peers, Peers) or len(tried) >= TRIES:
         return -1
     among = list(members) if schedule.serves(len(members)) else list(range(world_size))
     weights = _weights(peers, schedule.seed, among.index(rank), len(among))
-    weights[[k for k, other in enumerate(among) if other in tried or other not in members]] = 0
+    weights[[k for k, other in enumerate(among) if other in (*tried, *without) or other not in members]] = 0
     if not weights.any():
         return -1
     rng = np.random.Generator(np.random.Philox(key=schedule.seed, counter=[len(tried), rank + 1, step, 0]))

@@ -24,7 +24,7 @@ class World:
         unreplied: numbers of asks that were not replied to, in order, by asker and asked.
         at: the exchange (leader, number of its ask) that each trades in, or has.
         applied: exchanges, by rank.
-        deaths, leaves, breaks: how many may still come.
+        deaths, leaves, breaks, withdrawals: how many may still come.
         unknown: pairs (rank, dead one) where the rank has not learned of the loss.
     """
 
@@ -37,6 +37,7 @@ class World:
     deaths: int = 0
     leaves: int = 0
     breaks: int = 0
+    withdrawals: int = 0
     unknown: frozenset[tuple[int, int]] = frozenset()
     one_sided: bool = False
 
@@ -94,6 +95,8 @@ def moves(world: World) -> Iterator[World]:
             assert exchange not in {None, *world.applied[rank]}, "applied twice"
             applied = put(world.applied, rank, world.applied[rank] | {exchange})
             yield after(replace(world, applied=applied), rank, side.applied())
+        if world.withdrawals and side.phase in (Phase.ASKING, Phase.EXPECTING):
+            yield after(replace(world, withdrawals=world.withdrawals - 1), rank, *side.withdraw())
         if world.leaves and not side.away:
             yield after(replace(world, leaves=world.leaves - 1), rank, *side.leave())
         if world.deaths:
@@ -132,11 +135,11 @@ def moves(world: World) -> Iterator[World]:
                 yield after(broken, b, *other.part(a))
 
 
-def begin(asks: tuple[tuple[int, ...], ...], deaths: int = 0, leaves: int = 0, breaks: int = 0) -> World:
+def begin(asks: tuple[tuple[int, ...], ...], **may: int) -> World:
     size = len(asks)
     sides = tuple(Side(rank) for rank in range(size))
     nothing: tuple[frozenset[tuple[int, int]], ...] = (frozenset(),) * size
-    return World(sides, asks, at=(None,) * size, applied=nothing, deaths=deaths, leaves=leaves, breaks=breaks)
+    return replace(World(sides, asks, at=(None,) * size, applied=nothing), **may)  # type: ignore[arg-type]
 
 
 def walk(world: World) -> tuple[int, int, set[frozenset[tuple[int, int]]]]:
@@ -146,7 +149,7 @@ def walk(world: World) -> tuple[int, int, set[frozenset[tuple[int, int]]]]:
         here = frontier.pop()
         onward = list(moves(here))
         # what may but need not come (a death, a meeting) is no way out for who waits
-        forced = replace(here, deaths=0, leaves=0, breaks=0)
+        forced = replace(here, deaths=0, leaves=0, breaks=0, withdrawals=0)
         if not list(moves(forced)):
             ends += 1
             check_end(here)
@@ -214,6 +217,13 @@ def test_three_of_which_one_dies_or_leaves_at_any_moment(
     assert states > 1000
 
 
+@pytest.mark.parametrize("asks", [((1, 1), (0, 0)), ((1,), (2,), (0,)), ((1,), (0,), (1,)), ((2,), (2,), (0,))])
+def test_who_waits_for_no_reply_any_more(asks: tuple[tuple[int, ...], ...]) -> None:
+    states, ends, _ = walk(begin(asks, withdrawals=2))
+    assert ends
+    assert states > 500
+
+
 @pytest.mark.parametrize("asks", [((1,), (0,)), ((1,), (0,), (1,))])
 def test_a_link_that_breaks_leaves_nobody_waiting(asks: tuple[tuple[int, ...], ...]) -> None:
     walk(begin(asks, breaks=1))
@@ -225,14 +235,14 @@ def test_who_waits_is_taken_where_the_own_ask_fails() -> None:
     assert (says, side.waiting) == ((), (0,))
     side, says = side.hear_reply(Word.BUSY, 2, asks=1)
     assert says[0] == Say(0, Word.ANSWER, 0)
-    assert (side.phase, side.partner, side.leads) == (Phase.TRADING, 0, False)
+    assert (side.phase, side.partner, side.leads) == (Phase.ANSWERED, 0, False)
 
 
 def test_a_reply_that_comes_late_is_not_taken_for_one_to_the_next_ask() -> None:
     """It may: who hears the ask that crossed its own first is through with it before it hears that they crossed."""
     side, _ = Side(1).ask(0)
     side, _ = side.hear_ask(0, 1)
-    for word in (Word.PAYLOAD, Word.HELD):
+    for word in (Word.GO, Word.PAYLOAD, Word.HELD):
         side, _ = side.hear(word, 0, leader=0)
     side, _ = side.applied().ask(0)
     late, says = side.hear_reply(Word.CROSSED, 0, asks=1)
@@ -260,6 +270,15 @@ def test_an_ask_that_is_void_is_not_answered_when_it_comes_late() -> None:
     same, says = side.hear_ask(1, 4)
     assert (same, says) == (side, (Say(1, Word.CROSSED, 1),))
     assert side.hear_ask(1, 5).side.phase is Phase.ANSWERING
+
+
+def test_an_answer_that_comes_after_a_withdrawal_is_void() -> None:
+    side, _ = Side(0).ask(1)
+    side, _ = side.withdraw()
+    side, _ = side.ask(2)
+    same, says = side.hear_reply(Word.ANSWER, 1, asks=1)
+    assert says == (Say(1, Word.VOID, 0),)
+    assert (same.phase, same.partner) == (Phase.ASKING, 2)
 
 
 def test_who_is_not_free_does_not_ask() -> None:

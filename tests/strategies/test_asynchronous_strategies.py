@@ -1,4 +1,4 @@
-"""Asynchronous gossip in real `Trainer.fit` runs: nobody waits, and the mean of the replicas is the optimizers' alone."""
+"""Asynchronous gossip in real `Trainer.fit` runs: nobody waits, and the replicas' mean is the optimizers' alone."""
 
 # a Trainer gets its attributes at run time, and what is an attribute of a module torch declares Tensor | Module
 # mypy: disable-error-code="attr-defined, union-attr, operator"
