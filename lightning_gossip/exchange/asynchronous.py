@@ -50,7 +50,7 @@ class AsynchronousStats(ExchangeStats):
 
     Attributes:
         rounds: of this rank since the start.
-        without_partner: of these, in which everybody that was asked was busy.
+        without_partner: of these, in which it came to no exchange until the next: everybody that was asked was busy.
         partner_step_lag: of the exchange applied in the last step: the step of the own snapshot minus the partner's,
             the mean over its partners; None where there was none.
     """
@@ -138,6 +138,8 @@ class AsynchronousExchange:
         self._signature: tuple[object, ...] = ()
         self._in_step = False
         self._moment = 0
+        self._bytes_sent = 0  # of which the stats know
+        self._before_round: int | None = None  # exchanges that were agreed when the present round began
         self._proposal: tuple[FlatBuffer, FlatBuffer] | None = None  # the outer step's result, exact and as it travels
         self._proposed: FlatBuffer | None = None  # the room for it
         self._partners: Partners | None = None
@@ -309,14 +311,18 @@ class AsynchronousExchange:
             self._proposal = self._outer.propose(standing.tensors, self._proposed), self._proposed
         if partners is None:
             return
-        asked = -1
-        if not partners.under_way:
-            members = self._control.members
-            asked = asking.first(self._schedule, self.step, self.rank, members, self.world_size)
-            if asked < 0:
-                return
-        self.stats.rounds += 1  # who is in an exchange has its round in that
-        if asked >= 0:
+        asked = asking.first(self._schedule, self.step, self.rank, self._control.members, self.world_size)
+        if asked < 0:
+            return
+        agreed = 0
+        if self._before_round is not None:
+            agreed = partners.counts.agreed - self._before_round
+            self.stats.without_partner += agreed == 0 and not partners.under_way
+        # who is in an exchange has its round in that; who was asked in the round before, beside its own, had it there
+        early = agreed > 1 and isinstance(partners, Pairs)
+        self._before_round = partners.counts.agreed - early
+        self.stats.rounds += 1
+        if not early and not partners.under_way:
             partners.ask(asked, standing, self._write)
 
     def _write(self, buffer: FlatBuffer) -> None:
@@ -343,9 +349,9 @@ class AsynchronousExchange:
             self._mix(agreed)
             self._partners.release()
         if self._partners is not None:
-            counts = self._partners.counted()
-            self.stats.bytes_sent += counts.bytes_sent
-            self.stats.without_partner += counts.without_partner
+            sent = self._partners.counts.bytes_sent
+            self.stats.bytes_sent += sent - self._bytes_sent
+            self._bytes_sent = sent
         self.stats.mix_seconds += time.perf_counter() - start
 
     def _mix(self, agreed: Agreed) -> None:

@@ -48,10 +48,10 @@ _FOR_EVER = timedelta(days=365)
 
 @dataclass
 class Counts:
-    """What happened since it was asked for last: bytes of payload sent; rounds that brought no partner."""
+    """Since the start: bytes of payload sent; exchanges that were agreed, but for those that others asked for alone."""
 
     bytes_sent: int = 0
-    without_partner: int = 0
+    agreed: int = 0
 
 
 class Partners(ABC):
@@ -91,7 +91,7 @@ class Partners(ABC):
         self._tried: set[int] = set()
         self._silent: set[int] = set()  # ranks that have said nothing to an ask yet, which was withdrawn
         self._asked_at = 0.0
-        self._counts = Counts()
+        self.counts = Counts()
         self._failure: tuple[int, BaseException] | None = None
         self._closing = False
         self._buffers: dict[Hashable, FlatBuffer] = {}
@@ -149,7 +149,6 @@ class Partners(ABC):
         before, self._side = self._side, self._side.withdraw().side
         if self._side is not before:
             self._silent.add(partner)
-            self._counts.without_partner += self._side.phase is Phase.IDLE and before.phase is Phase.ASKING
         self._changed.notify_all()
 
     def come_back(self) -> None:
@@ -196,12 +195,6 @@ class Partners(ABC):
             with self._changed:
                 if time.monotonic() > self._asked_at + PATIENCE:
                     self._withdraw()
-
-    def counted(self) -> Counts:
-        """Return the counts since this was called last."""
-        with self._changed:
-            counts, self._counts = self._counts, Counts()
-        return counts
 
     def close(self) -> None:
         """Give up whatever is under way; the parameters are not still any more by then."""
@@ -252,8 +245,6 @@ class Partners(ABC):
         """Ask another, with the lock held, where the present ask came to nothing."""
         if self._side.is_free and self._own is not None and not self._closing:
             self._ask_one(self._another(self._own.step, self._tried, self._silent))
-        elif self._side.phase is Phase.IDLE:
-            self._counts.without_partner += 1
         self._changed.notify_all()
 
     def _ask_one(self, partner: int) -> None:
@@ -262,8 +253,6 @@ class Partners(ABC):
             partner = self._another(self._own.step, self._tried, self._silent)
         if self._own is not None and partner >= 0:
             self._begin(partner, self._own)
-        else:
-            self._counts.without_partner += 1
 
     def _trade(self, link: Link, partner: int, own: Snapshot, header: Header, leads: bool) -> None:
         """Exchange payloads; what is agreed then waits for the end of the step."""
@@ -285,10 +274,12 @@ class Partners(ABC):
                 self._side = self._side.hear(Word.PAYLOAD, partner, leader).side
 
         self._pass(link, own if sends else None, incoming, own.step, whole)
-        self._hear(Word.HELD, partner, leader)
-        if not receives:
-            with self._changed:
+        with self._changed:
+            self.counts.agreed += 1
+            self._side = self._side.hear(Word.HELD, partner, leader).side
+            if not receives:
                 self._side = self._side.applied()  # there is nothing to apply
+            self._changed.notify_all()
 
     def _pass(
         self, link: Link, own: Snapshot | None, incoming: Tensor | None, step: int, whole: Callable[[], None]
@@ -302,7 +293,7 @@ class Partners(ABC):
             raise
         if own is not None:
             with self._changed:
-                self._counts.bytes_sent += own.payload.nbytes
+                self.counts.bytes_sent += own.payload.nbytes
         whole()
         link.send(Header(Word.HELD, step, 0))
         if (heard := link.receive_header()).kind != Word.HELD:

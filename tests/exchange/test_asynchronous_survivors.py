@@ -65,6 +65,10 @@ class Walk:
         all_at_once(self.size, self.live)
         return self.lives
 
+    def dying(self) -> bool:
+        """Whether somebody has still to die."""
+        return any(not self.lives[rank].dead for rank in self.dooms)
+
     def live(self, rank: int) -> None:
         life, doom = self.lives[rank], self.dooms.get(rank, Doom())
         me = f"threads|{rank}|0"
@@ -83,7 +87,9 @@ class Walk:
         rng = np.random.default_rng([self.options.get("seed", 0), rank])
         try:
             control.begin(10)
-            for step in range(1, self.steps + 1):
+            deadline = time.monotonic() + 10
+            while step < self.steps or (self.dying() and time.monotonic() < deadline):
+                step += 1
                 if step == doom.step or dead(exchange):
                     raise Killed
                 start = time.monotonic()
@@ -161,7 +167,7 @@ def check(walk: Walk, lives: list[Life]) -> None:
         if life.error is not None:
             raise life.error
         if not life.dead:
-            assert life.steps == walk.steps, "it lost a step"
+            assert life.steps >= walk.steps
             assert life.longest < 1.0, f"rank {rank} stood still for {life.longest:.2f} s"
     start = {rank: initial(rank) for rank in range(walk.size)}
     records = {rank: life.records for rank, life in enumerate(lives)}
@@ -194,7 +200,7 @@ def test_the_mean_of_those_that_never_met_the_dead_one_is_kept(monkeypatch: pyte
     check(walk, lives)
     left = [rank for rank in range(4) if not lives[rank].dead]
     assert left == [0, 1, 2]
-    mean = np.mean([lives[rank].theta for rank in left], axis=0)
+    mean = np.mean([theta for life in lives if (theta := life.theta) is not None], axis=0)
     alone = np.mean([initial(rank) + lives[rank].updates for rank in left], axis=0)
     np.testing.assert_allclose(mean, alone, rtol=0, atol=1e-12)
     assert sum(len(lives[rank].records) for rank in left) > 40, "who asked it has turned to others"
