@@ -93,7 +93,7 @@ def check_window(ranks: list[dict[str, Any]]) -> None:
 def test_the_fast_ranks_do_not_wait_and_the_mean_is_the_optimizers(tmp_path: Path, devices: int) -> None:
     rows = 160 * devices
     data = DataLoader(regression(rows), 4)
-    ranks = fit(tmp_path, Uneven(), asynchronous(), devices=devices, max_epochs=1, train=data)
+    ranks = fit(tmp_path, Uneven(0.01), asynchronous(), devices=devices, max_epochs=1, train=data)
     check_mean(ranks)
     check_window(ranks)
     first, *others = ((rank["epochs"][0] - rank["began"]) / 40 for rank in ranks)
