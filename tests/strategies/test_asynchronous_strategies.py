@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -270,6 +272,48 @@ def test_the_monitor_logs_lags_and_the_share_of_busy_rounds(tmp_path: Path) -> N
         assert any(tag in row for row in rows), tag
     assert all(0 <= row["gossip/busy"] <= 1 for row in rows if "gossip/busy" in row)
     assert any(row.get("gossip/partner_step_lag", 0) < 0 for row in rows), "the others are ahead of rank 0"
+
+
+class Dies(Uneven):
+    """Rank 1 is killed at its tenth batch."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if (self.global_rank, batch_idx) == (1, 10):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_those_that_are_left_go_on_without_one_that_is_killed(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"rank_1\.pt"):
+        fit(
+            tmp_path,
+            Dies(),
+            asynchronous(min_replicas=2, evaluate="consensus"),
+            devices=4,
+            max_epochs=2,
+            train=DataLoader(regression(320), 4),
+            val=DataLoader(regression(), 4),
+        )
+    left = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=False) for rank in (0, 2, 3)]
+    assert all(rank["step"] > 20 for rank in left)
+    assert all(rank["waited"] < 0.5 for rank in left)
+    for rank in left[1:]:
+        torch.testing.assert_close(rank["state"]["layer.weight"], left[0]["state"]["layer.weight"], rtol=0, atol=0)
+    late = [record for rank in left for record in rank["records"] if record.moment > 20]
+    assert late
+    assert all(record.others[0][0] != 1 for record in late)
+
+
+class Fails(Uneven):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if (self.global_rank, batch_idx) == (1, 10):
+            raise RuntimeError("enough of this")
+
+
+def test_an_exception_ends_all_with_its_cause(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    start = time.monotonic()
+    with pytest.raises(Exception, match="enough of this"):
+        fit(tmp_path, Fails(0.01), asynchronous(), devices=3, max_epochs=5, train=DataLoader(regression(360), 4))
+    assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize("make", [ElasticGossipStrategy, GossipStrategy])
