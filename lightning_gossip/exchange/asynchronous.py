@@ -139,13 +139,13 @@ class AsynchronousExchange:
         self._in_step = False
         self._moment = 0
         self._bytes_sent = 0  # of which the stats know
-        self._before_round: int | None = None  # exchanges that were agreed when the present round began
         self._proposal: tuple[FlatBuffer, FlatBuffer] | None = None  # the outer step's result, exact and as it travels
         self._proposed: FlatBuffer | None = None  # the room for it
         self._partners: Partners | None = None
+        asks = rule.transfers(np.array([1, -1]), 0)
+        sends = bool(asks.send_to), bool(asks.receive_from)
+        self._rounds = asking.OwnRounds(in_pairs=all(sends))
         if world_size > 1:
-            asks = rule.transfers(np.array([1, -1]), 0)
-            sends = bool(asks.send_to), bool(asks.receive_from)
             kind: type[Partners] = Pairs if all(sends) else Pulled if sends[1] else Pushed
             self._partners = kind(control, store, self._still, lambda: self._standing, self._another, sends, life)
 
@@ -314,15 +314,10 @@ class AsynchronousExchange:
         asked = asking.first(self._schedule, self.step, self.rank, self._control.members, self.world_size)
         if asked < 0:
             return
-        agreed = 0
-        if self._before_round is not None:
-            agreed = partners.counts.agreed - self._before_round
-            self.stats.without_partner += agreed == 0 and not partners.under_way
-        # who is in an exchange has its round in that; who was asked in the round before, beside its own, had it there
-        early = agreed > 1 and isinstance(partners, Pairs)
-        self._before_round = partners.counts.agreed - early
+        asks, was_alone = self._rounds.begin(partners.counts.agreed, partners.under_way)
         self.stats.rounds += 1
-        if not early and not partners.under_way:
+        self.stats.without_partner += was_alone
+        if asks:
             partners.ask(asked, standing, self._write)
 
     def _write(self, buffer: FlatBuffer) -> None:

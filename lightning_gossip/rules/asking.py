@@ -8,6 +8,7 @@ asked in the round yet.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,6 +23,33 @@ from lightning_gossip.rules.schedule import (
 
 TRIES = 3
 """Ranks that are asked in one round, at most."""
+
+
+@dataclass
+class OwnRounds:
+    """One rank's rounds: in which it asks, and which brought it no exchange.
+
+    Whoever is in an exchange when its round comes has its round in that, and who was asked in the round before, beside
+    its own exchange there, had it early: so ranks of one pace exchange as often as by step.
+
+    Args:
+        in_pairs: whether who is asked has an exchange, as who asks has.
+    """
+
+    in_pairs: bool
+    _before: int | None = None  # exchanges of before the present round
+
+    def begin(self, exchanges: int, under_way: bool) -> tuple[bool, bool]:
+        """Begin a round; return whether to ask, and whether the round before came to nothing.
+
+        Args:
+            exchanges: of this rank so far.
+            under_way: whether one is.
+        """
+        since = None if self._before is None else exchanges - self._before
+        early = self.in_pairs and since is not None and since > 1
+        self._before = exchanges - early
+        return not early and not under_way, since == 0 and not under_way
 
 
 def first(schedule: Schedule, step: int, rank: int, members: Sequence[int], world_size: int) -> int:
