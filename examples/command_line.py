@@ -47,6 +47,7 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
     add("--period", type=int, default=1, help="steps between rounds")
     add("--peers", choices=tuple(SELECTORS), default="matching", help="who exchanges with whom")
     add("--delay", type=int, default=0, help="steps from posting an exchange to applying it")
+    add("--asynchronous", action="store_true", help="gossip at each rank's own pace: nobody waits for a slow one")
     add("--outer-lr", type=float, help="of diloco (0.7) and elastic gossip (1: none) once a round")
     add("--outer-momentum", type=float, help="likewise: of diloco (0.9) and elastic gossip (0: none)")
     add("--fragments", type=int, default=1, help="parts of the model with rounds of their own: local-sgd, diloco")
@@ -192,6 +193,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--min-replicas is of replicas that exchange, and --strategy is {args.strategy}")
     if args.restarts and args.min_replicas is None:
         raise ValueError(f"--restarts needs --min-replicas, got {args.restarts}: else the first loss ends the run")
+    if args.asynchronous and args.strategy not in ("gossip", "elastic-gossip"):
+        raise ValueError(f"--asynchronous is of gossip and elastic-gossip, and --strategy is {args.strategy}")
     if args.resume and not args.run_id:
         raise ValueError("--resume needs --run-id, the name of the run to continue")
 
@@ -222,6 +225,7 @@ def make_strategy(args: argparse.Namespace) -> Any:
     if args.strategy == "diloco":
         return DiLoCoStrategy(fragments=args.fragments, **common, **outer)
     common |= {"probability": args.probability, "peers": args.peers, "seed": args.seed}
+    common |= {"asynchronous": args.asynchronous}
     if args.strategy == "gossip":
         return GossipStrategy(variant=args.variant, **common)
     return ElasticGossipStrategy(alpha=args.alpha, **common, **outer)

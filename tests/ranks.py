@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import HashStore
 
 from lightning_gossip.control.run import Control
+from lightning_gossip.exchange.asynchronous import AsynchronousExchange
 from lightning_gossip.exchange.clock import Exchange
 from lightning_gossip.transport.link import Links
 from lightning_gossip.transport.link_transport import LinkTransport
@@ -31,6 +32,7 @@ class Rank:
     control: Control
     links: Links
     clock: Callable[[], int] = lambda: 0
+    store: Any = None
 
     def exchange(
         self,
@@ -42,6 +44,12 @@ class Rank:
     ) -> Exchange:
         transport = LinkTransport(self.links, self.control, SHARED_MEMORY if shared_memory is None else shared_memory)
         return Exchange(self.rank, self.world_size, schedule, rule, transport, lambda: parameters, **kwargs)
+
+    def asynchronous(
+        self, schedule: Any, rule: Any, parameters: Mapping[str, Tensor], **kwargs: Any
+    ) -> AsynchronousExchange:
+        who = self.rank, self.world_size, schedule, rule, self.control, self.store
+        return AsynchronousExchange(*who, lambda: parameters, **kwargs)
 
 
 class Script:
@@ -71,7 +79,7 @@ def run_ranks(
     def run(rank: int) -> None:
         control = Control(lambda: store, rank, world_size, timeout, clock=lambda: me.clock())
         links = Links(store, f"rank{rank}", timeout)
-        me = Rank(rank, world_size, control, links)
+        me = Rank(rank, world_size, control, links, store=store)
         try:
             results[rank] = body(me)
         except BaseException as error:  # noqa: BLE001 - given to the caller

@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.network.schemes import ACCURACY, ACCURACY_FILE, FILES, GOSSIP, OUTER_SETUPS, SETUPS, STALLING
+from benchmarks.network.schemes import (
+    ACCURACY,
+    ACCURACY_FILE,
+    ASYNCHRONOUS,
+    FILES,
+    GOSSIP,
+    OUTER_SETUPS,
+    SETUPS,
+    STALLING,
+)
 from benchmarks.shared import plots
 from benchmarks.shared.plots import COLOURS, Axes, Figure
 from benchmarks.shared.quartiles import quartiles, ratios
@@ -191,7 +200,7 @@ def _bars(axes: Axes, values: Steps, form: str) -> None:
     colours = {"none": "0.6", "ddp": COLOURS[1], "downpour": COLOURS[2]}
     for place, (name, value) in enumerate(values.items()):
         low, median, high = quartiles(value)
-        colour = COLOURS[0] if name in GOSSIP else colours[name]
+        colour = COLOURS[0] if name in GOSSIP else COLOURS[3] if name in ASYNCHRONOUS else colours[name]
         error = [[median - low], [high - median]]
         axes.barh(place, median, xerr=error, color=colour, height=0.7, error_kw={"elinewidth": 0.8})
         axes.annotate(form.format(median), (high, place), (3, 0), textcoords="offset points", va="center", fontsize=7)

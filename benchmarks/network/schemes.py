@@ -25,6 +25,11 @@ GOSSIP: dict[str, dict[str, Any]] = {
     "period 32, delay 31": {"period": 32, "delay": 31},
 }
 """Arguments of elastic gossip, ``matching``, by name."""
+ASYNCHRONOUS: dict[str, dict[str, Any]] = {
+    "asynchronous, period 1": {"period": 1, "asynchronous": True},
+    "asynchronous, period 8": {"period": 8, "asynchronous": True},
+}
+"""Arguments of elastic gossip that waits for nobody, by name."""
 DOWNPOUR: dict[str, Any] = {"n_push": 8, "n_pull": 8}
 OUTER: dict[str, dict[str, Any]] = {
     "LocalSGD, period 32": {"period": 32, "outer_lr": 1.0, "outer_momentum": 0.0},
@@ -52,7 +57,12 @@ TORCHFT: dict[str, dict[str, int]] = {
 """Arguments of :class:`~benchmarks.network.torchft_loop.TorchftSetup`, by name."""
 OUTER_SETUPS = ("none", "none again", "ddp", *HOOKED, *OUTER, "plain none", *TORCHFT)
 SETUPS = ("none", "none again", "ddp", *GOSSIP, "downpour")
-STALLING = ("none", "none again", "ddp", *(name for name in GOSSIP if "bfloat16" not in name), "downpour")
+STALLING = (
+    *("none", "none again", "ddp"),
+    *(name for name in GOSSIP if "bfloat16" not in name),
+    *ASYNCHRONOUS,
+    "downpour",
+)
 FILES = {
     "rates": "network.csv",
     "outer": "network_outer.csv",
@@ -81,6 +91,6 @@ def make_strategy(name: str, seed: int = 0, evaluate: str = "replica", shared_me
         return HOOKED[name]()
     if name in OUTER and not name.startswith("elastic"):
         return DiLoCoStrategy(**OUTER[name], evaluate="replica", timeout=TIMEOUT)
-    arguments = {"peers": Nobody()} if name in ("none", "none again") else (GOSSIP | OUTER)[name]
+    arguments = {"peers": Nobody()} if name in ("none", "none again") else (GOSSIP | ASYNCHRONOUS | OUTER)[name]
     common: dict[str, Any] = {"seed": seed, "evaluate": evaluate, "timeout": TIMEOUT, "shared_memory": shared_memory}
     return ElasticGossipStrategy(**arguments, **common)

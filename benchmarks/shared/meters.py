@@ -67,9 +67,10 @@ class PartsMeter(Meter):
         self._exchange = None
         if trainer is None or not isinstance(trainer.strategy, PairwiseStrategy):
             return
-        self._exchange = exchange = trainer.strategy.exchange
-        if exchange is None:
-            raise RuntimeError("an exchange is measured within `fit`")
+        exchange = trainer.strategy.exchange
+        if not isinstance(exchange, Exchange):
+            raise RuntimeError("an exchange by step is measured, within `fit`")
+        self._exchange = exchange
         exchange._transport.room = self._timed(exchange._transport.room, "room")  # type: ignore[method-assign]
         loop = trainer.fit_loop.epoch_loop
         loop._broadcast_sigterm_tensor = self._timed(loop._broadcast_sigterm_tensor, "check")  # type: ignore[method-assign]

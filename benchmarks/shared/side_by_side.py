@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.shared.trainer import make_trainer, quieten
 from benchmarks.shared.workloads import Batch, Model, SameBatch
+from lightning_gossip.exchange.asynchronous import AsynchronousExchange
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
 
 Values = dict[str, float]
@@ -228,6 +229,9 @@ def make_links(strategy: PairwiseStrategy) -> None:
     exchange, schedule, size = strategy.exchange, strategy.schedule, strategy.world_size
     if exchange is None:
         raise RuntimeError("links are made within `fit`")
+    if isinstance(exchange, AsynchronousExchange):
+        _make_links_at_own_pace(exchange, schedule.period)
+        return
     met = np.eye(size, dtype=bool)
     quiet = 0  # rounds in a row in which nobody met anybody new: on a ring, not all ever do
     while exchange.step % schedule.period or not (met.all() or quiet > 50 * size):
@@ -238,6 +242,17 @@ def make_links(strategy: PairwiseStrategy) -> None:
             chose, pairs = np.flatnonzero(choices >= 0), met.sum()
             met[chose, choices[chose]] = met[choices[chose], chose] = True
             quiet = 0 if met.sum() > pairs else quiet + 1
+
+
+def _make_links_at_own_pace(exchange: AsynchronousExchange, period: int, seconds: float = 3.0) -> None:
+    """Exchange for some seconds, in which every rank asks every other many times."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or exchange.step % period:
+        exchange.begin()
+        time.sleep(0.002 / period)
+        exchange.end()
+    exchange.arrive()
+    dist.barrier()
 
 
 Report = Callable[[str, int, Values], None]

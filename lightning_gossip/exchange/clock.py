@@ -9,7 +9,6 @@ Usable from any training loop::
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -20,18 +19,16 @@ from torch import Tensor
 
 from lightning_gossip.arguments import check_choice, check_integer
 from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout, travelling
-from lightning_gossip.exchange.flat_mixing import Scratch, is_finite, mix_segments
 from lightning_gossip.exchange.in_flight import InFlight
+from lightning_gossip.exchange.mixer import Mixer
 from lightning_gossip.exchange.outer_gossip import OuterGossip
 from lightning_gossip.exchange.staging import Staging
-from lightning_gossip.exchange.stats import NONFINITE, ExchangeStats, NonFinite, NotFinite, mean_distance
+from lightning_gossip.exchange.stats import NONFINITE, ExchangeStats, NonFinite, mean_distance
 from lightning_gossip.rules.mixing import MixingRule, Transfers
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Schedule
 from lightning_gossip.transport.interface import Staged, Transport
 from lightning_gossip.transport.link import Header, Kind
-
-log = logging.getLogger(__name__)
 
 
 class Exchange:
@@ -89,14 +86,14 @@ class Exchange:
         self._wire_dtype = wire_dtype
         self._outer = None if outer is None else OuterGossip(outer)
         self._members = members
-        self._heals = check_choice("nonfinite", nonfinite, NONFINITE) == "heal"
+        heals = check_choice("nonfinite", nonfinite, NONFINITE) == "heal"
+        self._mixer = Mixer(rank, rule, self._outer, heals)
         self._drawn: dict[int, Transfers] = {}  # by step
         self._drawn_among: tuple[int, ...] = tuple(range(world_size))
         self._in_flight: InFlight | None = None
         self._layout: FlatLayout | None = None
         self._signature: tuple[object, ...] = ()
         self._most_bytes = 0  # of a snapshot, when all parameters travel; 0: not known yet
-        self._scratch = Scratch()
         self._snapshots: dict[int, FlatBuffer] = {}  # by address of the room: there are few
         self._staging: Staging | None = None  # where the transport's rooms are on the host and the replica is not
 
@@ -225,7 +222,7 @@ class Exchange:
         if "transport" in state:
             self._transport.take_place(state["transport"])
         self.step = int(state["step"])
-        self.stats = ExchangeStats(**state["stats"])
+        self.stats = ExchangeStats.of(state["stats"])
         parameters = self._parameters()
         saved = state["in_flight"]
         if self._outer is not None and "outer" in state:
@@ -370,46 +367,16 @@ class Exchange:
             )
             start = time.perf_counter()  # measuring is no part of mixing
         if (received or exchange.proposal is not None) and not self._mix(exchange, received or []):
-            received = self._mix_finite(exchange, received or [])
+            received = self._mixer.mix_finite(exchange, received or [], self._note_healing)
         self.stats.exchanges += len(received or ())
         if exchange.posted is not None:
             exchange.posted.release()
         self.stats.mix_seconds += time.perf_counter() - start
 
     def _mix(self, exchange: InFlight, received: Sequence[Tensor]) -> bool:
-        """Mix ``received`` in and return True; where something is not finite, mix nothing in and return False.
+        """Mix ``received`` in, or nothing where something is not finite: see :meth:`Mixer.mix`."""
+        return self._mixer.mix(exchange, received)
 
-        The own outer step, where there is one, is made either way, once.
-        """
-        layout, parameters = exchange.layout, exchange.parameters
-        weight = self._rule.weight(len(received)) if received else 0.0
-        if self._outer is None:
-            return mix_segments(layout, parameters, exchange.own, received, weight, self._scratch)
-        own, *others = (FlatBuffer(layout, storage) for storage in (exchange.own, *received))
-        if exchange.proposal is None:
-            return self._outer.mix(parameters, own, others, weight)
-        proposal, exchange.proposal = exchange.proposal, None
-        return self._outer.apply(parameters, proposal, own, others, weight)
-
-    def _mix_finite(self, exchange: InFlight, received: Sequence[Tensor]) -> list[Tensor]:
-        """Mix in what is finite, or take it in place of a replica that is not; return it, or raise NotFinite."""
-        finite = [is_finite(payload, exchange.layout) for payload in received]
-        healthy = is_finite(exchange.own, exchange.layout)
-        whose = [rank for rank, good in zip(exchange.received_from, finite, strict=False) if not good]
-        for rank in [*whose, *(() if healthy else (self.rank,))]:
-            found = NotFinite(rank, exchange.step, self.rank)
-            if not self._heals:
-                raise found
-            log.warning("%s: it is not mixed in", found)
-        left = [payload for payload, good in zip(received, finite, strict=True) if good]
-        if left and healthy:
-            self._mix(exchange, left)
-        elif left:
-            snapshot = FlatBuffer(exchange.layout, left[0])
-            if self._outer is None:
-                snapshot.copy_to(exchange.parameters)
-            else:
-                self._outer.take(exchange.parameters, snapshot)
-            self.stats.healed += 1
-            self.on_heal()
-        return left
+    def _note_healing(self) -> None:
+        self.stats.healed += 1
+        self.on_heal()

@@ -200,7 +200,7 @@ class Rounds:
         self._in_flight.clear()
         self._reducer.rewind()
         self.step = int(state["step"])
-        self.stats = ExchangeStats(**state["stats"])
+        self.stats = ExchangeStats.of(state["stats"])
         parameters = self._parameters()
         self._state.load_state_dict(state["outer"], parameters)
         for saved in state["in_flight"]:

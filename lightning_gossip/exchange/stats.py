@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import repeat
-from typing import Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -57,6 +57,12 @@ class ExchangeStats:
     partner: int | None = -1
     partner_distance: float | None = None
     healed: int = 0
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Self:
+        """Return what was saved, of this kind of exchanges or another: each takes the counts that it has."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in saved.items() if name in names})
 
 
 def mean_distance(own: Sequence[Tensor], received: Sequence[Sequence[Tensor]]) -> float:

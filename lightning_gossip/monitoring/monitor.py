@@ -17,7 +17,7 @@ Fields = dict[str, tuple[str, ...]]
 # tags: a prefix and a field of ExchangeStats, or of Downpour's stats: counted since the start, of the logged step, or
 # averaged over the steps since they were logged last
 _TOTALS: Fields = {"gossip": ("exchanges", "bytes_sent"), "downpour": ("pushes", "pulls", "bytes_sent")}
-_OF_THE_STEP: Fields = {"gossip": ("partner",), "downpour": ("staleness",)}
+_OF_THE_STEP: Fields = {"gossip": ("partner", "partner_step_lag", "busy"), "downpour": ("staleness",)}
 _SECONDS: Fields = {"gossip": ("wait_seconds", "mix_seconds"), "downpour": ("wait_seconds",)}
 
 
@@ -41,6 +41,8 @@ class GossipMonitor(Callback):
     ``gossip/lost``                ``min_replicas``: at the start, whenever they change, and at the end
     ``gossip/joined``
     ``gossip/partner``             rank in the exchange applied in the logged step, the smallest of several, -1 for none
+    ``gossip/partner_step_lag``    with ``asynchronous=True``: by how many steps its snapshot was behind the own one;
+    ``gossip/busy``                and the share of this rank's rounds since the start that brought no partner
     =============================  =====================================================================================
 
     Under a parameter server: ``downpour/pushes``, ``downpour/pulls``, ``downpour/bytes_sent``,
@@ -182,5 +184,7 @@ def _stats_of(strategy: Strategy) -> dict[str, Any]:
 
 def _read(stats: dict[str, Any], fields: Fields) -> Metrics:
     """Return the values of ``fields`` by tag, without those that are not known yet."""
-    values = {f"{prefix}/{name}": getattr(source, name) for prefix, source in stats.items() for name in fields[prefix]}
+    values = {
+        f"{prefix}/{name}": getattr(source, name, None) for prefix, source in stats.items() for name in fields[prefix]
+    }
     return {tag: value for tag, value in values.items() if value is not None}

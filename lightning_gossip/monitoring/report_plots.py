@@ -90,7 +90,7 @@ def accuracy_and_loss(
 
 
 def network(runs: Mapping[str, Run]) -> list[Plot]:
-    """Return the plots of consensus and partner distance, traffic, waiting and staleness."""
+    """Return the plots of consensus and partner distance, traffic, waiting, staleness and lags."""
     sent = _either(runs, "gossip/bytes_sent", "downpour/bytes_sent")
     largest = max((float(np.nanmax(curve["high"])) for curve in sent.values()), default=0.0)
     scale, unit = next((pair for pair in _BYTE_UNITS if largest >= pair[0]), _BYTE_UNITS[-1])
@@ -100,6 +100,8 @@ def network(runs: Mapping[str, Run]) -> list[Plot]:
     distance = _curves(runs, dict.fromkeys(runs, "gossip/consensus_distance"))
     partners = _curves(runs, dict.fromkeys(runs, "gossip/partner_distance"), _WINDOWS)
     staleness = _curves(runs, dict.fromkeys(runs, "downpour/staleness"), _WINDOWS)
+    lags = _curves(runs, dict.fromkeys(runs, "gossip/partner_step_lag"), _WINDOWS)
+    busy = _curves(runs, dict.fromkeys(runs, "gossip/busy"))
     averaged = f"averaged over {_WINDOWS} spans of steps; "
     return [
         Plot("consensus_distance", "Consensus distance (relative)", distance, log=True),
@@ -107,6 +109,8 @@ def network(runs: Mapping[str, Run]) -> list[Plot]:
         Plot("bytes_sent", f"Sent by a rank since the start ({unit})", sent, from_zero=True),
         Plot("wait_seconds", "Waiting in a step (ms)", waits, from_zero=True, note=averaged),
         Plot("staleness", "Staleness (server updates by others)", staleness, from_zero=True, note=averaged),
+        Plot("partner_step_lag", "Steps of which partners are behind", lags, note=averaged),
+        Plot("busy", "Share of rounds without a partner", busy, from_zero=True),
     ]
 
 

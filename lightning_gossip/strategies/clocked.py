@@ -28,9 +28,10 @@ class Clock(Protocol):
     """What clocks of the ``exchange`` room have in common (:class:`~lightning_gossip.exchange.clock.Exchange`)."""
 
     step: int
-    stats: ExchangeStats
     measure: bool
 
+    @property
+    def stats(self) -> ExchangeStats: ...  # noqa: D102
     def begin(self) -> None: ...  # noqa: D102
     def end(self) -> None: ...  # noqa: D102
     def align(self, clock: int) -> None: ...  # noqa: D102

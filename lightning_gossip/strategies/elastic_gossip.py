@@ -65,6 +65,11 @@ class ElasticGossipStrategy(PairwiseStrategy):
         nonfinite: what becomes of a replica with NaN or infinite parameters, which is never mixed into another:
             ``"heal"``: it takes a partner's, and its optimizers begin anew; ``"error"``: whoever finds it ends. None is
             ``"heal"`` with ``min_replicas``, and else ``"error"``.
+        asynchronous: whether ranks exchange at their own pace, and nobody waits for anybody but at a validation, a
+            checkpoint and the end: in its own rounds a rank asks for an exchange and trains on, and the other answers
+            at once, whatever it is at. Both apply it at the end of the step that they are in by then. The mean of the
+            replicas moves by the optimizers alone, whatever the order of events. `period` and
+            `probability` count a rank's own steps; `delay` is 0; on the CPU.
         outer_lr: η, above 0, of the outer step; DiLoCo's 0.7 is a good start where there is momentum.
         outer_momentum: γ, at least 0 and below 1, of the outer step; DiLoCo's is 0.9. 1 and 0 are plain elastic gossip.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
@@ -94,6 +99,7 @@ class ElasticGossipStrategy(PairwiseStrategy):
         restarts: int = 0,
         lost_after: timedelta = LOST_AFTER,
         nonfinite: NonFinite | None = None,
+        asynchronous: bool = False,
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
         accelerator: Accelerator | None = None,
@@ -119,6 +125,7 @@ class ElasticGossipStrategy(PairwiseStrategy):
             seed=seed,
             timeout=timeout,
             shared_memory=shared_memory,
+            asynchronous=asynchronous,
             min_replicas=min_replicas,
             restarts=restarts,
             lost_after=lost_after,
@@ -141,7 +148,7 @@ class ElasticGossipStrategy(PairwiseStrategy):
     @override
     def start_training(self, trainer: pl.Trainer, control: Control, store: Store) -> None:
         super().start_training(trainer, control, store)
-        if self.is_global_zero:  # one rank's word is enough
+        if self.is_global_zero and not self.asynchronous:  # one rank's word is enough; pairs are always stable
             self._warn_if_unstable()
 
     def _warn_if_unstable(self) -> None:

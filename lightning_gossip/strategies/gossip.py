@@ -48,6 +48,10 @@ class GossipStrategy(PairwiseStrategy):
         nonfinite: what becomes of a replica with NaN or infinite parameters, which is never mixed into another:
             ``"heal"``: it takes a partner's, and its optimizers begin anew; ``"error"``: whoever finds it ends. None is
             ``"heal"`` with ``min_replicas``, and else ``"error"``.
+        asynchronous: whether ranks exchange at their own pace, and nobody waits for anybody but at a validation, a
+            checkpoint and the end: in its own rounds a rank asks for an exchange and trains on, and the other answers
+            at once, whatever it is at. Both apply it at the end of the step that they are in by then. `period` and
+            `probability` count a rank's own steps; `delay` is 0; on the CPU.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             start_method: as for Lightning's ``DDPStrategy``.
 
@@ -75,6 +79,7 @@ class GossipStrategy(PairwiseStrategy):
         restarts: int = 0,
         lost_after: timedelta = LOST_AFTER,
         nonfinite: NonFinite | None = None,
+        asynchronous: bool = False,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -95,6 +100,7 @@ class GossipStrategy(PairwiseStrategy):
             seed=seed,
             timeout=timeout,
             shared_memory=shared_memory,
+            asynchronous=asynchronous,
             min_replicas=min_replicas,
             restarts=restarts,
             lost_after=lost_after,

@@ -236,6 +236,18 @@ def open_in_validation(trainer: pl.Trainer, window: ConsensusWindow) -> None:
     put(loop, "_on_evaluation_end", on_evaluation_end)
 
 
+def before_validations(trainer: pl.Trainer, function: Callable[[], None]) -> None:
+    """Call ``function`` before every validation of a ``fit``, and before anybody's hooks of it."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    run = loop.run
+
+    def run_after() -> Any:
+        function()
+        return run()
+
+    put(loop, "run", run_after)
+
+
 def save_within(trainer: pl.Trainer, saving: Callable[[], AbstractContextManager[None]]) -> None:
     """Run ``trainer.save_checkpoint`` within ``saving()``, and all hooks that look at the module and its state."""
     save = trainer.save_checkpoint

@@ -2,6 +2,6 @@
 
 May import control. Read ``interface`` (what an exchange asks of a transport), ``link`` (two ends and a typed header),
 ``shared_memory`` (snapshots that others read where they were written), ``lanes`` and ``link_transport`` (both
-together), ``nccl``; ``all_reduce`` (all ranks at once), ``voted_all_reduce`` (all that are left, or none) and ``group``
-(torch's default group, which follows the members).
+together), ``doors`` (links that one end opens), ``nccl``; ``all_reduce`` (all ranks at once), ``voted_all_reduce`` (all
+that are left, or none) and ``group`` (torch's default group, which follows the members).
 """

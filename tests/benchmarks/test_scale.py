@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.scale import asynchronous
 from benchmarks.scale.model import (
     TCP_SHARE,
     Clocks,
@@ -96,3 +97,18 @@ def test_synchronous_training_waits_for_the_slowest() -> None:
 def test_ring_all_reduce_moves_twice_the_payload() -> None:
     machine = Machine(compute=0.0, payload=1.0 / 8, bandwidth=1 / TCP_SHARE, latency=0.01)
     assert math.isclose(all_reduce_step(machine, 4), 2 * 3 / 4 + 6 * 0.01)
+
+
+def test_asynchronous_ranks_of_one_pace_do_what_they_do_by_step() -> None:
+    even = asynchronous.compute(16, 0.0, 1, steps=64)
+    assert even["exchanges_a_round"] == pytest.approx(1, abs=0.02)
+    assert even["busy"] == 0
+    assert even["distance"] == pytest.approx(even["by_step_distance"], rel=0.2)
+
+
+@pytest.mark.parametrize("period", [1, 8])
+def test_uneven_ranks_wait_for_nobody_asynchronously(period: int) -> None:
+    uneven = asynchronous.compute(16, 0.5, period, steps=64)
+    assert uneven["steps_to_alone"] > 0.98
+    assert uneven["by_step_to_alone"] < 0.7
+    assert uneven["exchanges_a_round"] > 0.6

@@ -57,6 +57,8 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *options: str, fill_in: Callable[...
         ("--resume", "--resume needs --run-id"),
         ("--alpha 2", "`alpha` must be a number in (0, 1], got 2.0"),
         ("--strategy downpour --n-push 0", "`n_push` must be an integer of at least 1, got 0"),
+        ("--strategy downpour --asynchronous", "--asynchronous is of gossip and elastic-gossip"),
+        ("--asynchronous --period 4 --delay 2", "`delay` must be 0 with `asynchronous=True`, got 2"),
         ("--strategy ring", "invalid choice: 'ring'"),
         ("--data-shares even", "invalid choice: 'even'"),
         ("--model mlp", "invalid choice: 'mlp'"),
