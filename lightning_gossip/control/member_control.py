@@ -123,6 +123,15 @@ class MemberControl(Control):
         return self._log.present
 
     @property
+    @override
+    def whole(self) -> tuple[int, ...]:
+        return self._log.whole
+
+    def incarnation_of(self, rank: int) -> int:
+        """Return which process of ``rank`` takes part, or was the last to: how many came before it."""
+        return self.incarnation if rank == self.rank else self._log.incarnation(rank)
+
+    @property
     def lost(self) -> int:
         """How many members were lost, or left, so far: some may have joined again."""
         return self.world_size - len(self._log.whole) + self.joined
@@ -176,7 +185,7 @@ class MemberControl(Control):
 
     @override
     def _name(self, rank: int) -> str:
-        return f"{rank}.{self.incarnation if rank == self.rank else self._log.incarnation(rank)}"
+        return f"{rank}.{self.incarnation_of(rank)}"
 
     def goes_on_without(self, rank: int, why: str, incarnation: int | None = None) -> bool:
         """Return True: who can not be reached is skipped, and declared lost where its process is seen to be gone.

@@ -162,6 +162,11 @@ class Control:
         """The ranks that take part, as far as this rank knows, ascending."""
         return tuple(range(self.world_size))
 
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Those of :attr:`members` that train already."""
+        return self.members
+
     def incarnation_at(self, step: int, rank: int) -> int:
         """Return which process of ``rank`` is meant at ``step``: how many were there before it."""
         return 0

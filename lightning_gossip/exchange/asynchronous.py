@@ -256,6 +256,13 @@ class AsynchronousExchange:
         self._in_step = False
         self.arrive()
 
+    def state_to_join(self) -> dict[str, Any]:
+        """Return what a rank begins with that takes over this replica between two steps: nobody's counts."""
+        state: dict[str, Any] = {"step": self.step, "stats": asdict(AsynchronousStats()), "in_flight": None}
+        if self._outer is not None:
+            state["outer"] = self._outer.state_dict()
+        return state
+
     def state_dict(self) -> dict[str, Any]:
         """Return clock, counts and the outer step's state; of exchanges nothing is under way at a meeting.
 
@@ -311,7 +318,7 @@ class AsynchronousExchange:
             self._proposal = self._outer.propose(standing.tensors, self._proposed), self._proposed
         if partners is None:
             return
-        asked = asking.first(self._schedule, self.step, self.rank, self._control.members, self.world_size)
+        asked = asking.first(self._schedule, self.step, self.rank, self._control.whole, self.world_size)
         if asked < 0:
             return
         asks, was_alone = self._rounds.begin(partners.counts.agreed, partners.under_way)
@@ -327,7 +334,7 @@ class AsynchronousExchange:
             buffer.pack(self._standing.tensors)
 
     def _another(self, step: int, tried: set[int], silent: set[int]) -> int:
-        members = self._control.members
+        members = self._control.whole
         return asking.another(self._schedule, step, self.rank, members, tried, silent, self.world_size)
 
     @torch.no_grad()

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-import lightning.pytorch as pl
 import torch.distributed as dist
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed import DistNetworkError, DistStoreError, Store
 from torch.optim import Optimizer
@@ -26,6 +24,7 @@ from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Chooser, Peers, Schedule
 from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.clocked import ClockedStrategy, Parameters
+from lightning_gossip.strategies.lightning_names import MisconfigurationException, pl
 from lightning_gossip.strategies.update_hooks import BeforeUpdates
 from lightning_gossip.transport.interface import PartnerLost, Transport
 from lightning_gossip.transport.link import LayoutMismatch
@@ -138,6 +137,7 @@ class PairwiseStrategy(ClockedStrategy[Exchange | AsynchronousExchange]):
             wire_dtype=self.wire_dtype,
             outer=self.outer,
             nonfinite=self.nonfinite,
+            life=control.incarnation_of if isinstance(control, MemberControl) else lambda rank: 0,
         )
         exchange.on_heal = self.begin_optimizers_anew
         return exchange

@@ -117,6 +117,7 @@ CASES: dict[str, Any] = {
     "elastic": lambda **o: ElasticGossipStrategy(**o),
     "elastic, delayed": lambda **o: ElasticGossipStrategy(period=3, delay=2, **o),
     "elastic, outer step": lambda **o: ElasticGossipStrategy(period=2, outer_lr=0.7, outer_momentum=0.9, **o),
+    "asynchronous": lambda **o: ElasticGossipStrategy(asynchronous=True, **o),
     "pull over links": lambda **o: GossipStrategy("pull", shared_memory=False, **o),
 }
 
