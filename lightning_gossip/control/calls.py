@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 from torch.distributed import Store
 
+from lightning_gossip.control.lookout import Lookout
+
 
 class Calls:
     """One rank's view of what is called for; one thing at a time.
@@ -20,14 +22,22 @@ class Calls:
         rank: of this process.
         members: returns the ranks that take part.
         clock: returns the step at which this rank is.
+        lookout: looks for what other ranks wait for.
 
     Attributes:
         together: whether the ranks' clocks go together, and all stop at one step. Where each has a pace of its own,
             every rank stops at the end of the step that follows its present one.
     """
 
-    def __init__(self, rank: int, members: Callable[[], Sequence[int]], clock: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        members: Callable[[], Sequence[int]],
+        clock: Callable[[], int],
+        lookout: Lookout | None = None,
+    ) -> None:
         self.together = True
+        self.lookout = lookout or Lookout(lambda: 0, {})
         self._rank = rank
         self._members = members
         self._clock = clock
@@ -70,6 +80,7 @@ class Calls:
 
     def look(self, store: Store) -> None:
         """Look at the store, and answer what is there; for the control thread, on its own connection."""
+        self.lookout.look(store)
         number = self._number
         key = f"call/{number}"
         if self._called is None:
