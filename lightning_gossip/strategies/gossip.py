@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_gossip.arguments import check_choice
 from lightning_gossip.rules.mixing import MixingRule, PullMixing, PushMixing
 from lightning_gossip.rules.schedule import Chooser, Peers
-from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, Evaluate, NonFinite, StartMethod
+from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, EpochEnds, Evaluate, NonFinite, StartMethod
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
 
 _RULES: dict[str, MixingRule] = {"pull": PullMixing(), "push": PushMixing()}
@@ -48,6 +48,8 @@ class GossipStrategy(PairwiseStrategy):
         nonfinite: what becomes of a replica with NaN or infinite parameters, which is never mixed into another:
             ``"heal"``: it takes a partner's, and its optimizers begin anew; ``"error"``: whoever finds it ends. None is
             ``"heal"`` with ``min_replicas``, and else ``"error"``.
+        dealt: whether ranks take an epoch's batches as they have need of them, in place of even shares; None: not.
+        epoch_ends: whether an epoch of even shares ends with the ``"first"`` rank that is through, or with ``"all"``.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             start_method: as for Lightning's ``DDPStrategy``.
 
@@ -74,6 +76,8 @@ class GossipStrategy(PairwiseStrategy):
         min_replicas: int | None = None,
         lost_after: timedelta = LOST_AFTER,
         nonfinite: NonFinite | None = None,
+        dealt: bool | None = None,
+        epoch_ends: EpochEnds = "all",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -97,6 +101,8 @@ class GossipStrategy(PairwiseStrategy):
             min_replicas=min_replicas,
             lost_after=lost_after,
             nonfinite=nonfinite,
+            dealt=dealt,
+            epoch_ends=epoch_ends,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
