@@ -78,7 +78,8 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
         default="fixed",
         help="fixed: each worker keeps one disjoint, even share; reshuffled: a new one in each epoch"
         " (DistributedSampler); whole: each walks through all samples in each epoch, in an order of its own;"
-        " contiguous: as fixed, of samples that stand beside each other",
+        " contiguous: as fixed, of samples that stand beside each other; dealt: each takes the next batch of the epoch"
+        " whenever it has need of one, so that faster ones take more",
     )
     add(
         "--non-iid",
@@ -189,6 +190,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
     if args.non_iid is not None and args.data_shares != "fixed":
         raise ValueError(f"--non-iid deals out fixed shares, and --data-shares is {args.data_shares}")
+    if args.data_shares == "dealt" and args.strategy == "all-reduce":
+        raise ValueError(
+            f"--data-shares dealt is of replicas with steps of their own, not of --strategy {args.strategy}"
+        )
     if args.min_replicas is not None and args.strategy in ("local", "all-reduce", "none"):
         raise ValueError(f"--min-replicas is of replicas that exchange, and --strategy is {args.strategy}")
     if args.restarts and args.min_replicas is None:
@@ -211,7 +216,7 @@ def make_strategy(args: argparse.Namespace) -> Any:
     if args.strategy == "all-reduce":
         return DDPStrategy(timeout=timeout, process_group_backend=args.process_group_backend)
     common: dict[str, Any] = {"evaluate": "replica", "timeout": timeout}
-    common |= {"process_group_backend": args.process_group_backend}
+    common |= {"process_group_backend": args.process_group_backend, "dealt": args.data_shares == "dealt"}
     if args.strategy == "none":
         return ElasticGossipStrategy(peers=Nobody(), **common)
     common |= {"min_replicas": args.min_replicas, "restarts": args.restarts}

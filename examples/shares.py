@@ -1,20 +1,21 @@
 """Which samples of the training set a worker walks through in an epoch, and in which order: samplers, one a scheme.
 
-All are pure functions of (seed, epoch, rank, world size), so a resumed run goes on with the order of an unbroken one.
+All are pure functions of (seed, epoch, rank, world size), so a resumed run goes on with the order of an unbroken one;
+but for ``"dealt"``, where a worker takes the next batch of the epoch whenever it has need of one.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-DATA_SHARES = ("fixed", "reshuffled", "whole", "contiguous")
+DATA_SHARES = ("fixed", "reshuffled", "whole", "contiguous", "dealt")
 
 
 def place_of(trainer: pl.Trainer | None) -> tuple[int, int, int]:
@@ -53,6 +54,43 @@ class IndexSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+class Whole(Dataset[Any]):
+    """A training set of which whole batches are cut.
+
+    Args:
+        samples: their number.
+        cut: returns the batch of the samples at these indices, 1-D.
+    """
+
+    def __init__(self, samples: int, cut: Callable[[Tensor], Any]) -> None:
+        self.samples, self.cut = samples, cut
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        return self.cut(torch.tensor(indices))
+
+
+def dealt_loader(samples: int, batch_size: int, cut: Callable[[Tensor], Any]) -> DataLoader[Any]:
+    """Return a loader in which Lightning places the sampler, so that the strategy can deal its batches.
+
+    Args:
+        samples, cut: see :class:`Whole`.
+        batch_size: of every batch.
+
+    Raises:
+        ValueError: if there is no batch.
+    """
+    if samples < batch_size:
+        raise ValueError(f"{samples} samples are less than a worker's batch of {batch_size}: lower --batch-size")
+    return DataLoader(Whole(samples, cut), batch_size, shuffle=True, drop_last=True, collate_fn=_as_it_is)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def mixed_seed(seed: int, epoch: int, rank: int, purpose: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from shares import IndexSampler, make_sampler, place_of
+from shares import IndexSampler, dealt_loader, make_sampler, place_of
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 
@@ -100,6 +100,8 @@ class TensorData(pl.LightningDataModule):
     def train_dataloader(self) -> Any:
         args, train = self.args, self._loaded().train
         share, shares, workers = place_of(self.trainer)
+        if args.data_shares == "dealt":
+            return dealt_loader(len(train.labels), args.batch_size // workers, train.part)
         sampler = make_sampler(args.data_shares, train.labels, share, shares, args.seed, args.non_iid)
         return TensorLoader(train, args.batch_size // workers, sampler)
 

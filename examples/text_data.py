@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from image_data import DataNotFoundError
 from numpy.typing import NDArray
-from shares import IndexSampler, make_sampler, place_of
+from shares import IndexSampler, dealt_loader, make_sampler, place_of
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 
@@ -128,11 +128,13 @@ class WindowLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         sampler = self.sampler
         order = sampler.order() if isinstance(sampler, IndexSampler) else torch.tensor(list(sampler))
-        offsets = np.arange(self.context + 1)
-        for places in order[: len(self) * self.batch_size].split(self.batch_size):
-            begins = self.windows[places].numpy()[:, None] * self.context
-            window = torch.from_numpy(self.data[begins + offsets])
-            yield window[:, :-1], window[:, 1:]
+        yield from map(self.cut, order[: len(self) * self.batch_size].split(self.batch_size))
+
+    def cut(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the batch of the windows at these places, 1-D."""
+        begins = self.windows[places].numpy()[:, None] * self.context
+        window = torch.from_numpy(self.data[begins + np.arange(self.context + 1)])
+        return window[:, :-1], window[:, 1:]
 
 
 class TextData(pl.LightningDataModule):
@@ -160,6 +162,9 @@ class TextData(pl.LightningDataModule):
     def train_dataloader(self) -> Any:
         args, windows = self.args, self.split.train
         share, shares, workers = place_of(self.trainer)
+        if args.data_shares == "dealt":
+            cut = WindowLoader(self.data, windows, self.context, EVALUATION_BATCH).cut
+            return dealt_loader(len(windows), args.batch_size // workers, cut)
         sampler = make_sampler(args.data_shares, windows, share, shares, args.seed)
         return WindowLoader(self.data, windows, self.context, args.batch_size // workers, sampler)
 

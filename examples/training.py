@@ -196,7 +196,7 @@ def make_trainer(args: argparse.Namespace, logger: RankTensorBoardLogger, costs:
         plugins=[AtomicCheckpointIO()],
         enable_model_summary=False,
         enable_progress_bar=on_terminal,
-        use_distributed_sampler=False,
+        use_distributed_sampler=args.data_shares == "dealt",
         log_every_n_steps=args.log_every,
         num_sanity_val_steps=0,
     )

@@ -70,8 +70,8 @@ def mark_processes(items: list[pytest.Item]) -> None:
 
 
 def forks(module: Any) -> bool:
-    """Whether the tests of ``module`` fork ranks (forked.py)."""
-    return bool({"fit", "Linear"} & set(vars(module)))
+    """Whether the tests of ``module`` fork ranks (forked.py, dealt.py)."""
+    return bool({"fit", "Linear", "Walk"} & set(vars(module)))
 
 
 running: list[pytest.Item] = []

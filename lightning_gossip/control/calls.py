@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 from torch.distributed import Store
 
+from lightning_gossip.control.lookout import Lookout
+
 
 class Calls:
     """One rank's view of what is called for; one thing at a time.
@@ -21,6 +23,7 @@ class Calls:
         rank: of this process.
         members: returns the ranks that take part.
         clock: returns the step at which this rank is.
+        lookout: looks for what other ranks wait for.
 
     Attributes:
         together: whether the ranks' clocks go together, and all stop at one step. Where each has a pace of its own,
@@ -33,8 +36,10 @@ class Calls:
         members: Callable[[], Sequence[int]],
         clock: Callable[[], int],
         name: Callable[[int], str] = str,
+        lookout: Lookout | None = None,
     ) -> None:
         self.together = True
+        self.lookout = lookout or Lookout(lambda: 0, {})
         self._rank = rank
         self._name = name
         self._members = members
@@ -88,6 +93,7 @@ class Calls:
 
     def look(self, store: Store) -> None:
         """Look at the store, and answer what is there; for the control thread, on its own connection."""
+        self.lookout.look(store)
         number = self._number
         key = f"call/{number}"
         if self._called is None:

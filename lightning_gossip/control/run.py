@@ -22,6 +22,7 @@ from typing import NoReturn, TypeVar
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
 from lightning_gossip.control.calls import Calls
+from lightning_gossip.control.lookout import Lookout
 from lightning_gossip.control.meeting import Heartbeats, Meeting
 from lightning_gossip.control.stop import Stop, raise_stop
 
@@ -35,8 +36,7 @@ HEARTBEAT = 1.0
 LOOK = 0.2
 """Seconds between looks at the stop word, and the longest for which a waiting thread does not look up."""
 
-_STOP = "stop"
-_END = "end"
+_STOP, _END = "stop", "end"
 
 
 class Control:
@@ -66,16 +66,17 @@ class Control:
         self.rank = rank
         self.world_size = world_size
         self.timeout = timeout
-        self.calls = Calls(rank, lambda: self.members, clock, self._name)
+        self._waits: Counter[str] = Counter()  # calls of `await_all`
+        self.calls = Calls(
+            rank, lambda: self.members, clock, self._name, Lookout(lambda: self._meetings + 1, self._waits)
+        )
         self._clock = clock
         self.stopped: Stop | None = None
         self._end_asked_at = 0  # the meeting at which a rank waits that wants training to end
         self._raise_stop = raise_stop
         self._meetings = 0
-        self._waits: Counter[str] = Counter()  # calls of `await_all`
         self._lock = threading.Lock()
-        self._store = connect()
-        self._thread_store = connect()
+        self._store, self._thread_store = connect(), connect()
         self._heartbeats = Heartbeats(self._store)
         self._watch = Heartbeats(self._thread_store)
         self._closing = threading.Event()
@@ -274,6 +275,7 @@ class Control:
             arrivals = f"await/{reason}/{self._waits[reason]}"
             with self._reaching_store():
                 self._store.set(f"{arrivals}/{self._name(self.rank)}", "1")
+                self.calls.lookout.tell(self._store, reason)
             while (called := self._await_call(reason, arrivals, ending)) != reason:
                 follow(called)
         return self.meet(reason, ending)

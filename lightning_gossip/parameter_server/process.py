@@ -209,3 +209,11 @@ def _await_end_of_pipe(orphaned: threading.Event) -> None:
     while os.read(sys.stdin.fileno(), 1024):
         pass
     orphaned.set()
+
+
+def own_address(peer: str) -> str:
+    """Return this host's address on the interface that leads to ``peer``, a name or address."""
+    family, kind, protocol, _, address = socket.getaddrinfo(peer, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)  # sends nothing
+        return str(probe.getsockname()[0])

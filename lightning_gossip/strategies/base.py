@@ -16,16 +16,15 @@ from lightning_gossip.control.run import Control
 from lightning_gossip.exchange.models import check_models_agree, rank_zeros, take
 from lightning_gossip.strategies import lightning_compat, lightning_counts, lightning_members
 from lightning_gossip.strategies.consensus import Evaluate
-from lightning_gossip.strategies.counting import Counting
+from lightning_gossip.strategies.dealing import DealingStrategy, EpochEnds
 from lightning_gossip.strategies.lightning_names import Accelerator, CheckpointIO, ClusterEnvironment, Precision, pl
 from lightning_gossip.strategies.meeting import TIMEOUT, StartMethod
-from lightning_gossip.strategies.saving import CheckpointedStrategy
 from lightning_gossip.strategies.surviving import LOST_AFTER, NonFinite
 
-__all__ = ["LOST_AFTER", "TIMEOUT", "Evaluate", "NonFinite", "ReplicaStrategy", "StartMethod"]
+__all__ = ["LOST_AFTER", "TIMEOUT", "EpochEnds", "Evaluate", "NonFinite", "ReplicaStrategy", "StartMethod"]
 
 
-class ReplicaStrategy(CheckpointedStrategy):
+class ReplicaStrategy(DealingStrategy):
     """Every rank trains its own replica; a subclass says how replicas are pulled together.
 
     Args:
@@ -34,6 +33,7 @@ class ReplicaStrategy(CheckpointedStrategy):
         timeout: how long a rank waits for one that gives no sign of life.
         min_replicas, restarts, lost_after, nonfinite: see
             :class:`~lightning_gossip.strategies.surviving.SurvivingStrategy`.
+        dealt, epoch_ends: see :class:`~lightning_gossip.strategies.dealing.DealingStrategy`.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             start_method: as for Lightning's ``DDPStrategy``.
 
@@ -50,6 +50,8 @@ class ReplicaStrategy(CheckpointedStrategy):
         restarts: int = 0,
         lost_after: timedelta = LOST_AFTER,
         nonfinite: NonFinite | None = None,
+        dealt: bool | None = None,
+        epoch_ends: EpochEnds = "all",
         accelerator: Accelerator | None,
         parallel_devices: list[torch.device] | None,
         cluster_environment: ClusterEnvironment | None,
@@ -64,6 +66,8 @@ class ReplicaStrategy(CheckpointedStrategy):
             restarts=restarts,
             lost_after=lost_after,
             nonfinite=nonfinite,
+            dealt=dealt,
+            epoch_ends=epoch_ends,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -86,6 +90,8 @@ class ReplicaStrategy(CheckpointedStrategy):
             "restarts": self.restarts,
             "lost_after": self.lost_after.total_seconds(),
             "nonfinite": self.nonfinite,
+            "dealt": self.dealt,
+            "epoch_ends": self.epoch_ends,
             "process_group_backend": self.process_group_backend,
             "start_method": self._start_method,
         }
@@ -185,9 +191,7 @@ class ReplicaStrategy(CheckpointedStrategy):
         lightning_compat.run_steps_between(trainer, self._begin, self.end_step)
         lightning_compat.allow_skipped_steps(trainer)
         lightning_compat.share_monitored_metrics(trainer, self.broadcast)
-        name = type(self).__name__
-        counting = Counting(trainer, name, self.gather, self._await_all, self._acts, self._refuse_unequal_lengths)
-        counting.install(self._after_batch)
+        self._set_up_counting(trainer, self._refuse_unequal_lengths, self._after_batch)
         if self.survives:
             lightning_members.deal_anew(trainer, self._members_that_meet, self.dealt_among)
 
@@ -222,6 +226,8 @@ class ReplicaStrategy(CheckpointedStrategy):
         control.check()
         if control.asked_to_end:
             self._require_trainer().should_stop = True
+        if self._counting is not None:
+            self._counting.before_batch()
 
     # -- endings ------------------------------------------------------------------------------------------------
 

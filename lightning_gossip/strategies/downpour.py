@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -18,12 +17,13 @@ from lightning_gossip.exchange.models import shared_parameters
 from lightning_gossip.parameter_server.client import DownpourClient
 from lightning_gossip.parameter_server.consensus import KeptParameters, Server, ServerConsensus
 from lightning_gossip.parameter_server.optimizers import ServerOptimizer
-from lightning_gossip.parameter_server.process import ShardProcess, shares
+from lightning_gossip.parameter_server.process import ShardProcess, own_address, shares
 from lightning_gossip.parameter_server.shard_links import check_addresses
 from lightning_gossip.parameter_server.snapshot import renumbered
 from lightning_gossip.parameter_server.traffic import DownpourStats
 from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, Evaluate, NonFinite, ReplicaStrategy, StartMethod
+from lightning_gossip.strategies.dealing import EpochEnds
 from lightning_gossip.strategies.lightning_names import Accelerator, CheckpointIO, ClusterEnvironment, Precision, pl
 
 
@@ -70,6 +70,9 @@ class DownpourStrategy(ReplicaStrategy):
         lost_after: with ``min_replicas``: a rank that gives no sign of life for so long is lost; more than 2 s.
         nonfinite: a replica with NaN or infinite parameters, of which nothing is pushed, takes the server's and begins
             its optimizers anew (``"heal"``, the default with ``min_replicas``), or ends its rank (``"error"``).
+        dealt: whether workers take an epoch's batches as they have need of them, in place of even shares; None: where
+            Lightning places the sampler of a map-style data set.
+        epoch_ends: whether an epoch of even shares ends with the ``"first"`` rank that is through, or with ``"all"``.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             start_method: as for Lightning's ``DDPStrategy``.
 
@@ -100,6 +103,8 @@ class DownpourStrategy(ReplicaStrategy):
         restarts: int = 0,
         lost_after: timedelta = LOST_AFTER,
         nonfinite: NonFinite | None = None,
+        dealt: bool | None = None,
+        epoch_ends: EpochEnds = "all",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -138,6 +143,8 @@ class DownpourStrategy(ReplicaStrategy):
             restarts=restarts,
             lost_after=lost_after,
             nonfinite=nonfinite,
+            dealt=dealt,
+            epoch_ends=epoch_ends,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -219,9 +226,9 @@ class DownpourStrategy(ReplicaStrategy):
         if self.num_nodes == 1 or self.cluster_environment is None:
             return "127.0.0.1"
         main = self.cluster_environment.main_address
-        towards_main = "" if self.node_rank == 0 else _own_address(main)
+        towards_main = "" if self.node_rank == 0 else own_address(main)
         others = filter(None, self.gather(towards_main))
-        return towards_main or _own_address(next(others, main))
+        return towards_main or own_address(next(others, main))
 
     @override
     def on_train_start(self) -> None:
@@ -387,11 +394,3 @@ class DownpourStrategy(ReplicaStrategy):
     @override
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"_client": None, "_processes": [], "_final": None, "_owned": (-1, set())}
-
-
-def _own_address(peer: str) -> str:
-    """Return this host's address on the interface that leads to ``peer``, a name or address."""
-    family, kind, protocol, _, address = socket.getaddrinfo(peer, 1, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(address)  # sends nothing
-        return str(probe.getsockname()[0])

@@ -14,7 +14,7 @@ from lightning_gossip.control.run import Control
 from lightning_gossip.rules.mixing import ElasticMixing
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Chooser, Peers, stability_limit
-from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, Evaluate, NonFinite, StartMethod
+from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, EpochEnds, Evaluate, NonFinite, StartMethod
 from lightning_gossip.strategies.lightning_names import (
     Accelerator,
     CheckpointIO,
@@ -72,6 +72,8 @@ class ElasticGossipStrategy(PairwiseStrategy):
             `probability` count a rank's own steps; `delay` is 0; on the CPU.
         outer_lr: η, above 0, of the outer step; DiLoCo's 0.7 is a good start where there is momentum.
         outer_momentum: γ, at least 0 and below 1, of the outer step; DiLoCo's is 0.9. 1 and 0 are plain elastic gossip.
+        dealt: whether ranks take an epoch's batches as they have need of them, in place of even shares; None: not.
+        epoch_ends: whether an epoch of even shares ends with the ``"first"`` rank that is through, or with ``"all"``.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             start_method: as for Lightning's ``DDPStrategy``.
 
@@ -102,6 +104,8 @@ class ElasticGossipStrategy(PairwiseStrategy):
         asynchronous: bool = False,
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
+        dealt: bool | None = None,
+        epoch_ends: EpochEnds = "all",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -130,6 +134,8 @@ class ElasticGossipStrategy(PairwiseStrategy):
             restarts=restarts,
             lost_after=lost_after,
             nonfinite=nonfinite,
+            dealt=dealt,
+            epoch_ends=epoch_ends,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,

@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_gossip.arguments import check_choice
 from lightning_gossip.rules.mixing import MixingRule, PullMixing, PushMixing
 from lightning_gossip.rules.schedule import Chooser, Peers
-from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, Evaluate, NonFinite, StartMethod
+from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, EpochEnds, Evaluate, NonFinite, StartMethod
 from lightning_gossip.strategies.lightning_names import Accelerator, CheckpointIO, ClusterEnvironment, Precision
 from lightning_gossip.strategies.pairwise import PairwiseStrategy
 
@@ -52,6 +52,8 @@ class GossipStrategy(PairwiseStrategy):
             checkpoint and the end: in its own rounds a rank asks for an exchange and trains on, and the other answers
             at once, whatever it is at. Both apply it at the end of the step that they are in by then. `period` and
             `probability` count a rank's own steps; `delay` is 0; on the CPU.
+        dealt: whether ranks take an epoch's batches as they have need of them, in place of even shares; None: not.
+        epoch_ends: whether an epoch of even shares ends with the ``"first"`` rank that is through, or with ``"all"``.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             start_method: as for Lightning's ``DDPStrategy``.
 
@@ -80,6 +82,8 @@ class GossipStrategy(PairwiseStrategy):
         lost_after: timedelta = LOST_AFTER,
         nonfinite: NonFinite | None = None,
         asynchronous: bool = False,
+        dealt: bool | None = None,
+        epoch_ends: EpochEnds = "all",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -105,6 +109,8 @@ class GossipStrategy(PairwiseStrategy):
             restarts=restarts,
             lost_after=lost_after,
             nonfinite=nonfinite,
+            dealt=dealt,
+            epoch_ends=epoch_ends,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,

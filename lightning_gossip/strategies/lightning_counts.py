@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from lightning_gossip.strategies.lightning_names import MisconfigurationException, ModelCheckpoint, Timer, pl
+from lightning_gossip.strategies.lightning_names import MisconfigurationException, ModelCheckpoint, Timer, call, pl
 from lightning_gossip.strategies.stand_in import put, take_away
 
 
@@ -72,11 +72,23 @@ def is_last_batch(trainer: pl.Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
+def is_accumulating(trainer: pl.Trainer) -> bool:
+    """Whether this rank is within an accumulation window."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def is_last_step(trainer: pl.Trainer) -> bool:
+    """Whether this rank has made as many steps as there are to be."""
+    return trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+
+
 def run_validation(trainer: pl.Trainer) -> None:
     """Validate as after a batch of training."""
     loop = trainer.fit_loop.epoch_loop
     trainer.validating = True
     first = trainer._logger_connector._first_loop_iter
+    if not loop._should_accumulate():
+        call._call_lightning_module_hook(trainer, "on_validation_model_zero_grad")
     loop.val_loop.run()
     trainer.training = True
     trainer._logger_connector._first_loop_iter = first
@@ -95,7 +107,10 @@ def save_at_step(trainer: pl.Trainer, callback: ModelCheckpoint) -> None:
 
 
 def decide_batch_ends(
-    trainer: pl.Trainer, decide: Callable[[str, Callable[[], bool]], bool], after: Callable[[], None]
+    trainer: pl.Trainer,
+    decide: Callable[[str, Callable[[], bool]], bool],
+    after: Callable[[], None],
+    also_due: Callable[[], bool] = lambda: False,
 ) -> None:
     """Let ``decide`` say whether to validate, and whether to save, at the end of a batch; then call ``after``.
 
@@ -104,6 +119,7 @@ def decide_batch_ends(
         decide: called with ``"validation"`` or ``"checkpoint <n>"`` (an index of :func:`step_checkpoints`), and a
             function that says what this rank's own count does.
         after: called at the end of every batch, after the validation that may belong to it.
+        also_due: whether to validate in an epoch with validation, besides where Lightning's count says so.
     """
     loop = trainer.fit_loop.epoch_loop
     take_away(loop, "on_advance_end")  # the learning-rate finder begins a training twice in one set-up
@@ -116,7 +132,8 @@ def decide_batch_ends(
 
     def on_advance_end(data_fetcher: Any) -> None:
         nonlocal decided
-        decided = decide("validation", lambda: not loop._skip_next_val and check(data_fetcher))
+        due = lambda: check(data_fetcher) or (loop._should_check_val_epoch() and also_due())  # noqa: E731
+        decided = decide("validation", lambda: not loop._skip_next_val and due())
         loop._skip_next_val = False
         try:
             end(data_fetcher)

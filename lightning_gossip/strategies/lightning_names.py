@@ -20,7 +20,7 @@ if TYPE_CHECKING or lightning_family.bound() == "lightning.pytorch":
     from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
     from lightning.fabric.utilities.optimizer import _optimizers_to_device
     from lightning.fabric.utilities.seed import reset_seed
-    from lightning.fabric.utilities.types import _PATH, ReduceOp
+    from lightning.fabric.utilities.types import _PATH, ReduceOp, _Stateful
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
@@ -38,9 +38,11 @@ if TYPE_CHECKING or lightning_family.bound() == "lightning.pytorch":
     from lightning.pytorch.strategies.strategy import TBroadcast
     from lightning.pytorch.trainer import call
     from lightning.pytorch.trainer.connectors.signal_connector import _get_sigkill_signal
+    from lightning.pytorch.trainer.states import RunningStage
     from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
     from lightning.pytorch.utilities.model_helpers import is_overridden
     from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+    from lightning.pytorch.utilities.seed import isolate_rng
     from lightning.pytorch.utilities.types import STEP_OUTPUT
 else:
     import pytorch_lightning as pl
@@ -52,7 +54,7 @@ else:
     from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
     from lightning_fabric.utilities.optimizer import _optimizers_to_device
     from lightning_fabric.utilities.seed import reset_seed
-    from lightning_fabric.utilities.types import _PATH, ReduceOp
+    from lightning_fabric.utilities.types import _PATH, ReduceOp, _Stateful
     from pytorch_lightning import LightningModule, Trainer
     from pytorch_lightning.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
     from pytorch_lightning.callbacks import Callback, ModelCheckpoint, Timer
@@ -70,9 +72,11 @@ else:
     from pytorch_lightning.strategies.strategy import TBroadcast
     from pytorch_lightning.trainer import call
     from pytorch_lightning.trainer.connectors.signal_connector import _get_sigkill_signal
+    from pytorch_lightning.trainer.states import RunningStage
     from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
     from pytorch_lightning.utilities.model_helpers import is_overridden
     from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
+    from pytorch_lightning.utilities.seed import isolate_rng
     from pytorch_lightning.utilities.types import STEP_OUTPUT
 
 __all__ = [
@@ -92,6 +96,7 @@ __all__ = [
     "ModelCheckpoint",
     "Precision",
     "ReduceOp",
+    "RunningStage",
     "SIGTERMException",
     "Strategy",
     "TBroadcast",
@@ -101,6 +106,7 @@ __all__ = [
     "Trainer",
     "_GlobalStateSnapshot",
     "_MultiProcessingLauncher",
+    "_Stateful",
     "_SubprocessScriptLauncher",
     "_WrappingCheckpointIO",
     "_check_bad_cuda_fork",
@@ -113,6 +119,7 @@ __all__ = [
     "find_free_network_port",
     "get_filesystem",
     "is_overridden",
+    "isolate_rng",
     "move_data_to_device",
     "pl",
     "rank_zero_only",

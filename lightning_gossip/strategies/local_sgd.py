@@ -8,7 +8,7 @@ import torch
 
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.strategies.all_reduced import AllReducedStrategy
-from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, Evaluate, NonFinite, StartMethod
+from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, EpochEnds, Evaluate, NonFinite, StartMethod
 from lightning_gossip.strategies.lightning_names import Accelerator, CheckpointIO, ClusterEnvironment, Precision
 
 
@@ -41,6 +41,8 @@ class LocalSGDStrategy(AllReducedStrategy):
         nonfinite: what becomes of a replica with NaN or infinite parameters, which never get into a mean: ``"heal"``:
             it goes back to the round's common start, and its optimizers begin anew; ``"error"``: its rank ends. None is
             ``"heal"`` with ``min_replicas``, and else ``"error"``.
+        dealt: whether ranks take an epoch's batches as they have need of them, in place of even shares; None: not.
+        epoch_ends: whether an epoch of even shares ends with the ``"first"`` rank that is through, or with ``"all"``.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             start_method: as for Lightning's ``DDPStrategy``; the backend is gloo.
 
@@ -64,6 +66,8 @@ class LocalSGDStrategy(AllReducedStrategy):
         restarts: int = 0,
         lost_after: timedelta = LOST_AFTER,
         nonfinite: NonFinite | None = None,
+        dealt: bool | None = None,
+        epoch_ends: EpochEnds = "all",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -84,6 +88,8 @@ class LocalSGDStrategy(AllReducedStrategy):
             restarts=restarts,
             lost_after=lost_after,
             nonfinite=nonfinite,
+            dealt=dealt,
+            epoch_ends=epoch_ends,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,

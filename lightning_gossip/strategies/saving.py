@@ -61,6 +61,10 @@ class CheckpointedStrategy(ConsensusStrategy):
     def continue_from(self, step: int) -> None:
         """Set the exchange clock, where a training goes on from a consensus model."""
 
+    def common_state(self) -> dict[str, Any]:
+        """Return what all ranks need alike to continue, however many they are; a collective."""
+        return {}
+
     # -- life of a call of the Trainer ---------------------------------------------------------------------------
 
     @override
@@ -193,15 +197,16 @@ class CheckpointedStrategy(ConsensusStrategy):
         replica, consensus = self._parted(checkpoint)
         whole = "optimizer_states" in checkpoint  # not `weights_only`
         replicas = whole and self._consensus is not None  # after `fit` the clock is all that is left of the training
+        common = self.common_state() if replicas else {}
         while True:
             lowest = self.members[0]
             if replicas:
-                self._save_replica(replica, path, save_id, storage_options)
+                self._save_replica(replica, path, save_id, common, storage_options)
             self._meet("replica files are complete")
             if lowest not in self.members:
                 continue  # what only the lowest saves is in nobody's file that is left
             if whole:
-                consensus[files.KEY] = self._entry(save_id if replicas else None)
+                consensus[files.KEY] = self._entry(save_id if replicas else None) | common
             self._write(consensus, path, save_id, replicas, storage_options)
             if not self.survives:
                 break
@@ -241,7 +246,14 @@ class CheckpointedStrategy(ConsensusStrategy):
         else:  # rank 0 may be writing still: what the `.ckpt` of before names stays until the next save
             files.remove_saves(io, path, set(others) - {self._saved.get(path)})
 
-    def _save_replica(self, checkpoint: dict[str, Any], path: str, save_id: str, storage_options: Any | None) -> None:
+    def _save_replica(
+        self,
+        checkpoint: dict[str, Any],
+        path: str,
+        save_id: str,
+        common: dict[str, Any],
+        storage_options: Any | None,
+    ) -> None:
         entry = {
             "save_id": save_id,
             "rank": self.global_rank,
@@ -250,7 +262,7 @@ class CheckpointedStrategy(ConsensusStrategy):
             "rng": files.rng_state(),
         }
         file = files.replica_path(path, save_id, self.global_rank)
-        whole = checkpoint | {files.KEY: entry | checkpoint.get(files.KEY, {})}
+        whole = checkpoint | {files.KEY: entry | common | checkpoint.get(files.KEY, {})}
         files.synchronous(self.checkpoint_io).save_checkpoint(whole, file, storage_options)
 
     def _parted(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -316,7 +328,7 @@ class CheckpointedStrategy(ConsensusStrategy):
                 f"Resuming all ranks from the consensus model and rank 0's optimizer state in {checkpoint_path}, not"
                 f" from their replicas: {'; '.join(dict.fromkeys(problems))}."
             )
-            self._resume = {"step": entry["step"]}
+            self._resume = {name: entry[name] for name in entry if name not in ("save_id", "world_size", "ranks")}
             return checkpoint
         self._resume = replica[files.KEY]
         if self._consensus is None:

@@ -78,6 +78,42 @@ def test_what_was_done_with_the_others_is_not_called_for_again() -> None:
         assert calls.called is None
 
 
+def test_who_comes_first_to_a_meeting_calls_the_others() -> None:
+    def body(rank: Rank) -> list[str | None]:
+        lookout = rank.control.calls.lookout
+        lookout.kept = True
+        heard: list[str | None] = [lookout.called_to]
+        for turn in range(6):
+            if turn % 3 != rank.rank:
+                heard.append(rank.control.poll(lambda: lookout.called_to, time.monotonic() + 5))
+            rank.control.meet(f"turn {turn}")
+            heard.append(lookout.called_to)
+        return heard
+
+    for rank, heard in enumerate(run_ranks(3, body)):
+        expected: list[str | None] = [None]
+        for turn in range(6):
+            expected += [None] if turn % 3 == rank else [f"turn {turn}", None]
+        assert [word for word in heard if word] == [word for word in expected if word]
+
+
+def test_who_waits_for_all_is_seen_by_those_that_watch() -> None:
+    def body(rank: Rank) -> None:
+        lookout = rank.control.calls.lookout
+        lookout.watched = "the end of an epoch"
+        for epoch in range(3):
+            assert not lookout.is_awaited("the end of an epoch")
+            if rank.rank != epoch:
+                seen = rank.control.poll(
+                    lambda: lookout.is_awaited("the end of an epoch") or None, time.monotonic() + 5
+                )
+                assert seen
+            rank.control.await_all("the end of an epoch", lambda reason: None)
+            rank.control.meet("all have looked")
+
+    run_ranks(3, body)
+
+
 def test_meetings_leave_no_keys_behind() -> None:
     store = HashStore()
 

@@ -54,6 +54,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *options: str, fill_in: Callable[...
         ("--seed -1", "--seed must be from 0 to 4294967295, got -1"),
         ("--non-iid 0", "--non-iid must be a finite number above 0, got 0.0"),
         ("--non-iid 1 --data-shares whole", "--non-iid deals out fixed shares, and --data-shares is whole"),
+        ("--strategy all-reduce --data-shares dealt", "--data-shares dealt is of replicas with steps of their own"),
         ("--resume", "--resume needs --run-id"),
         ("--alpha 2", "`alpha` must be a number in (0, 1], got 2.0"),
         ("--strategy downpour --n-push 0", "`n_push` must be an integer of at least 1, got 0"),

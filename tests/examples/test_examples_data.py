@@ -101,6 +101,15 @@ def test_batches_hold_what_the_sampler_names() -> None:
     assert len(whole) == 4
 
 
+def test_a_loader_that_can_be_dealt_cuts_whole_batches() -> None:
+    loader = shares.dealt_loader(25, 4, Labelled(LABELS, LABELS).part)
+    batches = list(loader)
+    assert len(batches) == len(loader) == 6, "the incomplete one is left out"
+    assert all(isinstance(batch, Labelled) and torch.equal(batch.inputs, batch.labels) for batch in batches)
+    with pytest.raises(ValueError, match="3 samples are less than a worker's batch of 4"):
+        shares.dealt_loader(3, 4, Labelled(LABELS, LABELS).part)
+
+
 def test_a_share_without_a_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="10 samples a worker are less than its batch of 11"):
         TensorLoader(Labelled(LABELS, LABELS), 11, shares.IndexSampler(torch.arange(10), 0, 0))

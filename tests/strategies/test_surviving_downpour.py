@@ -32,7 +32,7 @@ LR = 0.01
 
 
 def downpour(min_replicas: int | None = 1, lost_after: float = 20, **options: Any) -> DownpourStrategy:
-    options = {"n_push": 1, "n_pull": 2, "shards": 2, "start_method": "fork", **options}
+    options = {"n_push": 1, "n_pull": 2, "shards": 2, "start_method": "fork", "dealt": False, **options}
     return DownpourStrategy(
         min_replicas=min_replicas,
         lost_after=timedelta(seconds=lost_after),
