@@ -34,7 +34,7 @@ class Beginning:
 
     Attributes:
         broadcasts: what each broadcast gave, in their order.
-        gathered: what was last gathered for each reason.
+        gathered: what was last gathered for each reason for which ranks gather at the beginning.
         identity: by name, what has to be alike: the strategy, its arguments, the model's tensors.
         environment: variables that this package hands on to processes.
     """

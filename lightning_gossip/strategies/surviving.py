@@ -327,7 +327,7 @@ class SurvivingStrategy(MeetingStrategy):
         if self._joiner is not None:
             return self._joiner.gather(value, reason)
         values = super().gather(value, reason)
-        if self.survives and reason != "gather":
+        if self.survives and reason != "gather" and (not self._has_begun or reason in self._beginning.gathered):
             self._beginning.gathered[reason] = values
         return values
 
