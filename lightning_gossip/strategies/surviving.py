@@ -209,6 +209,10 @@ class SurvivingStrategy(MeetingStrategy):
     def align(self, clock: int) -> None:
         """Set the exchange clock to that of the others, before the first step."""
 
+    def become_whole(self, control: MemberControl, donor: int) -> None:
+        """Tell that this rank has joined, and let its clock go with the others', before the first step."""
+        self.align(control.clock_to_join(control.tell_joined(donor)))
+
     def _state_of_donor(self) -> dict[str, Any]:
         while (joiner := self._joiner) is not None:
             try:
@@ -234,7 +238,7 @@ class SurvivingStrategy(MeetingStrategy):
         if control is None:
             return
         if (joiner := self._joiner) is not None:
-            self.align(control.tell_joined(joiner.donor))
+            self.become_whole(control, joiner.donor)
             self._beginning = joiner.beginning
             self._joiner = None
         elif self.is_global_zero:
@@ -243,11 +247,18 @@ class SurvivingStrategy(MeetingStrategy):
 
     def _take_in_guest(self) -> None:
         """Take in the one that asks, at the end of a step, and serve it beside training."""
-        control = self._member_control
+        if (control := self._member_control) is not None and self.can_serve:
+            self._serve(control, control.take_in())
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether one could go on from this rank's present state."""
         trainer = self._trainer
-        if control is None or trainer is None or self._donor is None or not lightning_members.is_between_steps(trainer):
-            return
-        if (entry := control.take_in()) is None:
+        return trainer is not None and self._donor is not None and lightning_members.is_between_steps(trainer)
+
+    def _serve(self, control: MemberControl, entry: Change | None) -> None:
+        """Serve the one taken in by ``entry`` this rank's state, as it is now."""
+        if entry is None or self._donor is None:
             return
         self._serving = True
         try:
