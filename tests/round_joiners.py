@@ -5,6 +5,7 @@ A replay holds those that live to the end, those that came back among them, agai
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from survivors import Killed
 from torch import Tensor, nn
 
 from lightning_gossip.control.joining import claim_seat
-from lightning_gossip.control.member_control import RunOver, Survival
+from lightning_gossip.control.member_control import RunOver
 from lightning_gossip.control.members import JOINING, Change
 from lightning_gossip.control.taking_in import TAKING_IN, take_in_together
 from lightning_gossip.exchange.rounds import Rounds
@@ -111,7 +112,6 @@ class Returning(Mortal):
         self.control.calls.finish(TAKING_IN)
         entry = take_in_together(self.control, self.run.can_serve(self.step))
         self.breathe()
-        self.run.counted.append((self.rank, self.step, self.control.members))
         if entry is None:
             return
         self.once("after its word")
@@ -207,7 +207,6 @@ class Returns(Run):
     busy: int = 0
     stays: list[Stay] = field(default_factory=list)
     snapshots: dict[tuple[int, int], tuple[int, int, dict[str, Tensor]]] = field(default_factory=dict)
-    counted: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
     errors: list[BaseException] = field(default_factory=list)
 
     def can_serve(self, step: int) -> bool:
@@ -243,7 +242,8 @@ class Returns(Run):
                     self.errors.append(error)
                     if hasattr(me, "control"):
                         me.control.leave(f"{type(error).__name__}: {error}")
-                me.die() if me.dying else None
+                else:
+                    me.die()
             if not me.dead:
                 if me.stay.ended and me.rank == me.control.members[0]:
                     me.control.tell_over("nothing")
@@ -304,8 +304,6 @@ def check(run: Returns) -> None:
 
 
 def _entries(run: Returns) -> list[dict[str, Any]]:
-    import json
-
     return [json.loads(run.store.get(f"change/{n}")) for n in range(1, 300) if run.store.check([f"change/{n}"])]
 
 

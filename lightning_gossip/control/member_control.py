@@ -322,7 +322,7 @@ class MemberControl(Control):
         return found
 
     def hold(self, number: int) -> None:
-        """Let the first ``number`` entries of the log hold at every step; called on all members between the same two."""
+        """Let the first ``number`` entries of the log hold at every step; on all members, between the same two."""
         with self._reaching_store():
             self._log.fold(self._store, number)
 

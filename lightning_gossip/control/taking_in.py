@@ -1,8 +1,8 @@
 """How members whose replicas have one start take in one that joins: all together, between the same two steps (§12).
 
-Under gossip a donor takes in a guest at the end of any step of its own (``members``). Where all begin each round from one
-start, the joiner has to have it too, and with it every round that was made: so all members have to count it from the
-same step on, and the donor's snapshot has to lie right before that step. Both follow from a meeting.
+Under gossip a donor takes in a guest at the end of any step of its own (``members``). Where all begin each round from
+one start, the joiner has to have it too, and with it every round that was made: so all members have to count it from
+the same step on, and the donor's snapshot has to lie right before that step. Both follow from a meeting.
 
 =======================================  ==============================================================================
 what                                     who does it, and what follows

@@ -82,7 +82,7 @@ class Votes:
         self._written: list[str] = []  # by this rank, for questions whose word was read
 
     def on(self, question: str, members: Mapping[int, int]) -> Vote:
-        """Return the next vote; ``question`` is asked once in a run, of ``members`` (which process of a rank, by it)."""
+        """Return the next vote; ``question`` is asked once in a run, of ``members``: by rank, which process of it."""
         return Vote(self, f"vote/{question}", members)
 
     def end(self, word: Word, written: list[str]) -> None:

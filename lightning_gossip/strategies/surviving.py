@@ -80,6 +80,7 @@ class SurvivingStrategy(MeetingStrategy):
         self._ends_run = False  # whether what ends this rank ends the others too
         self._members: tuple[int, ...] = ()  # those that have met last; none before any have
         self._incarnations: tuple[int, ...] = ()  # theirs
+        self._dealt: tuple[int, ...] = ()  # among whom the present epoch's data is
         self._joiner: Joiner | None = None  # from its coming to a seat that was lost to its first step
         self._donor: Donor | None = None
         self._beginning = Beginning()  # what was agreed on, up to the first step
@@ -265,7 +266,7 @@ class SurvivingStrategy(MeetingStrategy):
             state = self.state_to_join()
         finally:
             self._serving = False
-        state |= {"position": control.position(), "dealt": list(self.members), "gathered": self._beginning.gathered}
+        state |= {"position": control.position(), "dealt": list(self._dealt), "gathered": self._beginning.gathered}
         self._donor.serve((entry.seat, entry.incarnation), self.step, state)
 
     def _tell_over(self) -> None:

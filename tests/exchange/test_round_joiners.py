@@ -1,4 +1,4 @@
-"""Ranks that come back under LocalSGD and DiLoCo join with the common start, whoever dies when (control/taking_in.py)."""
+"""Ranks that come back under LocalSGD and DiLoCo join with the common start, whoever dies (control/taking_in.py)."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def of_four(dooms: dict[int, tuple[int, str]], returns: dict[int, list[Any]], **options: Any) -> Returns:
-    options = {"steps": 240, "meetings": (90, 180), "longest": 2.0} | options
-    return Returns(4, dooms, returns=returns, **options)
+    kept: dict[str, Any] = {"steps": 240, "meetings": (90, 180), "longest": 2.0}
+    return Returns(4, dooms, returns=returns, **kept | options)
 
 
 def joined(run: Returns) -> list[tuple[int, int]]:
@@ -106,7 +106,9 @@ def test_a_joiner_dies_in_its_first_rounds_and_the_next_one_takes_its_seat(point
     assert [rank for rank, _ in joined(run)] == [2]
 
 
-@pytest.mark.parametrize("points", [("after taking in", "taken in"), ("after its word", "asked"), ("while serving", "loaded")])
+@pytest.mark.parametrize(
+    "points", [("after taking in", "taken in"), ("after its word", "asked"), ("while serving", "loaded")]
+)
 def test_donor_and_joiner_die_at_once_and_both_come_back(points: tuple[str, str]) -> None:
     run = of_four({2: (8, "between the halves"), 0: (9, points[0])}, {2: [(1, points[1]), None], 0: [None]}, delay=2)
     run.go()
