@@ -118,7 +118,7 @@ class Returning(Mortal):
         self.stay.donor, self.stay.taken_at = donor, state["step"]
         self.stay.theta = parameter.detach().numpy().copy()
         self.step = state["step"]
-        clock = self.control.tell_joined(donor)
+        clock = self.control.clock_to_join(self.control.tell_joined(donor))
         # which meetings it comes to follows from the donor's step: it makes no step before one that it has passed
         own = min([clock, *(m - 1 for m in state["meetings"]), self.run.steps - 1])
         self.step = self.stay.began_after = max(own, state["step"])

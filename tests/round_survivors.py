@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from lightning_gossip.exchange.rounds import Rounds
 from lightning_gossip.rules.fragments import strided
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.transport.link import Link, Links
+from lightning_gossip.transport.link_transport import end_of_rank
 from lightning_gossip.transport.voted_all_reduce import VotedAllReduce
 
 SHAPES = {"a.weight": (7, 3), "a.bias": (7,), "b.weight": (5, 7), "c.weight": (1,), "d.weight": (40,), "d.bias": (3, 2)}
@@ -100,7 +102,7 @@ class MortalVote(Vote):
 class MortalVotes(Votes):
     me: Mortal
 
-    def on(self, question: str, members: tuple[int, ...]) -> Vote:
+    def on(self, question: str, members: Mapping[int, int]) -> Vote:
         self.me.round_step = int(question.split(".")[1])
         self.me.swaps, self.me.half = 0, "first"
         self.me.at("before its turn")
@@ -165,9 +167,21 @@ class Mortal:
         self.dying = self.dead = False
         self.lock, self.burial = threading.Lock(), threading.Lock()
         self.doom = run.dooms.get(rank, (0, ""))
-        survival = Survival(run.min_replicas, timedelta(seconds=10), f"threads|{rank}|0", run.is_gone)
+        self.process = f"threads|{rank}|{run.number()}"
+        self.survival = Survival(run.min_replicas, timedelta(seconds=10), self.process, run.is_gone)
+        self.come(0)
+
+    def come(self, incarnation: int) -> None:
+        """Take part as a process of its seat."""
+        run, rank = self.run, self.rank
         self.control = MemberControl(
-            lambda: run.store, rank, run.world_size, timedelta(seconds=20), survival, clock=lambda: self.step
+            lambda: run.store,
+            rank,
+            run.world_size,
+            timedelta(seconds=20),
+            self.survival,
+            incarnation,
+            clock=lambda: self.step,
         )
         check = self.control.check
 
@@ -177,14 +191,17 @@ class Mortal:
 
         vars(self.control)["check"] = checking
         store: Any = MortalStore(self)
-        self.links = MortalLinks(run.store, f"rank{rank}", timedelta(seconds=20))
+        self.links = MortalLinks(run.store, end_of_rank(rank, incarnation), timedelta(seconds=20))
         votes = MortalVotes(store, self.control)
         self.links.me = votes.me = self
         self.reducer = MortalReducer(self.links, self.control, votes)
         self.reducer.me = self
 
+    def dies(self, step: int, point: str) -> bool:
+        return self.doom == (step, point)
+
     def doomed_at(self, point: str) -> bool:
-        return self.doom == (self.round_step, point)
+        return self.dies(self.round_step, point)
 
     def at(self, point: str) -> None:
         if self.dying or self.doomed_at(point):
@@ -201,7 +218,7 @@ class Mortal:
                 self.control._closing.set()
                 self.control._pause.set()
                 self.control._thread.join()
-                self.run.gone.add(f"threads|{self.rank}|0")
+                self.run.gone.add(self.process)
                 self.links.close()
 
     def breathe(self) -> None:
@@ -209,8 +226,13 @@ class Mortal:
             raise Killed
 
     def live(self) -> None:
-        run = self.run
         model = {name: nn.Parameter(torch.tensor(value)) for name, value in initial().items()}
+        rounds = self.rounds_of(model)
+        self.control.begin(10)
+        self.train(rounds, model)
+
+    def rounds_of(self, model: dict[str, nn.Parameter]) -> Rounds:
+        run = self.run
         rounds = Rounds(
             self.rank,
             run.world_size,
@@ -221,14 +243,18 @@ class Mortal:
             delay=run.delay,
             fragments=run.fragments,
             wire_dtype=run.wire_dtype,
-            members=self.control.members_at,
+            members=self.control.all_at,
         )
         self._record(rounds)
-        self.control.begin(10)
+        return rounds
+
+    def train(self, rounds: Rounds, model: dict[str, nn.Parameter]) -> None:
+        """Make the steps that are left, and meet at the end."""
+        run = self.run
         while rounds.step < run.last_step(self.rank, run.steps):
             start = time.monotonic()
             self.step = rounds.step + 1
-            if self.doom == (self.step, "before posting"):
+            if self.dies(self.step, "before posting"):
                 raise Killed
             rounds.begin()
             with torch.no_grad():
@@ -241,6 +267,7 @@ class Mortal:
             for meeting in run.meetings:
                 if self.step == run.last_step(self.rank, meeting):
                     self._meet(rounds, f"step {meeting}")
+            self.after_step(rounds, model)
             self.life.longest = max(self.life.longest, time.monotonic() - start)
         self._meet(rounds, "the last step")
         rounds.settle()
@@ -248,6 +275,9 @@ class Mortal:
         self.control.meet("the end")
         self.life.end = self._kept(rounds)
         self.life.theta = {name: parameter.detach().numpy().copy() for name, parameter in model.items()}
+
+    def after_step(self, rounds: Rounds, model: dict[str, nn.Parameter]) -> None:
+        """Do what there is to do between two steps."""
 
     def _meet(self, rounds: Rounds, reason: str) -> None:
         rounds.arrive()
@@ -298,6 +328,10 @@ class Run:
 
     def __post_init__(self) -> None:
         self.store, self.gone = HashStore(), set[str]()
+        self._processes = itertools.count()
+
+    def number(self) -> int:
+        return next(self._processes)
 
     def is_gone(self, process: str) -> bool:
         return process in self.gone

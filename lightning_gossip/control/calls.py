@@ -47,6 +47,7 @@ class Calls:
         self._lock = threading.Lock()  # between reading the clock and making the promise this rank must not go on
         self._number = 0  # of the call
         self._noted: str | None = None
+        self._wished: str | None = None
         self._called: str | None = None
         self._promised = 0
         self._agreed: int | None = None
@@ -54,6 +55,10 @@ class Calls:
     def note(self, what: str) -> None:
         """Call for ``what``, unless it is called for already: for signal handlers, so no more than an assignment."""
         self._noted = what
+
+    def wish(self, what: str) -> None:
+        """Call for ``what`` where nothing is noted or called for: it may be forgotten over that."""
+        self._wished = what
 
     @property
     def number(self) -> int:
@@ -88,6 +93,7 @@ class Calls:
         with self._lock:
             if self._noted == what:
                 self._noted = None
+            self._wished = None
             self._called = self._agreed = None
             self._number += 1
 
@@ -105,8 +111,8 @@ class Calls:
                     self._agreed = agreed
 
     def _hear(self, store: Store, number: int, key: str) -> None:
-        if not store.check([key]) and self._noted is not None:
-            store.compare_set(key, "", self._noted)
+        if not store.check([key]) and (own := self._noted or self._wished) is not None:
+            store.compare_set(key, "", own)
         if not store.check([key]):
             return
         what = store.get(key).decode()

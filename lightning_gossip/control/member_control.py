@@ -171,7 +171,10 @@ class MemberControl(Control):
             RunStopped: as :meth:`members_at`.
         """
         self.members_at(step)
-        return self._log.all_at(step)
+        members = self._log.all_at(step)
+        if self._log.incarnation_at(step, self.rank) != self.incarnation:
+            return tuple(rank for rank in members if rank != self.rank)
+        return members
 
     @override
     def incarnation_at(self, step: int, rank: int) -> int:
@@ -297,6 +300,46 @@ class MemberControl(Control):
         """Return from which step ``entry``, which this rank has appended, holds."""
         return self._log.step_of(entry.number)
 
+    @property
+    def donor(self) -> int:
+        """The first member that is whole, by what all that have met last count."""
+        return self._log.whole_by(self._log.folded)[0]
+
+    def word_of(self, rank: int, own: Callable[[], str], otherwise: str) -> str:
+        """Return what ``rank`` tells those that have just met with it; ``otherwise``, where it is lost before it has.
+
+        All that have met call this, once before they meet again, and get the same.
+
+        Args:
+            rank: one of them.
+            own: returns what this rank tells; called where it is ``rank``.
+            otherwise: the same on all.
+
+        Raises:
+            RunStopped: as :meth:`check`.
+        """
+        key = f"meet/{self._meetings}/word"
+        [incarnation] = self._log.incarnations_of(self._log.folded, (rank,))
+
+        def look() -> str | None:
+            if self._store.check([key]):
+                return self._store.get(key).decode()
+            if self.is_lost(rank, incarnation):
+                return self._store.compare_set(key, "", otherwise).decode()
+            return None
+
+        with self._reaching_store():
+            if rank == self.rank:
+                return self._store.compare_set(key, "", own()).decode()
+            while (found := self.poll(look, time.monotonic() + self._look_up)) is None:
+                self._declare_late(lambda late: late == rank)
+        return found
+
+    def hold(self, number: int) -> None:
+        """Let the first ``number`` entries of the log hold at every step; on all members, between the same two."""
+        with self._reaching_store():
+            self._log.fold(self._store, number)
+
     def position(self) -> dict[str, Any]:
         """Return where this rank is among the meetings and calls of the run, as numbers by name."""
         numbers = {"meetings": self._meetings, "folded": self._log.folded, "calls": self.calls.number}
@@ -311,12 +354,8 @@ class MemberControl(Control):
         self.calls.begin_at(int(position["calls"]))
         self._joins = False
 
-    def tell_joined(self, donor: int) -> int:
-        """Append that this process is whole: it is drawn from the step on that all know.
-
-        Returns:
-            To what it has to set its clock, so that it goes with those of the others, and begins none of those steps
-            too late: the step at which the others are, or the one before the first in which it is drawn.
+    def tell_joined(self, donor: int) -> Change | None:
+        """Append that this process is whole: it is drawn from the step on that all know; return the entry.
 
         Raises:
             RunStopped: as :meth:`check`; also where it was declared lost meanwhile.
@@ -325,6 +364,17 @@ class MemberControl(Control):
             cause = f"from rank {donor}"
             entry = self._log.append(self._store, JOINED, self.rank, self.incarnation, self._clock(), cause)
         self.check()
+        return entry
+
+    def clock_to_join(self, entry: Change | None) -> int:
+        """Return to what one has to set its clock whose ``entry`` says that it has joined.
+
+        It goes with the clocks of the others then, and begins none of the steps in which it is drawn too late: the step
+        at which the others are, or the one before the first in which it is drawn.
+
+        Raises:
+            RunStopped: as :meth:`check`.
+        """
         clock = self._clock_of_others()
         return clock if entry is None else min(clock, self._log.step_of(entry.number) - 1)
 
@@ -395,7 +445,7 @@ class MemberControl(Control):
             if self.rank == members[0]:
                 # everybody has left the meeting before this one
                 before = f"meet/{self._meetings - 1}"
-                fields = ["reason", "count", "go", "skipped", "ending", "votes", "verdict"]
+                fields = ["reason", "count", "go", "skipped", "ending", "votes", "verdict", "word"]
                 for field in [*fields, *(f"vote/{rank}" for rank in range(self.world_size))]:
                     self._store.delete_key(f"{before}/{field}")
             incarnations = self._log.incarnations_of(number, members)

@@ -87,6 +87,11 @@ class MemberLog:
         with self._lock:
             return self._members.incarnations_of(number, seats)
 
+    def whole_by(self, number: int) -> tuple[int, ...]:
+        """See :meth:`Members.whole_by`."""
+        with self._lock:
+            return self._members.whole_by(number)
+
     def step_of(self, number: int) -> int:
         """See :meth:`Members.step_of`."""
         with self._lock:

@@ -208,6 +208,10 @@ class Members:
         incarnations = self._by(number).incarnations
         return tuple(incarnations[seat] for seat in seats)
 
+    def whole_by(self, number: int) -> tuple[int, ...]:
+        """Return those that are not joining still by the first ``number`` entries of the log."""
+        return self._by(number).whole
+
     # -- transitions --------------------------------------------------------------------------------------------
 
     def may_append(self, kind: str, seat: int, incarnation: int) -> bool:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from torch.distributed import Store
@@ -81,8 +81,8 @@ class Votes:
         self.control = control
         self._written: list[str] = []  # by this rank, for questions whose word was read
 
-    def on(self, question: str, members: tuple[int, ...]) -> Vote:
-        """Return the next vote; ``question`` is asked once in a run."""
+    def on(self, question: str, members: Mapping[int, int]) -> Vote:
+        """Return the next vote; ``question`` is asked once in a run, of ``members``: by rank, which process of it."""
         return Vote(self, f"vote/{question}", members)
 
     def end(self, word: Word, written: list[str]) -> None:
@@ -100,10 +100,10 @@ class Vote:
     Args:
         votes: of this rank.
         key: of the question.
-        members: who votes.
+        members: who votes: by rank, which process of it. One that comes to its seat later has no part in it.
     """
 
-    def __init__(self, votes: Votes, key: str, members: tuple[int, ...]) -> None:
+    def __init__(self, votes: Votes, key: str, members: Mapping[int, int]) -> None:
         self._votes = votes
         self._store, self._control = votes.store, votes.control
         self._key = key
@@ -127,9 +127,10 @@ class Vote:
         self._written.append(mine)
         pause, again = 0.0001, time.monotonic() + _ENDED
         while (word := self.look()) is None:
-            if self._control.stopped is not None or self._control.is_lost(self._control.rank) or gives_up():
+            lost = [rank for rank, incarnation in self._members.items() if self._control.is_lost(rank, incarnation)]
+            if self._control.stopped is not None or self._control.rank in lost or gives_up():
                 return None
-            waiting = awaited(self._members, [rank for rank in self._members if self._control.is_lost(rank)])
+            waiting = awaited(self._members, lost)
             if self._store.check([self._yes(rank) for rank in waiting]):
                 return self._end(Word(True))
             if time.monotonic() > again:

@@ -174,6 +174,17 @@ class Rounds:
         """
         self._apply(before=self.step + 1)
 
+    def state_to_join(self) -> dict[str, Any]:
+        """Return what a rank begins with that takes over this replica, after a meeting that came before it.
+
+        Rounds from now on count that rank; those that are in flight do not, and are its own all the same: they are
+        applied to what was this replica when they were posted. :meth:`load_state_dict` takes it.
+
+        Raises:
+            PartnerLost, RunStopped: as :meth:`end`.
+        """
+        return self.state_dict() | {"stats": asdict(ExchangeStats(partner=None)), "reducer": self._reducer.position()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return clock, counts, starts, momenta and what is in flight; it waits for what is on the wire.
 
@@ -199,6 +210,8 @@ class Rounds:
         self.arrive()
         self._in_flight.clear()
         self._reducer.rewind()
+        if "reducer" in state:
+            self._reducer.take_place(state["reducer"])
         self.step = int(state["step"])
         self.stats = ExchangeStats.of(state["stats"])
         parameters = self._parameters()

@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_gossip.arguments import check_integer
 from lightning_gossip.control.member_control import MemberControl
 from lightning_gossip.control.run import Control
+from lightning_gossip.control.taking_in import TAKING_IN, take_in_together
 from lightning_gossip.control.votes import Votes
 from lightning_gossip.exchange.rounds import Rounds
 from lightning_gossip.rules.outer import OuterStep
@@ -70,7 +71,7 @@ class AllReducedStrategy(ClockedStrategy[Rounds]):
         links = self.make_links(control, store)
         reducer: AllReduce
         if isinstance(control, MemberControl):
-            reducer, members = VotedAllReduce(links, control, Votes(store, control)), control.members_at
+            reducer, members = VotedAllReduce(links, control, Votes(store, control)), control.all_at
         else:
             reducer, members = LinkAllReduce(links, control), None
         rounds = Rounds(
@@ -88,3 +89,26 @@ class AllReducedStrategy(ClockedStrategy[Rounds]):
         )
         rounds.on_heal = self.begin_optimizers_anew
         return rounds
+
+    # -- joining, and taking in: all together (see ``control.taking_in``) -----------------------------------------
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self._acts = {**self._acts, TAKING_IN: self._take_in_together}
+
+    @override
+    def become_whole(self, control: MemberControl, donor: int) -> None:
+        """Tell that this rank has joined; its clock is its donor's: no round may be left out."""
+        control.tell_joined(donor)
+
+    @override
+    def _take_in_guest(self) -> None:
+        if self.can_serve:
+            self.control.calls.wish(TAKING_IN)
+
+    def _take_in_together(self) -> None:
+        self._meet(TAKING_IN)
+        self.control.calls.finish(TAKING_IN)
+        if (control := self._member_control) is not None:
+            self._serve(control, take_in_together(control, self.can_serve))

@@ -108,19 +108,24 @@ def share_log_folders(trainer: pl.Trainer, broadcast: Callable[[Any], Any]) -> N
             logger._version = broadcast(logger.version if trainer.is_global_zero else None)
 
 
-def deal_anew(trainer: pl.Trainer, members: Callable[[], Any], dealt_among: Callable[[], Any]) -> None:
+def deal_anew(
+    trainer: pl.Trainer, members: Callable[[], Any], dealt_among: Callable[[], Any], note: Callable[[], None]
+) -> None:
     """Make the loaders of training and validation anew, by their data sets, wherever others take part than before.
 
     Args:
         trainer: in ``fit``.
         members: meets, and returns who takes part; called before every epoch and validation.
         dealt_among: returns among whom data is dealt that is loaded now.
+        note: called when the training's was dealt.
     """
-    for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop):
-        _deal_anew_in(loop, members, dealt_among)
+    _deal_anew_in(trainer.fit_loop, members, dealt_among, note)
+    _deal_anew_in(trainer.fit_loop.epoch_loop.val_loop, members, dealt_among, lambda: None)
 
 
-def _deal_anew_in(loop: Any, members: Callable[[], Any], dealt_among: Callable[[], Any]) -> None:
+def _deal_anew_in(
+    loop: Any, members: Callable[[], Any], dealt_among: Callable[[], Any], note: Callable[[], None]
+) -> None:
     set_up = loop.setup_data
     dealt: list[Any] = []
 
@@ -132,5 +137,6 @@ def _deal_anew_in(loop: Any, members: Callable[[], Any], dealt_among: Callable[[
         set_up()
         if loop._combined_loader is not before:
             dealt[:] = [dealt_among()]
+            note()
 
     put(loop, "setup_data", setup_data)

@@ -82,6 +82,7 @@ class SurvivingStrategy(MeetingStrategy):
         self._ends_run = False  # whether what ends this rank ends the others too
         self._members: tuple[int, ...] = ()  # those that have met last; none before any have
         self._incarnations: tuple[int, ...] = ()  # theirs
+        self._dealt: tuple[int, ...] = ()  # among whom the present epoch's data is
         self._joiner: Joiner | None = None  # from its coming to a seat that was lost to its first step
         self._donor: Donor | None = None
         self._beginning = Beginning()  # what was agreed on, up to the first step
@@ -220,6 +221,10 @@ class SurvivingStrategy(MeetingStrategy):
     def align(self, clock: int) -> None:
         """Set the exchange clock to that of the others, before the first step."""
 
+    def become_whole(self, control: MemberControl, donor: int) -> None:
+        """Tell that this rank has joined, and let its clock go with the others', before the first step."""
+        self.align(control.clock_to_join(control.tell_joined(donor)))
+
     def _state_of_donor(self) -> dict[str, Any]:
         while (joiner := self._joiner) is not None:
             try:
@@ -252,7 +257,7 @@ class SurvivingStrategy(MeetingStrategy):
         if control is None:
             return
         if (joiner := self._joiner) is not None:
-            self.align(control.tell_joined(joiner.donor))
+            self.become_whole(control, joiner.donor)
             self._beginning = joiner.beginning
             self._joiner = None
         elif self.is_global_zero:
@@ -261,18 +266,25 @@ class SurvivingStrategy(MeetingStrategy):
 
     def _take_in_guest(self) -> None:
         """Take in the one that asks, at the end of a step, and serve it beside training."""
-        control = self._member_control
+        if (control := self._member_control) is not None and self.can_serve:
+            self._serve(control, control.take_in())
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether one could go on from this rank's present state."""
         trainer = self._trainer
-        if control is None or trainer is None or self._donor is None or not lightning_members.is_between_steps(trainer):
-            return
-        if (entry := control.take_in()) is None:
+        return trainer is not None and self._donor is not None and lightning_members.is_between_steps(trainer)
+
+    def _serve(self, control: MemberControl, entry: Change | None) -> None:
+        """Serve the one taken in by ``entry`` this rank's state, as it is now."""
+        if entry is None or self._donor is None:
             return
         self._serving = True
         try:
             state = self.state_to_join()
         finally:
             self._serving = False
-        state |= {"position": control.position(), "dealt": list(self.members), "gathered": self._beginning.gathered}
+        state |= {"position": control.position(), "dealt": list(self._dealt), "gathered": self._beginning.gathered}
         self._donor.serve((entry.seat, entry.incarnation), self.step, state)
 
     def _tell_over(self) -> None:

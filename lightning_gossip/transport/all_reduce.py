@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 
@@ -75,6 +75,13 @@ class AllReduce(ABC):
     @abstractmethod
     def reset(self, generation: int) -> None:
         """Begin anew with everybody, after some were dropped; called on all ranks, with nothing to be waited for."""
+
+    def position(self) -> dict[str, Any]:
+        """Return what a rank that takes this one's state has to know to meet the others; with nothing under way."""
+        return {}
+
+    def take_place(self, position: Mapping[str, Any]) -> None:  # noqa: B027 - a choice, not a duty
+        """Meet the others where the rank does whose :meth:`position` this was; before anything was posted."""
 
     @abstractmethod
     def close(self) -> None:

@@ -40,8 +40,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -51,7 +52,7 @@ from lightning_gossip.control.votes import Vote, Votes
 from lightning_gossip.transport.all_reduce import QueuedAllReduce, Reduction, lost_in
 from lightning_gossip.transport.halves import Combine, Failure, Halves
 from lightning_gossip.transport.interface import Staged
-from lightning_gossip.transport.link import Header, LayoutMismatch, LinkError, Links, reason_of
+from lightning_gossip.transport.link import Header, LayoutMismatch, Link, LinkError, Links, reason_of
 from lightning_gossip.transport.link_transport import end_of_rank
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,9 @@ class VotedAllReduce(QueuedAllReduce):
         self.waits_elsewhere = -1
         """A rank that does, until all have met; -1 for none."""
         self.closed = False
-        self._generation = "0"
+        self._generation = "0"  # the meeting from which on links are, see `reset`
+        self._dropped = ""  # the last all-reduce that was dropped since
+        self._reached: dict[int, int] = {}  # by rank, to which process of it there is a link
         super().__init__(control)
 
     def post(
@@ -99,19 +102,40 @@ class VotedAllReduce(QueuedAllReduce):
             raise RuntimeError(f"rank {self.members.rank} takes no part at step {header.step}: members are {members}")
         header = replace(header, extra=self._rewound)
         halves = Halves(header, sent, room, combine, self.members.rank, members, spares=True)
-        reduction = _Voted(self, halves, header, members, room[: header.nbytes], staged)
+        processes = {rank: self.members.incarnation_at(header.step, rank) for rank in members}
+        reduction = _Voted(self, halves, header, processes, room[: header.nbytes], staged)
         self._queue.put(reduction)
         return reduction
 
+    def link_to(self, rank: int, incarnation: int) -> Link:
+        """Return the link to a process of ``rank``; that to one before it is closed. In the helper thread."""
+        if (before := self._reached.get(rank, incarnation)) != incarnation:
+            self.links.part(end_of_rank(rank, before))
+        self._reached[rank] = incarnation
+        return self.links.to(end_of_rank(rank, incarnation))
+
     def begin_anew_after(self, dropped: str) -> None:
         """Close all links; the next generation is named after what was dropped. In the helper thread."""
+        self._dropped = dropped
         self.links.reset(f"{self._generation}/{dropped}", _CLOSE)
 
     def reset(self, generation: int) -> None:
         """See :meth:`AllReduce.reset`."""
-        self._generation = str(generation)
+        self._generation, self._dropped = str(generation), ""
         self.waits_elsewhere = -1
         self.links.reset(self._generation)
+
+    def position(self) -> dict[str, Any]:
+        """See :meth:`AllReduce.position`."""
+        return {"generation": self._generation, "dropped": self._dropped, "rewound": self._rewound}
+
+    def take_place(self, position: Mapping[str, Any]) -> None:
+        """See :meth:`AllReduce.take_place`."""
+        if position["generation"] != self._generation:
+            self.reset(int(position["generation"]))
+        if position["dropped"]:
+            self.begin_anew_after(position["dropped"])
+        self._rewound = int(position["rewound"])
 
     def close(self) -> None:
         """See :meth:`AllReduce.close`."""
@@ -126,12 +150,13 @@ class _Voted(Reduction):
         reducer: VotedAllReduce,
         halves: Halves,
         header: Header,
-        members: tuple[int, ...],
+        processes: Mapping[int, int],
         result: Tensor,
         staged: Staged | None,
     ) -> None:
         self._reducer, self._control = reducer, reducer.members
-        self._halves, self._step, self._members = halves, header.step, members
+        self._halves, self._step = halves, header.step
+        self._processes = processes  # by rank, which process of it takes part
         self._where, self._staged = result, staged
         self._name = f"{header.extra}.{header.step}.{header.number}"
         self._result: Tensor | None = None
@@ -150,7 +175,7 @@ class _Voted(Reduction):
             self._done.set()
 
     def _decide(self) -> None:
-        vote = self._reducer.votes.on(self._name, self._members)
+        vote = self._reducer.votes.on(self._name, self._processes)
         failure = self._gather(vote)
         word = vote.say_yes(self._ends) if failure is None else vote.say_no(_reason(failure))
         if failure is not None and (word is None or word.kept or self._is_for_good(failure)):
@@ -177,7 +202,7 @@ class _Voted(Reduction):
                 return self._control.rank, LinkError("it ends")
             if (elsewhere := self._reducer.waits_elsewhere) >= 0:
                 return elsewhere, LinkError("it waits elsewhere")
-            if (lost := next(filter(self._control.is_lost, pending), None)) is not None:
+            if (lost := next(filter(self._is_lost, pending), None)) is not None:
                 return lost, LinkError("it is lost")
             if (word := vote.look()) is not None and not word.kept:
                 return word.by, LinkError(word.why)
@@ -188,10 +213,13 @@ class _Voted(Reduction):
                 self._staged.ready()
             if (failure := given_up(self._halves.others)) is not None:
                 return failure
-            links = {rank: self._reducer.links.to(end_of_rank(rank)) for rank in self._halves.others}
+            links = {rank: self._reducer.link_to(rank, self._processes[rank]) for rank in self._halves.others}
             return self._halves.run(links, given_up)
         except Exception as error:  # noqa: BLE001 - a caller's `combine`: all drop it, and whoever waits is told
             return self._control.rank, error
+
+    def _is_lost(self, rank: int) -> bool:
+        return self._control.is_lost(rank, self._processes[rank])
 
     def _ends(self) -> bool:
         return self._reducer.closed or self._control.stopped is not None
@@ -216,7 +244,7 @@ class _Voted(Reduction):
         if self._reducer.waits_elsewhere >= 0:
             return
         for rank in self._halves.others:
-            if not self._control.is_lost(rank) and self._control.has_left(rank, self._step):
+            if not self._is_lost(rank) and self._control.has_left(rank, self._step):
                 self._reducer.waits_elsewhere = rank
                 return
 
