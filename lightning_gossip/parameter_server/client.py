@@ -31,7 +31,7 @@ from lightning_gossip.exchange.flat import FlatLayout
 from lightning_gossip.exchange.stats import NONFINITE, NonFinite, NotFinite
 from lightning_gossip.parameter_server import questions, snapshot
 from lightning_gossip.parameter_server.displacement import Cut
-from lightning_gossip.parameter_server.held import refuse_new_parameters
+from lightning_gossip.parameter_server.held import held_by_server, refuse_new_parameters
 from lightning_gossip.parameter_server.optimizers import ServerOptimizer
 from lightning_gossip.parameter_server.shard_links import ShardLinks, check_addresses, connect_store
 from lightning_gossip.parameter_server.traffic import Answered, DownpourStats, Traffic
@@ -43,16 +43,17 @@ class DownpourClient:
     """One worker of a Downpour training.
 
     With a :class:`~lightning_gossip.control.member_control.MemberControl` shards drop workers that are lost: what they
-    pushed stays, a push is applied by each shard to which its part came whole, and the lowest that is left is in worker
-    0's place. A shard that is lost ends the run all the same.
+    pushed stays, a push is applied by each shard to which its part came whole, and the first member that is left is in
+    worker 0's place. A shard that is lost ends the run all the same. A worker that joins gets what
+    :meth:`state_to_join` returned on its donor, and begins by a pull: see :mod:`.protocol`.
 
     A push or pull that is due while the last one is still under way waits for the first step's end at which that one
     has come back: the displacement goes on accumulating, and nothing is lost.
 
     Args:
         addresses: of the shards, ``host:port``, in an order that is the same for all workers.
-        control: of the run; its rank is this worker's number, its world size the number of workers, its timeout that
-            of every wait.
+        control: of the run; its rank is this worker's seat, its world size the number of seats, its timeout that of
+            every wait.
         n_push: steps from one push to the next.
         n_pull: steps from one request for the server's parameters to the next.
         max_staleness: a worker known to be more server updates behind than this waits for a pull at the step's end.
@@ -129,7 +130,10 @@ class DownpourClient:
     # -- a training's life ----------------------------------------------------------------------------------------
 
     def continue_from(self, step: int) -> None:
-        """Set the clock with which the next :meth:`start` begins; there is no warm-up then, unless it is 0."""
+        """Set the clock with which the next :meth:`start` begins; there is no warm-up then, unless it is 0.
+
+        One that joins does not begin before its donor's.
+        """
         self.step = step
 
     def start_again(self, parameters: Mapping[str, Tensor]) -> None:
@@ -153,6 +157,7 @@ class DownpourClient:
         Worker 0 gives the server its parameters (or ``server_state``, and nobody warms up); the others wait for that
         and for the end of the warm-up, as long as worker 0 lives; where the run goes on without it, the next does what
         it has not done. Those given no state of their own (:meth:`load_state_dict`) then take the server's parameters.
+        One that joins waits for the training in which its donor was, and takes these too.
 
         Args:
             parameters: by name, the same on all workers; the server's are those that require a gradient now, or did
@@ -165,32 +170,23 @@ class DownpourClient:
             ValueError: if a state does not belong to these parameters.
         """
         loaded, self._loaded = self._loaded, None
-        trainable = [name for name, p in parameters.items() if p.requires_grad]
-        names = set(trainable if loaded is None else loaded.get("names", trainable))
-        travelling = {name: p for name, p in parameters.items() if name in names}
-        layout = FlatLayout(travelling)
-        if loaded is not None and loaded["layout"] != layout.fingerprint:
-            raise ValueError("the worker's state belongs to other parameters: names, shapes or dtypes differ")
-        if not travelling:
-            raise ValueError("`parameters` must hold at least one that requires a gradient")
-        if loaded is not None and server_state is None and (rank := self._control.rank) == self._control.members[0]:
+        travelling, layout = held_by_server(parameters, loaded)
+        own = None if loaded is None or "training" in loaded else loaded
+        if own is not None and server_state is None and (rank := self._control.rank) == self._control.members[0]:
             raise ValueError(f"worker {rank} can not go on from a state of its own without `server_state`")
         links, cut = self._meet_shards(layout)
-        self._trainings += 1
-        self._restore_counts(loaded)
+        self._restore_counts({} if loaded is None else loaded)
         device = next(iter(travelling.values())).device
         traffic = Traffic(links, cut, device, self._trainings, self.stats, self._on_answer)
-        own = traffic.displacement.begin(travelling)
-        warms_up = server_state is None and self.step == 0 < self._warmup_steps
-        job = None if loaded is not None else questions.initialise(cut, own, self._trainings, not warms_up)
+        first = traffic.displacement.begin(travelling)
+        warms_up = server_state is None and loaded is None and self.step == 0 < self._warmup_steps
+        job = None if loaded is not None else questions.initialise(cut, first, self._trainings, not warms_up)
         if server_state is not None:
-            job = snapshot.load(cut, server_state, self._trainings, not warms_up)
+            job = snapshot.load(cut, server_state, self._trainings, not warms_up, links.workers.by_seat)
         leads, begins = traffic.begin(job, self.step, warms_up)
         self._warming_up = leads and warms_up
-        if loaded is not None:
-            traffic.displacement.begin_from(loaded["reference"])
-            seen = loaded["seen"]  # shards that are cut anew hold elements of those that were seen least
-            traffic.seen = tuple(seen) if len(seen) == cut.shards else (min(seen),) * cut.shards
+        if own is not None:
+            traffic.load_state_dict(own)
         elif not begins or server_state is not None:
             traffic.take_over(travelling, self.step)
         self._traffic = traffic
@@ -282,10 +278,14 @@ class DownpourClient:
         """
         self._traffic = None
 
-    def close(self) -> None:
-        """Say goodbye to the shards, which end once everybody did, and give up the links."""
+    def close(self, goodbye: bool = True) -> None:
+        """Say goodbye to the shards, which end once everybody did, and give up the links.
+
+        Args:
+            goodbye: False where this worker leaves a run that goes on, perhaps by somebody who has yet to come.
+        """
         if self._links is not None:
-            self._links.close()
+            self._links.close(goodbye)
         self._links = self._traffic = None
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
@@ -300,21 +300,19 @@ class DownpourClient:
         """
         self.drain()
         traffic = self._running()
-        displacement = traffic.displacement
-        return {
-            "step": self.step,
-            "push_due": self._push_due,
-            "pull_due": self._pull_due or not traffic.can_pull,
-            "pushed_at": self._pushed_at,
-            "seen": list(traffic.seen),
-            "stats": asdict(self.stats),
-            "layout": displacement.cut.layout.fingerprint,
-            "names": list(displacement.cut.layout.shapes),
-            "reference": [part.clone() for part in displacement.cut.whole(displacement.reference())],
-        }
+        pull_due = self._pull_due or not traffic.can_pull
+        dues = {"push_due": self._push_due, "pull_due": pull_due, "pushed_at": self._pushed_at}
+        return {"step": self.step, **dues, "stats": asdict(self.stats), **traffic.held, **traffic.state_dict()}
+
+    def state_to_join(self) -> dict[str, Any]:
+        """Return what one begins with that joins (numbers and strings), for :meth:`load_state_dict`; waits for nobody.
+
+        What this worker has under way is its own; the other's parameters are the server's, once it has started.
+        """
+        return {"step": self.step, "training": self._running().training, **self._running().held}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next :meth:`start` go on from ``state``, with the parameters that belong to it."""
+        """Let the next :meth:`start` go on from ``state``, with the parameters that belong to it, or join by it."""
         self._loaded = dict(state)
 
     def server_state(self) -> dict[str, Any]:
@@ -328,7 +326,8 @@ class DownpourClient:
         traffic = self._running()
         cut = traffic.displacement.cut
         fetch = partial(snapshot.fetch, cut, self.step, traffic.training)
-        return snapshot.gather(cut, traffic.wait(self._links_in_use().ask(fetch)))
+        links = self._links_in_use()
+        return snapshot.gather(cut, traffic.wait(links.ask(fetch)), links.workers.by_seat)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
@@ -357,16 +356,17 @@ class DownpourClient:
         self._cut = cut
         return self._links, cut
 
-    def _restore_counts(self, loaded: Mapping[str, Any] | None) -> None:
-        if loaded is not None:
-            self.step = loaded["step"]
-        elif self.running:
-            self.step = 0
+    def _restore_counts(self, loaded: Mapping[str, Any]) -> None:
+        """Begin with the counts of ``loaded``, of which there are some, the clock alone, or none."""
+        if "training" in loaded:
+            self._trainings, self.step = loaded["training"], max(self.step, loaded["step"])
+        else:
+            self._trainings += 1
+            self.step = loaded.get("step", 0 if self.running else self.step)
         self.abandon()
-        self.stats = DownpourStats() if loaded is None else DownpourStats(**loaded["stats"])
-        self._push_due = loaded is not None and loaded["push_due"]
-        self._pull_due = loaded is not None and loaded["pull_due"]
-        self._pushed_at = self.step if loaded is None else loaded["pushed_at"]
+        self.stats = DownpourStats(**loaded.get("stats", {}))
+        self._push_due, self._pull_due = loaded.get("push_due", False), loaded.get("pull_due", False)
+        self._pushed_at = loaded.get("pushed_at", self.step)
 
     def _ask_for_what_is_due(self, traffic: Traffic, parameters: Mapping[str, Tensor]) -> None:
         push = self._push_due and traffic.can_push

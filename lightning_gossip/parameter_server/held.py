@@ -3,8 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from torch import Tensor
+
+from lightning_gossip.exchange.flat import FlatLayout
+
+
+def held_by_server(
+    parameters: Mapping[str, Tensor], loaded: Mapping[str, Any] | None
+) -> tuple[dict[str, Tensor], FlatLayout]:
+    """Return those of ``parameters`` that a server holds from the start of a training on, and their layout.
+
+    Args:
+        parameters: of a replica, by name.
+        loaded: the worker's state from which it goes on, if it does: the server holds what it held then.
+
+    Raises:
+        ValueError: if the state belongs to other parameters, or there are none.
+    """
+    trainable = [name for name, p in parameters.items() if p.requires_grad]
+    names = set(trainable if loaded is None else loaded.get("names", trainable))
+    held = {name: p for name, p in parameters.items() if name in names}
+    layout = FlatLayout(held)
+    if loaded is not None and loaded["layout"] != layout.fingerprint:
+        raise ValueError("the worker's state belongs to other parameters: names, shapes or dtypes differ")
+    if not held:
+        raise ValueError("`parameters` must hold at least one that requires a gradient")
+    return held, layout
 
 
 def refuse_new_parameters(known: Collection[str], parameters: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,40 @@ A worker asks, the shard answers with a header of the same kind, one question at
 ``step`` is the worker's clock, ``number`` the training (counted by initialisations of the shard), ``nbytes`` and
 ``layout`` describe the payload. In answers ``number`` is the shard's version, its number of updates so far, and
 ``extra`` how many of these other workers made.
+
+**Numbers of workers.** A worker of the beginning has its seat's number. In a run that goes on without those that it
+loses a seat may be taken anew, by a process of another number, so that no word about a dead one is taken for one about
+the living: seats × (number of the entry of the log of members by which it was taken in) + seat. All workers know it, as
+they read one log; ascending numbers are the order of seniority, so that a shard's lead is the first of the members.
+
+==================================  ===================================================================================
+event                               what a shard does
+==================================  ===================================================================================
+HELLO of a worker of the beginning  knows it, unless a later number of its seat was heard of: then it is refused
+HELLO of a later number of a seat   knows it; the one before it is dropped, whether or not anybody has said so
+HELLO of a number that was dropped  refuses it, with the reason
+DROP                                that number changes nothing from now on, nor do those before it of its seat; what
+                                    they pushed stays. Those after it do not notice, however late the word comes
+DROP of a number never heard of     the same: a process that was lost between its taking in and its HELLO
+DROP by one that was dropped        closes its link
+PUSH of one that was dropped        closes its link, and changes nothing: it may have slept, and wake up
+the lead is dropped                 the lowest number that is left begins trainings, and ends the warm-up
+BYE, or the link breaks             goes on for the others
+all that are left have gone         ends, if one of them said BYE: then training is over. Where all broke off, one that
+                                    has the state of a dead donor may be on its way: it waits for it until its timeout
+==================================  ===================================================================================
+
+A worker that joins is given its donor's clock, and the number of the training; it does not initialise, and has no
+warm-up. It says HELLO, waits until that training is there, and its warm-up over, and PULLs: what it makes from there is
+its own, and the first that it pushes. Where it is the only one left by then it ends the warm-up itself.
+
+====================================  =================================================================================
+a worker dies                         what the server holds of it, and of the one that comes after it
+====================================  =================================================================================
+before its first push, or joining     nothing
+in mid-push                           its part, on each shard to which that came whole
+after a push                          that push; the next of its seat pulls it, and counts it among those of others
+====================================  =================================================================================
 """
 
 from __future__ import annotations
@@ -24,6 +58,9 @@ from lightning_gossip.transport.link import Header, Link, LinkError
 MAX_JSON = 1 << 16
 """Bytes of the largest JSON payload."""
 
+_ENTRIES = 32
+"""Bits of the number of an entry in the log of members."""
+
 ARRIVALS = "downpour/arrivals"
 """Key of a shard's store: how many links were asked for; the n-th asker leaves its end's name at ``arrival_key(n)``."""
 
@@ -40,14 +77,14 @@ class Message(IntEnum):
     """What a worker asks for (payload in parentheses), and what the shard answers."""
 
     HELLO = 16
-    """First on a link (JSON: worker and :class:`Setup`); answered by the shard's timeout in ms, as ``number``."""
+    """First on a link (JSON: the worker's number and :class:`Setup`); answered by the shard's timeout in ms."""
 
     REFUSED = 17
     """A shard's answer to a HELLO that does not fit (text: why)."""
 
     INITIALISE = 18
-    """The lead, worker 0 or the lowest that is not dropped, begins a training (parameters); ``extra`` is 1 when the
-    others may begin at once."""
+    """The lead, worker 0 or the lowest number that is not dropped, begins a training (parameters); ``extra`` is 1 when
+    the others may begin at once."""
 
     LOAD = 19
     """The lead begins a training from a checkpoint (JSON, then :attr:`TENSORS`)."""
@@ -105,7 +142,7 @@ class Setup:
     """What all workers and one shard have to agree on.
 
     Attributes:
-        workers: how many there are.
+        workers: how many seats there are.
         shard, shards: number of this shard, and of all.
         dtypes, numels: of the shard's stretch of each segment of the flat parameters.
         layout: fingerprint of the whole flat parameters.
@@ -132,6 +169,15 @@ class Setup:
         """Of a payload of parameters, for headers."""
         described = f"{self.layout} {self.shard}/{self.shards} {self.dtypes} {self.numels}"
         return int.from_bytes(hashlib.blake2b(described.encode(), digest_size=7).digest(), "big")
+
+    def has(self, worker: int) -> bool:
+        """Whether a worker may have that number."""
+        return 0 <= worker < (self.workers << _ENTRIES if self.survives else self.workers)
+
+    def name_of(self, worker: int) -> str:
+        """Return what to call the worker of that number, for people."""
+        name = f"worker {worker % self.workers}"
+        return name if worker < self.workers else f"{name} (number {worker})"
 
     def allocate(self) -> list[Tensor]:
         """Return room for parameters: a 1-D tensor a segment."""

@@ -18,25 +18,27 @@ class Roster:
         self._lock = threading.Lock()
         self._present: Counter[int] = Counter()
         self._gone: set[int] = set()
+        self._broken_off: set[int] = set()  # without a goodbye, where somebody may come in their place
         self._empty_since = time.monotonic()
 
     def join(self, worker: int, setup: Setup) -> Shard:
-        """Note that ``worker`` came, and return the shard.
+        """Note that the worker of that number came, and return the shard.
 
         Raises:
-            ProtocolError: if its set-up is not that of the workers before it.
+            ProtocolError: if its set-up is not that of the workers before it, or it was dropped.
         """
         with self._lock:
-            if not 0 <= worker < setup.workers:
+            if not setup.has(worker):
                 raise ProtocolError(f"worker {worker} is none of {setup.workers}")
             if self.shard is None:
                 self.shard = Shard(setup)
             elif self.shard.setup != setup:
-                raise ProtocolError(f"worker {worker} was set up differently: {_difference(self.shard.setup, setup)}")
-            if worker in self.shard.dropped:
-                raise ProtocolError(f"worker {worker} was dropped: the others go on without it")
+                how = _difference(self.shard.setup, setup)
+                raise ProtocolError(f"{setup.name_of(worker)} was set up differently: {how}")
+            self.shard.welcome(worker)
             self._present[worker] += 1
             self._gone.discard(worker)
+            self._broken_off.discard(worker)
             return self.shard
 
     def drop(self, worker: int, by: int) -> bool:
@@ -47,20 +49,21 @@ class Roster:
         """
         with self._lock:
             shard = self.shard
-            fits = shard is not None and shard.setup.survives and 0 <= worker < shard.setup.workers
+            fits = shard is not None and shard.setup.survives and shard.setup.has(worker)
             if shard is None or not fits or worker == by or by in shard.dropped:
                 raise ProtocolError(f"worker {by} may not let worker {worker} be dropped")
             new = worker not in shard.dropped
             shard.drop(worker)
             return new
 
-    def leave(self, worker: int) -> None:
-        """Note that a link of ``worker`` ended."""
+    def leave(self, worker: int, goodbye: bool = True) -> None:
+        """Note that a link of ``worker`` ended, by a goodbye or else."""
         with self._lock:
             self._present[worker] -= 1
             if not self._present[worker]:
                 del self._present[worker]
-                self._gone.add(worker)
+                may_return = not goodbye and self.shard is not None and self.shard.setup.survives
+                (self._broken_off if may_return else self._gone).add(worker)
             self._empty_since = time.monotonic()
 
     def status(self) -> Status:
@@ -72,10 +75,12 @@ class Roster:
         return Status(0, False, lead) if shard is None else Status(shard.training, shard.ready, lead)
 
     def everybody_left(self) -> bool:
-        """Return whether every worker came and left, or was dropped."""
+        """Return whether every worker came and left, or was dropped, and nobody may come in their place."""
         with self._lock:
-            shard = self.shard
-            return shard is not None and len(self._gone | shard.dropped) == shard.setup.workers
+            if self.shard is None:
+                return False
+            left = self.shard.workers
+            return left <= self._gone | self._broken_off and not (left and left <= self._broken_off)
 
     def serves(self) -> bool:
         """Return whether a worker is there that is not dropped."""

@@ -34,7 +34,7 @@ class ShardServer:
         connect: returns another connection to it; called once a link.
         device: gloo's, for all links.
         timeout: how long a worker may give no sign of life, and how long the shard waits for workers that never came
-            when all others have left.
+            when all others have left, or have broken off.
         name: of the shard, for the log.
     """
 
@@ -91,7 +91,7 @@ class ShardServer:
             log.info("%s served every worker to the end", self.name)
             return True
         if self.roster.deserted_for() > self._timeout.total_seconds():
-            log.warning("%s waited in vain for the workers that never came, and ends", self.name)
+            log.warning("%s waited in vain for workers that did not come, and ends", self.name)
             return True
         return False
 
@@ -107,7 +107,7 @@ class ShardServer:
         self._links[link] = future
 
     def _report(self, session: Session, peer: str, future: Future[None]) -> None:
-        who = f"worker {session.worker}" if session.worker >= 0 else peer
+        who = session.name or peer
         error = future.exception()
         if error is None:
             log.info("%s: %s said goodbye", self.name, who)

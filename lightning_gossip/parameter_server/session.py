@@ -41,6 +41,7 @@ class Session:
 
     def __init__(self, link: Link, roster: Roster, timeout: timedelta) -> None:
         self.worker = -1
+        self.name = ""  # of the worker, for people, once it has said hello
         self._link = link
         self._roster = roster
         self._timeout = timeout
@@ -66,6 +67,7 @@ class Session:
             RuntimeError: if it is gone, or was silent past the timeout.
         """
         shard = self._welcome()
+        goodbye = False
         try:
             while (header := self._link.receive_header(self._timeout)).kind != Message.BYE:
                 answer = self._answers.get(header.kind)
@@ -73,9 +75,10 @@ class Session:
                     raise ProtocolError(f"unknown question {header}")
                 answer(shard, header)
             self._expect(header)
+            goodbye = True
             self._reply(header, Position(0, 0))
         finally:
-            self._roster.leave(self.worker)
+            self._roster.leave(self.worker, goodbye)
 
     # -- questions ------------------------------------------------------------------------------------------------
 
@@ -92,6 +95,7 @@ class Session:
             self._link.flush()
             raise
         self.worker = hello["worker"]
+        self.name = shard.setup.name_of(self.worker)
         milliseconds = int(self._timeout.total_seconds() * 1000)
         self._link.send(Header(Message.HELLO, header.step, 0, number=milliseconds))
         self._link.flush()
@@ -110,7 +114,7 @@ class Session:
         data = fields(receive_json(self._link, header), {"version": int, "pushes": dict, "stepped": bool})
         pushes = {int(worker) if worker.isdecimal() else -1: count for worker, count in data["pushes"].items()}
         counts_fit = all(type(count) is int and count >= 0 for count in pushes.values())
-        require(counts_fit and all(0 <= worker < shard.setup.workers for worker in pushes), "impossible pushes")
+        require(counts_fit and all(map(shard.setup.has, pushes)), "impossible pushes")
         require(sum(pushes.values()) <= data["version"] < 1 << 62, "impossible version")
         require(not data["stepped"] or shard.setup.optimizer is not None, "state of an optimizer that there is not")
         parameters = shard.setup.allocate()
@@ -167,7 +171,7 @@ class Session:
     def _drop(self, shard: Shard, header: Header) -> None:
         self._expect(header)
         if self._roster.drop(header.number, by=self.worker):
-            log.warning("dropped worker %d, which the run has lost; what it pushed stays", header.number)
+            log.warning("dropped %s, which the run has lost; what it pushed stays", shard.setup.name_of(header.number))
         self._reply(header, shard.position(self.worker))
 
     # -- checks ---------------------------------------------------------------------------------------------------
@@ -181,7 +185,7 @@ class Session:
 
     def _expect_lead(self, shard: Shard, header: Header) -> None:
         lead = shard.lead
-        require(self.worker == lead, f"worker {self.worker} sent what only worker {lead} may: {header}")
+        require(self.worker == lead, f"{self.name} sent what only {shard.setup.name_of(lead)} may: {header}")
 
     def _room(self, shard: Shard) -> list[Tensor]:
         """Return this link's buffer; a question and its answer need it one after the other."""

@@ -22,7 +22,7 @@ class ShardState:
 
     Attributes:
         version: number of updates.
-        pushes: how many of them each worker made.
+        pushes: how many of them each worker made, by its number.
         parameters: a 1-D tensor a segment.
         optimizer: the server optimizer's state by name, a segment; None before its first step.
     """
@@ -47,7 +47,8 @@ class Shard:
         self.version = 0
         self.ready = False
         self.pushes: Counter[int] = Counter()
-        self.dropped: set[int] = set()
+        self.dropped: set[int] = set()  # numbers
+        self._heard = list(range(setup.workers))  # by seat, the highest number that was heard of
         self._parameters: list[Tensor] = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._stepped = False
@@ -55,11 +56,29 @@ class Shard:
     @property
     def lead(self) -> int:
         """The worker that begins trainings, and warms up: the lowest that is not dropped."""
-        return next((worker for worker in range(self.setup.workers) if worker not in self.dropped), 0)
+        return min(self.workers, default=0)
+
+    @property
+    def workers(self) -> set[int]:
+        """The numbers of those that may come, or are there, or were and are not dropped: one a seat at the most."""
+        return set(self._heard).difference(self.dropped)
+
+    def welcome(self, worker: int) -> None:
+        """Let ``worker`` take part, in its seat's last one's place.
+
+        Raises:
+            ProtocolError: if it was dropped, or comes after one of a higher number.
+        """
+        with self.lock:
+            last = self._heard[worker % self.setup.workers]
+            if worker in self.dropped or worker < last:
+                raise ProtocolError(f"{self.setup.name_of(worker)} was dropped: the others go on without it")
+            self._hear_of(worker)
 
     def drop(self, worker: int) -> None:
-        """Let ``worker`` change nothing from now on; what it pushed stays."""
+        """Let ``worker`` change nothing from now on, nor those of its seat before it; what they pushed stays."""
         with self.lock:
+            self._hear_of(worker)
             self.dropped.add(worker)
 
     def initialise(self, training: int, parameters: Sequence[Tensor], ready: bool, worker: int = 0) -> Position:
@@ -160,13 +179,22 @@ class Shard:
 
     # -- with the lock held, but for _negate ----------------------------------------------------------------------
 
+    def _hear_of(self, worker: int) -> None:
+        seat = worker % self.setup.workers
+        if worker > self._heard[seat]:
+            self.dropped.add(self._heard[seat])
+            self._heard[seat] = worker
+
     def _check(self, training: int) -> None:
         require(self.training > 0, "the shard is not initialised yet")
         require(training == self.training, f"training {training} is not the one under way, {self.training}")
 
     def _check_lead(self, worker: int) -> None:
         lead = self.lead
-        require(worker == lead, f"worker {worker} sent what only worker {lead} may")
+        require(worker == lead, f"{self._name(worker)} sent what only {self._name(lead)} may")
+
+    def _name(self, worker: int) -> str:
+        return self.setup.name_of(worker)
 
     def _position(self, worker: int) -> Position:
         return Position(self.version, self.version - self.pushes[worker])
@@ -178,9 +206,10 @@ class Shard:
 
     def _update(self, worker: int, training: int, delta: Sequence[Tensor]) -> None:
         self._check(training)
-        require(worker not in self.dropped, f"worker {worker} was dropped: the others go on without it")
+        if worker in self.dropped:
+            raise ProtocolError(f"{self._name(worker)} was dropped: the others go on without it")
         if not self.ready and worker != (lead := self.lead):
-            raise ProtocolError(f"worker {worker} pushed while worker {lead} warms up")
+            raise ProtocolError(f"{self._name(worker)} pushed while {self._name(lead)} warms up")
         with torch.no_grad():
             if self._optimizer is None:
                 for parameter, part in zip(self._parameters, delta, strict=True):

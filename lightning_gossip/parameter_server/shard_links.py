@@ -16,6 +16,7 @@ from lightning_gossip.control.member_control import MemberControl
 from lightning_gossip.control.run import Control
 from lightning_gossip.parameter_server import questions
 from lightning_gossip.parameter_server.protocol import ARRIVALS, SHARD, Setup, arrival_key, encode
+from lightning_gossip.parameter_server.workers import Workers
 from lightning_gossip.transport.link import Link, gloo_device, reason_of
 
 T = TypeVar("T")
@@ -76,9 +77,12 @@ class ShardLinks:
 
     Args:
         addresses: of the shards, in their order.
-        control: of the run; its rank is the worker's number, its timeout that of every wait.
+        control: of the run; its timeout is that of every wait.
         connect: returns a connection to the store at an address.
         clock: returns the worker's step, for messages.
+
+    Attributes:
+        workers: their numbers, this one's among them.
 
     Raises:
         ShardLost: if a shard is not there.
@@ -100,9 +104,9 @@ class ShardLinks:
         self._last: Sequence[Future[Any]] = ()
         self._failure: tuple[int, BaseException] | None = None  # the first; later ones find its link closed
         self._alive: threading.Thread | None = None
-        self._dropped: set[int] = set()
+        self.workers = Workers(control)
         device = gloo_device()
-        own, timeout = f"worker{control.rank}", control.timeout
+        own, timeout = f"worker{self.workers.own}", control.timeout
         jobs = [partial(_arrive, connect, address, device, own, timeout) for address in self.addresses]
         arriving = [_in_thread(job) for job in jobs]
         try:
@@ -118,7 +122,7 @@ class ShardLinks:
         Raises:
             ShardLost: if a shard is lost, or refuses.
         """
-        hellos = [encode({"worker": self._control.rank, "setup": setup.to_json()}) for setup in setups]
+        hellos = [encode({"worker": self.workers.own, "setup": setup.to_json()}) for setup in setups]
         silence = self.wait(self.ask(lambda link, shard: questions.hello(link, hellos[shard])))
         # a sleeping process or a long collection of garbage must not look like death
         interval = min(self._control.timeout.total_seconds(), *silence) / 5
@@ -130,10 +134,8 @@ class ShardLinks:
 
         What a lost worker sent and a shard has not applied by then, it will not.
         """
-        for worker in set(range(self._control.world_size)).difference(self._control.members, self._dropped):
-            self._dropped.add(worker)
-            if worker != self._control.rank:
-                self.ask(questions.drop(self._clock(), worker))
+        for worker in self.workers.newly_lost():
+            self.ask(questions.drop(self._clock(), worker))
 
     def ask(self, job: Callable[[Link, int], T]) -> Question[T]:
         """Let every link's thread call ``job(link, shard)``, after those before it."""
@@ -170,7 +172,7 @@ class ShardLinks:
     def await_training(self, number: int) -> set[int] | None:
         """Wait until the lead has begun training ``number``, and its warm-up is over on all shards; return None then.
 
-        The lead is the lowest worker that is not lost. If that is this one, return on which shards it has to begin the
+        The lead is the first of the members. If that is this one, return on which shards it has to begin the
         training: on all, unless another one led before.
 
         Raises:
@@ -199,14 +201,14 @@ class ShardLinks:
             self._control.wait(never, time.monotonic() + pause)
             pause = min(2 * pause, 0.1)
 
-    def close(self) -> None:
-        """Say goodbye where there is still someone to hear it, and end all links."""
+    def close(self, goodbye: bool = True) -> None:
+        """Say goodbye, unless not wanted, where there is still someone to hear it, and end all links."""
         self._closing.set()
         if self._alive is not None:
             self._alive.join()
+        if self._alive is not None and goodbye:
             self.drop_lost()
-            goodbye = self.ask(questions.bye(self._clock()))
-            goodbye.settled.wait(GOODBYE)
+            self.ask(questions.bye(self._clock())).settled.wait(GOODBYE)
         for link in self._links:
             link.close()
         self._links = []

@@ -44,8 +44,15 @@ def fetch(cut: Cut, step: int, training: int, link: Link, shard: int) -> ShardSt
     return ShardState(data["version"], pushes, parameters, optimizer)
 
 
-def gather(cut: Cut, states: Sequence[ShardState]) -> dict[str, Any]:
-    """Put the shards' states together: tensors, numbers and strings, whatever the number of shards."""
+def gather(cut: Cut, states: Sequence[ShardState], numbers: Mapping[int, int]) -> dict[str, Any]:
+    """Put the shards' states together: tensors, numbers and strings, whatever the number of shards.
+
+    Args:
+        cut: of the parameters.
+        states: of the shards, in their order.
+        numbers: of the last worker of each seat; what is told of workers is told by seats.
+    """
+    seats = {worker: seat for seat, worker in numbers.items()}
     optimizer = None
     if cut.optimizer is not None and all(state.optimizer is not None for state in states):
         optimizer = []
@@ -59,7 +66,7 @@ def gather(cut: Cut, states: Sequence[ShardState]) -> dict[str, Any]:
     return {
         "layout": cut.layout.fingerprint,
         "version": newest.version,
-        "pushes": {str(worker): count for worker, count in newest.pushes.items()},
+        "pushes": {str(seats[worker]): count for worker, count in newest.pushes.items() if worker in seats},
         "parameters": [torch.cat(parts) for parts in zip(*(state.parameters for state in states), strict=True)],
         "optimizer_path": None if cut.optimizer is None else cut.optimizer.path,
         "optimizer": optimizer,
@@ -67,11 +74,11 @@ def gather(cut: Cut, states: Sequence[ShardState]) -> dict[str, Any]:
 
 
 def renumbered(state: Mapping[str, Any] | None, workers: Mapping[int, int]) -> dict[str, Any] | None:
-    """Return ``state``, of :func:`gather`, for workers of other numbers.
+    """Return ``state``, of :func:`gather`, for workers of other seats.
 
     Args:
         state: of the server; None for none.
-        workers: their numbers now, by those of then; empty where they are the same.
+        workers: their seats now, by those of then; empty where they are the same.
     """
     if state is None or not workers:
         return None if state is None else dict(state)
@@ -79,10 +86,17 @@ def renumbered(state: Mapping[str, Any] | None, workers: Mapping[int, int]) -> d
     return {**state, "pushes": pushes}
 
 
-def load(cut: Cut, state: Mapping[str, Any], training: int, everybody: bool) -> Job:
+def load(cut: Cut, state: Mapping[str, Any], training: int, everybody: bool, numbers: Mapping[int, int]) -> Job:
     """Begin a training from what :func:`gather` returned.
 
     An optimizer's state that is not this optimizer's is left out, with a warning.
+
+    Args:
+        cut: of the parameters.
+        state: of the server.
+        training: its number.
+        everybody: whether all may begin, or only who leads.
+        numbers: of the workers, by their seats; what is told of other seats is left out.
 
     Raises:
         ValueError: if the state belongs to other parameters.
@@ -93,8 +107,7 @@ def load(cut: Cut, state: Mapping[str, Any], training: int, everybody: bool) -> 
     if optimizer is not None and not _fits(cut, state["optimizer_path"], optimizer):
         log.warning("the server's optimizer begins anew: the state is that of %s", state["optimizer_path"])
         optimizer = None
-    workers = cut.setups[0].workers
-    pushes = {worker: count for worker, count in state["pushes"].items() if int(worker) < workers}
+    pushes = {str(numbers[int(seat)]): n for seat, n in state["pushes"].items() if int(seat) in numbers}
     description = encode({"version": state["version"], "pushes": pushes, "stepped": optimizer is not None})
 
     def job(link: Link, shard: int) -> Position:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -113,6 +113,23 @@ class Traffic:
     def can_pull(self) -> bool:
         """Whether no pull is under way."""
         return self._pull is None
+
+    @property
+    def held(self) -> dict[str, Any]:
+        """What tells which parameters the server holds: their names, and a fingerprint with shapes and dtypes."""
+        layout = self._cut.layout
+        return {"layout": layout.fingerprint, "names": list(layout.shapes)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what this worker had of the server, and had sent to it; nothing may be under way."""
+        reference = self._cut.whole(self.displacement.reference())
+        return {"seen": list(self.seen), "reference": [part.clone() for part in reference]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned, whatever the number of shards."""
+        self.displacement.begin_from(state["reference"])
+        seen = state["seen"]  # shards that are cut anew hold elements of those that were seen least
+        self.seen = tuple(seen) if len(seen) == self._cut.shards else (min(seen),) * self._cut.shards
 
     def count_in(self, stats: DownpourStats) -> None:
         """Go on counting in ``stats``."""

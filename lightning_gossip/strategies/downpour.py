@@ -17,14 +17,19 @@ from lightning_gossip.exchange.models import shared_parameters
 from lightning_gossip.parameter_server.client import DownpourClient
 from lightning_gossip.parameter_server.consensus import KeptParameters, Server, ServerConsensus
 from lightning_gossip.parameter_server.optimizers import ServerOptimizer
-from lightning_gossip.parameter_server.process import ShardProcess, own_address, shares
-from lightning_gossip.parameter_server.shard_links import check_addresses
+from lightning_gossip.parameter_server.process import ShardProcess
+from lightning_gossip.parameter_server.shard_links import ShardLost, check_addresses
 from lightning_gossip.parameter_server.snapshot import renumbered
 from lightning_gossip.parameter_server.traffic import DownpourStats
 from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.base import LOST_AFTER, TIMEOUT, Evaluate, NonFinite, ReplicaStrategy, StartMethod
 from lightning_gossip.strategies.dealing import EpochEnds
 from lightning_gossip.strategies.lightning_names import Accelerator, CheckpointIO, ClusterEnvironment, Precision, pl
+from lightning_gossip.strategies.meeting import MeetingStrategy
+from lightning_gossip.strategies.shards import start_shards
+
+_SHARDS = "the shards' addresses"
+"""What those of the beginning tell those that join."""
 
 
 class DownpourStrategy(ReplicaStrategy):
@@ -63,8 +68,9 @@ class DownpourStrategy(ReplicaStrategy):
         timeout: how long a rank waits for a rank or a shard that gives no sign of life.
         min_replicas: None: the run ends with the first rank that is lost. With a number it begins with so many ranks at
             least, and goes on as long as so many are left. What a lost one pushed stays; each shard applies what of a
-            push came to it whole. Only a lost shard, not the rank that started it, ends the run. It needs gloo, and the
-            run's store in a process of its own, which our launchers start.
+            push came to it whole. Only a lost shard, not the rank that started it, ends the run. One that comes in a
+            lost one's place begins by a pull, with the optimizers of one that trains. It needs gloo, and the run's
+            store in a process of its own, which our launchers start.
         restarts: how often this strategy's launchers start the process of each rank again that was lost, with
             ``min_replicas``; it joins with the state of one that trains (as does one that is started by hand).
         lost_after: with ``min_replicas``: a rank that gives no sign of life for so long is lost; more than 2 s.
@@ -185,7 +191,7 @@ class DownpourStrategy(ReplicaStrategy):
     def start_training(self, trainer: pl.Trainer, control: Control, store: Store) -> None:
         self._final, self._owned = None, (-1, set())
         self._client = DownpourClient(
-            self.shard_addresses or self._start_shards(),
+            self._addresses(),
             control,
             n_push=self.n_push,
             n_pull=self.n_pull,
@@ -203,42 +209,37 @@ class DownpourStrategy(ReplicaStrategy):
     def continue_from(self, step: int) -> None:
         self._running.continue_from(step)
 
-    def _start_shards(self) -> list[str]:
-        """Start this node's shards, and return the addresses of all, in their order; a collective."""
-        host, timeout, store = self._host(), self._timeout or TIMEOUT, None
-        if self.survives and (environment := self.cluster_environment):
-            timeout, store = max(timeout, self.lost_after), f"{environment.main_address}:{environment.main_port}"
-        addresses: dict[int, str] = {}
-        # who starts some may be lost
-        while missing := [shard for shard in range(self.shards) if shard not in addresses]:
-            own = shares(missing, self.members, self.num_processes).get(self.global_rank, [])
-            started = {shard: ShardProcess(host, timeout=timeout, run_store=store) for shard in own}
-            self._processes += started.values()
-            listening = self.gather({shard: process.address for shard, process in started.items()})
-            addresses |= {shard: address for some in listening for shard, address in some.items()}
-        return [addresses[shard] for shard in range(self.shards)]
-
-    def _host(self) -> str:
-        """Return the address under which all ranks reach this node; a collective.
-
-        Node 0 goes by where the others are: there the name of the main address may stand for 127.0.1.1.
-        """
-        if self.num_nodes == 1 or self.cluster_environment is None:
-            return "127.0.0.1"
-        main = self.cluster_environment.main_address
-        towards_main = "" if self.node_rank == 0 else own_address(main)
-        others = filter(None, self.gather(towards_main))
-        return towards_main or own_address(next(others, main))
+    def _addresses(self) -> Sequence[str]:
+        """Return the shards' addresses, in their order: of those that are there, or that this node starts now."""
+        if self.shard_addresses is not None:
+            return self.shard_addresses
+        if (joiner := self._joiner) is not None:
+            agreed: list[str] = joiner.beginning.gathered[_SHARDS]
+            return agreed
+        addresses = self._beginning.gathered[_SHARDS] = start_shards(self, self.shards, self._processes)
+        return addresses
 
     @override
     def on_train_start(self) -> None:
         """Begin on the server, last of all: from now on a rank may wait for rank 0's warm-up.
 
-        It has begun already where a state was loaded, and where the learning-rate finder trains in mid-fit.
+        It has begun already where a state was loaded, and where the learning-rate finder trains in mid-fit. One that
+        joins begins at its first step.
         """
         super().on_train_start()
-        if not self._running.running:
+        if not self._running.running and self._joiner is None:
             self._running.start(self._trained())
+
+    @override
+    def align(self, clock: int) -> None:
+        """Begin on the server in the midst of a training: with what it holds by now, and the clock of the others."""
+        client = self._running
+        client.continue_from(max(client.step, clock))
+        try:
+            client.start(self._trained())
+        except ShardLost as lost:
+            lost.ends_run = False  # this rank alone: the others see for themselves whether the shard is there
+            raise
 
     @property
     def _running(self) -> DownpourClient:
@@ -315,14 +316,21 @@ class DownpourStrategy(ReplicaStrategy):
         return state
 
     @override
+    def training_state_to_join(self) -> dict[str, Any]:
+        return {"joins": self._running.state_to_join()}
+
+    @override
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Continue from ``state``: at once where training had begun by then, else at :meth:`on_train_start`."""
         client = self._running
         client.abandon()
-        if "worker" in state:
+        if "joins" in state:
+            client.load_state_dict(state["joins"])
+            client.continue_from(state["joins"]["step"])
+        elif "worker" in state:
             client.load_state_dict(state["worker"])
             server = state.get("server")  # of the lowest; all have it where that one may be lost before the shards do
-            server = self.broadcast(server) if self.survives else server
+            server = MeetingStrategy.broadcast(self, server) if self.survives else server  # who joins needs it not
             ranks = () if self._resume is None else self._resume.get("ranks", ())
             client.start(self._trained(), renumbered(server, dict(zip(ranks, self.members, strict=False))))
         else:
@@ -387,7 +395,7 @@ class DownpourStrategy(ReplicaStrategy):
         client, self._client = self._client, None
         goodbye = client is not None and client.connected and not self._failed
         if client is not None:
-            client.close()
+            client.close(goodbye=not self.has_left)
         while self._processes:
             self._processes.pop().close(grace=10.0 if goodbye else 0.0, leave=self.has_left)
 

@@ -344,7 +344,7 @@ def test_who_was_dropped_changes_nothing_and_is_not_waited_for() -> None:
         lambda: roster.join(0, setup),
         lambda: roster.drop(1, by=0),
         lambda: roster.drop(1, by=1),
-        lambda: roster.drop(3, by=1),
+        lambda: roster.drop(3 << 32, by=1),
     ):
         with pytest.raises(ProtocolError, match=r"dropped|only worker 1 may"):
             act()

@@ -289,7 +289,7 @@ def test_a_server_goes_on_with_other_workers_and_another_optimizer(caplog: pytes
             np.testing.assert_allclose(pulled(client), expected, rtol=0, atol=1e-12)
             assert client._traffic is not None
             with pytest.raises(ValueError, match="belongs to other parameters"):
-                snapshot.load(client._traffic.displacement.cut, {**saved, "layout": 1}, 2, True)
+                snapshot.load(client._traffic.displacement.cut, {**saved, "layout": 1}, 2, True, {})
             client.close()
 
         run_ranks(2, before)

@@ -31,7 +31,7 @@ from lightning_gossip import DownpourStrategy, GossipMonitor
 from lightning_gossip.parameter_server import process
 from lightning_gossip.parameter_server.process import ShardProcess
 from lightning_gossip.strategies import checkpoint as files
-from lightning_gossip.strategies import downpour as downpour_strategy
+from lightning_gossip.strategies import shards
 
 LR = 0.01
 State = dict[str, Tensor]
@@ -433,13 +433,13 @@ def test_shards_listen_on_the_interface_between_the_nodes(
 ) -> None:
     """Also where node 0 takes its own name for 127.0.1.1, as Debian's /etc/hosts says."""
     leads_to = [{"node0": "127.0.1.1", "10.0.0.2": "10.0.0.1"}, {"node0": "10.0.0.2"}][node]
-    monkeypatch.setattr(downpour_strategy, "own_address", leads_to.__getitem__)
+    monkeypatch.setattr(shards, "own_address", leads_to.__getitem__)
     monkeypatch.setenv("MASTER_ADDR", "node0")
     monkeypatch.setenv("NODE_RANK", str(node))
     strategy = downpour(cluster_environment=LightningEnvironment())
     strategy.num_nodes = 2
     monkeypatch.setattr(strategy, "gather", lambda own: ["", "", "10.0.0.2", "10.0.0.2"])
-    assert strategy._host() == address
+    assert shards.host_of(strategy) == address
 
 
 def test_arguments_in_a_runs_metadata() -> None:
