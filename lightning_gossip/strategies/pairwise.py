@@ -76,6 +76,11 @@ class PairwiseStrategy(ClockedStrategy[Exchange]):
             **super().hyperparameters,
         }
 
+    @property
+    @override
+    def round_every(self) -> int:
+        return self.schedule.period
+
     @override
     def make_exchange(self, parameters: Parameters, control: Control, store: Store) -> Exchange:
         self._store = store
