@@ -12,6 +12,7 @@ from lightning_gossip.strategies.lightning_family import use_lightning
 from lightning_gossip.strategies.registration import STRATEGIES, register_with_lightning
 
 if TYPE_CHECKING:
+    from lightning_gossip.exchange.plain import Gossip
     from lightning_gossip.monitoring.loggers import RankTensorBoardLogger
     from lightning_gossip.monitoring.monitor import GossipMonitor
     from lightning_gossip.rules.schedule import WeightedPeers
@@ -27,6 +28,7 @@ __all__ = [
     "DiLoCoStrategy",
     "DownpourStrategy",
     "ElasticGossipStrategy",
+    "Gossip",
     "GossipMonitor",
     "GossipStrategy",
     "LocalSGDStrategy",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Gossip": "exchange.plain",
     "GossipMonitor": "monitoring.monitor",
     "RankTensorBoardLogger": "monitoring.loggers",
     "WeightedPeers": "rules.schedule",

@@ -2,5 +2,6 @@
 
 May import rules, transport and control. Read ``flat`` (many tensors in one buffer), ``clock`` (a step's exchange, with
 ``in_flight``, ``flat_mixing``, ``stats`` and, for a GPU, ``staging``), ``outer_state``, ``outer_gossip`` and ``rounds``
-(outer steps), then ``tensors``, ``models`` (what the ranks share) and ``consensus`` (the mean of the replicas).
+(outer steps), then ``tensors``, ``models`` (what the ranks share) and ``consensus`` (the mean of the replicas);
+``plain`` puts them together for a training loop without Lightning.
 """
