@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_gossip.strategies.diloco import DiLoCoStrategy
     from lightning_gossip.strategies.downpour import DownpourStrategy
     from lightning_gossip.strategies.elastic_gossip import ElasticGossipStrategy
+    from lightning_gossip.strategies.fabric import ReplicaFabricStrategy
     from lightning_gossip.strategies.gossip import GossipStrategy
     from lightning_gossip.strategies.local_sgd import LocalSGDStrategy
 
@@ -33,6 +34,7 @@ __all__ = [
     "GossipStrategy",
     "LocalSGDStrategy",
     "RankTensorBoardLogger",
+    "ReplicaFabricStrategy",
     "WeightedPeers",
     "__version__",
     "use_lightning",
@@ -42,6 +44,7 @@ _HOMES = {
     "Gossip": "exchange.plain",
     "GossipMonitor": "monitoring.monitor",
     "RankTensorBoardLogger": "monitoring.loggers",
+    "ReplicaFabricStrategy": "strategies.fabric",
     "WeightedPeers": "rules.schedule",
 } | {class_name: f"strategies.{name}" for name, class_name in STRATEGIES.items()}
 """The module of each public name."""

@@ -7,4 +7,5 @@ meet and end), ``surviving`` (those that are left go on), ``consensus`` (evaluat
 start), then a file a strategy. Beside them ``launchers``, ``ownership``, ``stand_in``, and what knows Lightning's
 private parts: ``lightning_compat``, ``lightning_counts``, ``lightning_members``. ``lightning_names`` alone imports
 Lightning, under the name that ``lightning_family`` decides on. ``registration`` gives strategies their names.
+``fabric`` launches replicas for a loop of Lightning Fabric.
 """

@@ -27,11 +27,24 @@ def run(folder: Path, command: list[str], *arguments: Any) -> list[str]:
     return done.stdout.splitlines()
 
 
+EXAMPLES = ROOT / "examples"
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
+
+
 def test_the_plain_loop_learns_and_goes_on(tmp_path: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    torchrun.append(str(ROOT / "examples" / "plain_loop.py"))
-    unbroken = run(tmp_path, torchrun, "--epochs", 4, "--folder", tmp_path / "whole")
-    run(tmp_path, torchrun, "--epochs", 2, "--folder", tmp_path / "parts")
-    resumed = run(tmp_path, torchrun, "--epochs", 4, "--folder", tmp_path / "parts", "--resume")
+    command = [*TORCHRUN, f"--master-port={free_port()}", str(EXAMPLES / "plain_loop.py")]
+    unbroken = run(tmp_path, command, "--epochs", 4, "--folder", tmp_path / "whole")
+    run(tmp_path, command, "--epochs", 2, "--folder", tmp_path / "parts")
+    resumed = run(tmp_path, command, "--epochs", 4, "--folder", tmp_path / "parts", "--resume")
     assert unbroken[-3:] == resumed[-3:]
     assert float(unbroken[-1].split()[-1]) > 0.9
+
+
+def test_the_loop_of_fabric_learns_and_goes_on(tmp_path: Path) -> None:
+    """Fabric's launcher takes ten seconds to end."""
+    command = [str(EXAMPLES / "fabric_loop.py"), "--devices=2", "--folder", str(tmp_path)]
+    begun = run(tmp_path, command, "--epochs", 2)
+    resumed = run(tmp_path, command, "--epochs", 4, "--resume")
+    assert [line.split(":")[0] for line in begun] == ["epoch 1", "epoch 2", "consensus model"]
+    assert [line.split(":")[0] for line in resumed] == ["epoch 3", "epoch 4", "consensus model"]
+    assert float(resumed[-1].split()[-1]) > 0.9

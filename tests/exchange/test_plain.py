@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import Linear, fit, regression
+from lightning.fabric import Fabric
 from processes import run_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gossip import ElasticGossipStrategy, Gossip, GossipStrategy
+from lightning_gossip import ElasticGossipStrategy, Gossip, GossipStrategy, ReplicaFabricStrategy
 
 RANKS, EPOCHS = 4, 3
 
@@ -47,7 +48,7 @@ def train(gossip: Gossip, model: Linear, optimizer: torch.optim.Optimizer, rank:
         for batch in share(rank, RANKS):
             with gossip.step():
                 optimizer.zero_grad()
-                model.training_step(batch, 0).backward()
+                nn.functional.mse_loss(model.layer(batch[0]).squeeze(1), batch[1]).backward()
                 optimizer.step()
 
 
@@ -62,7 +63,7 @@ def copied(module: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_a_plain_loop_equals_the_strategys_training_also_where_it_is_resumed(tmp_path: Path, name: str) -> None:
+def test_a_loop_equals_the_strategys_training_plain_resumed_or_in_fabric(tmp_path: Path, name: str) -> None:
     strategy, arguments = SCHEMES[name]
     pl.seed_everything(3, verbose=False)
     expected = fit(
@@ -102,13 +103,22 @@ def test_a_plain_loop_equals_the_strategys_training_also_where_it_is_resumed(tmp
             train(gossip, model, optimizer, rank, EPOCHS - 1)
         return copied(model)
 
+    def launched(fabric: Fabric) -> None:
+        model, optimizer = fabric.setup(*made())
+        with Gossip(model, **ours) as gossip:
+            train(gossip, model, optimizer, fabric.global_rank, EPOCHS)
+        torch.save(copied(model), tmp_path / f"fabric_{fabric.global_rank}.pt")
+
     whole = run_processes(tmp_path, RANKS, unbroken)
     saved = run_processes(tmp_path, RANKS, broken)
     parts = run_processes(tmp_path, RANKS, resumed)
+    Fabric(accelerator="cpu", strategy=ReplicaFabricStrategy(start_method="fork"), devices=RANKS).launch(launched)
     for rank in range(RANKS):
+        of_fabric = torch.load(tmp_path / f"fabric_{rank}.pt")
         for key, value in expected[rank]["state"].items():
             torch.testing.assert_close(whole[rank][key], value, rtol=0, atol=1e-12)
             torch.testing.assert_close(parts[rank][key], value, rtol=0, atol=1e-12)
+            torch.testing.assert_close(of_fabric[key], value, rtol=0, atol=1e-12)
     assert not torch.equal(whole[0]["layer.weight"], whole[1]["layer.weight"])
 
 
@@ -211,3 +221,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
             Gossip(nn.Linear(2, 2 + rank))
 
     run_processes(tmp_path, 2, body)
+
+
+def test_the_fabric_strategy_launches_and_no_more() -> None:
+    with pytest.raises(ValueError, match=r"one of 'accelerator', .* got 'find_unused_parameters'"):
+        ReplicaFabricStrategy(find_unused_parameters=True)
