@@ -12,12 +12,14 @@ from lightning_gossip.strategies.lightning_family import use_lightning
 from lightning_gossip.strategies.registration import STRATEGIES, register_with_lightning
 
 if TYPE_CHECKING:
+    from lightning_gossip.exchange.plain import Gossip
     from lightning_gossip.monitoring.loggers import RankTensorBoardLogger
     from lightning_gossip.monitoring.monitor import GossipMonitor
     from lightning_gossip.rules.schedule import WeightedPeers
     from lightning_gossip.strategies.diloco import DiLoCoStrategy
     from lightning_gossip.strategies.downpour import DownpourStrategy
     from lightning_gossip.strategies.elastic_gossip import ElasticGossipStrategy
+    from lightning_gossip.strategies.fabric import ReplicaFabricStrategy
     from lightning_gossip.strategies.gossip import GossipStrategy
     from lightning_gossip.strategies.local_sgd import LocalSGDStrategy
 
@@ -27,18 +29,22 @@ __all__ = [
     "DiLoCoStrategy",
     "DownpourStrategy",
     "ElasticGossipStrategy",
+    "Gossip",
     "GossipMonitor",
     "GossipStrategy",
     "LocalSGDStrategy",
     "RankTensorBoardLogger",
+    "ReplicaFabricStrategy",
     "WeightedPeers",
     "__version__",
     "use_lightning",
 ]
 
 _HOMES = {
+    "Gossip": "exchange.plain",
     "GossipMonitor": "monitoring.monitor",
     "RankTensorBoardLogger": "monitoring.loggers",
+    "ReplicaFabricStrategy": "strategies.fabric",
     "WeightedPeers": "rules.schedule",
 } | {class_name: f"strategies.{name}" for name, class_name in STRATEGIES.items()}
 """The module of each public name."""

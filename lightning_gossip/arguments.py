@@ -62,6 +62,16 @@ def check_timeout(name: str, value: Any) -> timedelta:
     return value
 
 
+_NICKNAMES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "32": "float32",
+}
+
+
 def check_wire_dtype(name: str, value: Any) -> torch.dtype | None:
     """Return ``value``, a dtype or its name, as the dtype in which parameters can travel.
 
@@ -69,5 +79,7 @@ def check_wire_dtype(name: str, value: Any) -> torch.dtype | None:
         ValueError: if they can not.
     """
     by_name = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if isinstance(value, str) and (meant := _NICKNAMES.get(value)):
+        raise ValueError(f"`{name}` must be a dtype or its name: for {value!r} say {meant!r}")
     check_choice(name, value, (None, *by_name.values(), *by_name))
     return by_name.get(value, value)

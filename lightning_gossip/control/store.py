@@ -53,7 +53,7 @@ def serve_store(port: int, first: timedelta = timedelta(minutes=10)) -> int:
     pause, deadline = threading.Event(), time.monotonic() + _TAKEN
     while port and _count(port, _LISTENING):  # torch would share it: ranks would find one store or the other
         if time.monotonic() > deadline:
-            raise OSError(f"port {port} is taken")
+            raise OSError(taken(port))
         pause.wait(0.1)
     store = _listen(port)
     print(store.port, flush=True)
@@ -70,7 +70,20 @@ def _listen(port: int) -> TCPStore:
     try:
         return TCPStore("0.0.0.0", port, None, True, timedelta(minutes=5), wait_for_workers=False)
     except RuntimeError as error:
-        raise OSError(str(error)) from error
+        raise OSError(taken(port) if is_taken(error) else str(error)) from error
+
+
+def is_taken(error: RuntimeError) -> bool:
+    """Whether that is why torch could not listen at a port."""
+    return "EADDRINUSE" in str(error)
+
+
+def taken(port: int) -> str:
+    """Return what to do where a run finds its port taken."""
+    return (
+        f"port {port} is taken, by another run it may be: give each run on a host a MASTER_PORT of its own"
+        " (`torchrun --master-port`; `lightning-gossip store --port`)"
+    )
 
 
 def connections(port: int) -> int:

@@ -5,4 +5,5 @@ May import rules, transport and control. Read ``flat`` (many tensors in one buff
 (outer steps), ``agreement`` (exchanges for which nobody waits, as a table) with ``standstill``, ``snapshots``,
 ``partners``, ``pairs``, ``callers`` and ``asynchronous``, their clock; then ``tensors``, ``models`` (what the ranks
 share) and ``consensus`` (the mean of the replicas).
+``plain`` puts them together for a training loop without Lightning.
 """

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_gossip.exchange.flat import FlatBuffer
 from lightning_gossip.exchange.models import (
     agree,
+    all_reduce_,
     averaged_buffers,
+    broadcast_,
     collective_device,
     group_size,
     report_misfits,
@@ -189,7 +190,7 @@ class Consensus:
             for flat in copy.others.segments:
                 _take_first_(flat)
             total = torch.tensor([distance], dtype=torch.float64, device=collective_device())
-            dist.all_reduce(total)
+            all_reduce_(total)
             distance = float(total) / group_size()
             norm += self._square_of_alike
         return (distance / norm) ** 0.5 if norm > 0 else 0.0
@@ -319,10 +320,10 @@ def _average_(flat: Tensor) -> Tensor:
     squares = torch.zeros(2, dtype=torch.float64)
     for chunk in flat.split(_CHUNK):
         first = chunk.clone()
-        dist.broadcast(first.view(torch.uint8), src=0)
+        broadcast_(first.view(torch.uint8))
         base, own = first.to(wide(flat.dtype)), chunk.to(wide(flat.dtype))
         offset = torch.where(own == base, 0, own - base)
-        dist.all_reduce(torch.view_as_real(offset) if offset.is_complex() else offset)
+        all_reduce_(torch.view_as_real(offset) if offset.is_complex() else offset)
         mean = torch.where(offset == 0, base, base + offset / group_size()).to(chunk.dtype)
         squares += _squares(chunk, mean)
         chunk.copy_(mean)
@@ -333,7 +334,7 @@ def _average_(flat: Tensor) -> Tensor:
 def _take_first_(flat: Tensor) -> None:
     """Replace ``flat`` (1-D) by rank 0's, whatever its dtype: as bytes."""
     for chunk in flat.split(_CHUNK):
-        dist.broadcast(chunk.view(torch.uint8), src=0)
+        broadcast_(chunk.view(torch.uint8))
 
 
 def _fits(one: Tensor, other: Tensor) -> bool:

@@ -9,7 +9,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
 from typing import TypeVar
@@ -198,7 +200,7 @@ def gathered(value: T) -> list[T]:
     """Return the value of each rank, which pickles; a collective of the default group."""
     values = [value] * group_size()
     if len(values) > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=_group.get())
     return values
 
 
@@ -207,23 +209,46 @@ def _gathered_bytes(data: bytes) -> list[bytes]:
     device = collective_device()
     mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
     rows = [torch.empty_like(mine) for _ in range(group_size())]
-    dist.all_gather(rows, mine)
+    dist.all_gather(rows, mine, group=_group.get())
     return [row.cpu().numpy().tobytes() for row in rows]
+
+
+_group: ContextVar[dist.ProcessGroup | None] = ContextVar("group", default=None)
+
+
+@contextmanager
+def over(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Let collectives of this room be those of ``group`` within a block, in place of the default one."""
+    token = _group.set(group)
+    try:
+        yield
+    finally:
+        _group.reset(token)
 
 
 def group_size() -> int:
     """Return the number of ranks in the default group: of members, where a run goes on without those it loses."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size(_group.get()) if dist.is_available() and dist.is_initialized() else 1
 
 
 def group_rank() -> int:
     """Return this process's rank in the default group."""
-    return dist.get_rank() if group_size() > 1 else 0
+    return dist.get_rank(_group.get()) if group_size() > 1 else 0
 
 
 def collective_device() -> torch.device:
     """Return where tensors have to lie for the default group."""
-    return torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    return torch.device("cuda") if dist.get_backend(_group.get()) == "nccl" else torch.device("cpu")
+
+
+def broadcast_(tensor: Tensor) -> None:
+    """Replace ``tensor`` by rank 0's."""
+    dist.broadcast(tensor, group=_group.get(), group_src=0)
+
+
+def all_reduce_(tensor: Tensor) -> None:
+    """Replace ``tensor`` by its sum over ranks."""
+    dist.all_reduce(tensor, group=_group.get())
 
 
 @torch.no_grad()
@@ -247,7 +272,7 @@ def rank_zeros(module: nn.Module) -> dict[str, Tensor]:
         if data is None:
             raise RuntimeError(f"{name} cannot be written in place")  # `agree` told so
         found[name] = data.clone(memory_format=torch.contiguous_format)
-        dist.broadcast(found[name].view(-1).view(torch.uint8), src=0)
+        broadcast_(found[name].view(-1).view(torch.uint8))
     return found
 
 

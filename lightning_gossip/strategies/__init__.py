@@ -9,4 +9,5 @@ one start), then a file a strategy. Beside them ``joining`` (a process that come
 ``launchers``, ``ownership``, ``stand_in``, and what knows Lightning's private parts: ``lightning_compat``,
 ``lightning_counts``, ``lightning_members``, ``lightning_dealing``. ``lightning_names`` alone imports Lightning, under
 the name that ``lightning_family`` decides on. ``registration`` gives strategies their names.
+``fabric`` launches replicas for a loop of Lightning Fabric.
 """

@@ -61,6 +61,11 @@ class AllReducedStrategy(ClockedStrategy[Rounds]):
             **super().hyperparameters,
         }
 
+    @property
+    @override
+    def round_every(self) -> int:
+        return max(1, self.period // self.fragments)
+
     @override
     def make_exchange(self, parameters: Parameters, control: Control, store: Store) -> Rounds:
         if self.process_group_backend == "nccl" and self.world_size > 1:

@@ -19,7 +19,7 @@ from lightning_gossip.exchange.models import shared_parameters
 from lightning_gossip.exchange.stats import ExchangeStats
 from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.base import ReplicaStrategy
-from lightning_gossip.strategies.lightning_names import pl
+from lightning_gossip.strategies.lightning_names import pl, rank_zero_warn
 from lightning_gossip.transport.link import Links
 from lightning_gossip.transport.link_transport import end_of_rank
 
@@ -73,6 +73,11 @@ class ClockedStrategy(ReplicaStrategy, Generic[C]):
     def make_exchange(self, parameters: Parameters, control: Control, store: Store) -> C:
         """Return this rank's clock for a ``fit``; ``store`` is a connection that nobody blocks."""
 
+    @property
+    @abstractmethod
+    def round_every(self) -> int:
+        """Steps from one round to the next; the first comes at that step."""
+
     def make_links(self, control: Control, store: Store) -> Links:
         """Return this rank's links to the others."""
         own = control.incarnation if isinstance(control, MemberControl) else 0
@@ -102,6 +107,21 @@ class ClockedStrategy(ReplicaStrategy, Generic[C]):
             self.continue_from(self._last_step)
         # before callbacks put averages of their own in place of the replicas
         lightning_compat.before_training_ends(trainer, self.settle)
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        most = lightning_compat.most_steps(self._module.trainer)
+        if self.world_size == 1:
+            rank_zero_warn(
+                f"{type(self).__name__} trains a single rank, which exchanges nothing: give the Trainer `devices=2` or"
+                " more, or `num_nodes`."
+            )
+        elif (self.step + most) // self.round_every <= self.step // self.round_every:
+            rank_zero_warn(
+                f"Nothing will ever be exchanged: rounds come every {self.round_every} steps, and this `fit` makes"
+                f" {most:g} steps at most, from step {self.step}. Give {type(self).__name__} a smaller `period`."
+            )
 
     @override
     def continue_from(self, step: int) -> None:

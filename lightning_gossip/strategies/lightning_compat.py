@@ -9,6 +9,7 @@ strategy hook around the optimization of a batch. The functions here put attribu
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
 from collections.abc import Callable, Mapping
@@ -308,6 +309,15 @@ def is_resuming(trainer: pl.Trainer) -> bool:
 def is_fitting(trainer: pl.Trainer | None) -> bool:
     """Whether the trainer is inside ``fit``, its validations included."""
     return trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
+
+
+def most_steps(trainer: pl.Trainer) -> float:
+    """Return how many steps this ``fit`` may still make, once its loaders are there; infinite where nobody knows."""
+    batches = 1.0 * trainer.num_training_batches
+    windows = batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs - trainer.current_epoch
+    steps = math.inf if trainer.max_steps == -1 else trainer.max_steps - trainer.global_step
+    return min(windows * epochs if windows else 0.0, steps)
 
 
 def logging_step(trainer: pl.Trainer) -> int:

@@ -28,6 +28,12 @@ Family = Literal["lightning.pytorch", "pytorch_lightning"]
 
 FAMILIES: tuple[Family, ...] = ("lightning.pytorch", "pytorch_lightning")
 
+_MODULES = {
+    "lightning.pytorch": {"lightning.pytorch", "lightning.fabric"},
+    "pytorch_lightning": {"pytorch_lightning", "lightning_fabric"},
+}
+"""Of which a program imports one or both."""
+
 _bound: list[Family] = []
 """The one that was decided on, if it was."""
 
@@ -62,7 +68,7 @@ def bound() -> Family:
 
 
 def _imported() -> Family:
-    imported = [name for name in FAMILIES if name in sys.modules]
+    imported = [name for name in FAMILIES if not _MODULES[name].isdisjoint(sys.modules)]
     if len(imported) == 1:
         return imported[0]
     return "lightning.pytorch" if find_spec("lightning") is not None else "pytorch_lightning"

@@ -14,6 +14,7 @@ if TYPE_CHECKING or lightning_family.bound() == "lightning.pytorch":
     import lightning.pytorch as pl
     from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, TorchCheckpointIO
     from lightning.fabric.plugins.environments.lightning import find_free_network_port
+    from lightning.fabric.strategies import DDPStrategy as FabricDDPStrategy
     from lightning.fabric.utilities import move_data_to_device
     from lightning.fabric.utilities.cloud_io import get_filesystem
     from lightning.fabric.utilities.data import _set_sampler_epoch
@@ -48,6 +49,7 @@ else:
     import pytorch_lightning as pl
     from lightning_fabric.plugins import CheckpointIO, ClusterEnvironment, TorchCheckpointIO
     from lightning_fabric.plugins.environments.lightning import find_free_network_port
+    from lightning_fabric.strategies import DDPStrategy as FabricDDPStrategy
     from lightning_fabric.utilities import move_data_to_device
     from lightning_fabric.utilities.cloud_io import get_filesystem
     from lightning_fabric.utilities.data import _set_sampler_epoch
@@ -91,6 +93,7 @@ __all__ = [
     "CheckpointIO",
     "ClusterEnvironment",
     "DDPStrategy",
+    "FabricDDPStrategy",
     "LightningModule",
     "MisconfigurationException",
     "ModelCheckpoint",

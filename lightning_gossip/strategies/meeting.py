@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any, Literal, NoReturn, TypeVar
 
 from torch import Tensor
-from torch.distributed import PrefixStore, Store
+from torch.distributed import DistNetworkError, PrefixStore, Store
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_gossip.control.meeting import Meeting
 from lightning_gossip.control.run import Control
 from lightning_gossip.control.stop import RunStopped, SeatLost, Stop
+from lightning_gossip.control.store import is_taken, taken
 from lightning_gossip.exchange.models import gathered
 from lightning_gossip.strategies import lightning_compat, lightning_family
 from lightning_gossip.strategies.launchers import (
@@ -37,6 +38,7 @@ from lightning_gossip.strategies.lightning_names import (
     TBroadcast,
     pl,
 )
+from lightning_gossip.strategies.misuse import StrategyClass
 from lightning_gossip.strategies.stand_in import SharedStandIn
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ _SIGTERM_EXIT_CODE = 143  # 128 + 15, as a shell reports it
 _runs = itertools.count()  # calls of Trainer.fit, validate, test and predict in this process; the same on all ranks
 
 
-class MeetingStrategy(DDPStrategy):
+class MeetingStrategy(DDPStrategy, metaclass=StrategyClass):
     """Lightning's DDP strategy without DDP: its launch and collectives, with ranks that meet before each collective.
 
     A rank that waits there waits as long as the others are alive, and sees the stop word; it never blocks in gloo for
@@ -150,6 +152,11 @@ class MeetingStrategy(DDPStrategy):
         timeout, self._timeout = self._timeout, max(self._timeout or TIMEOUT, START_TIMEOUT)
         try:
             super().setup_distributed()
+        except DistNetworkError as error:
+            environment = self.cluster_environment
+            if environment is not None and is_taken(error):
+                raise RuntimeError(taken(environment.main_port)) from error
+            raise
         finally:
             self._timeout = timeout
         self._reach_store(lightning_compat.run_store())

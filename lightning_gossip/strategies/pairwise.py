@@ -98,6 +98,11 @@ class PairwiseStrategy(ClockedStrategy[Exchange | AsynchronousExchange]):
             **super().hyperparameters,
         }
 
+    @property
+    @override
+    def round_every(self) -> int:
+        return self.schedule.period
+
     @override
     def make_exchange(self, parameters: Parameters, control: Control, store: Store) -> Exchange | AsynchronousExchange:
         self._store = store

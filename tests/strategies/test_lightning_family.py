@@ -21,7 +21,7 @@ def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has imported nothing."""
     monkeypatch.setattr(lightning_family, "_bound", [])
     monkeypatch.setattr(lightning_family, "_asked", [])
-    for name in lightning_family.FAMILIES:
+    for name in (*OTHER, *OTHER.values()):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -32,6 +32,8 @@ def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
         ((), "lightning.pytorch"),
         (("lightning.pytorch",), "lightning.pytorch"),
         (("pytorch_lightning",), "pytorch_lightning"),
+        (("lightning_fabric",), "pytorch_lightning"),
+        (("lightning.fabric",), "lightning.pytorch"),
         (("pytorch_lightning", "lightning.pytorch"), "lightning.pytorch"),
     ],
 )
