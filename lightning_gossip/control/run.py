@@ -24,7 +24,7 @@ from torch.distributed import DistNetworkError, DistStoreError, Store
 from lightning_gossip.control.calls import Calls
 from lightning_gossip.control.lookout import Lookout
 from lightning_gossip.control.meeting import Heartbeats, Meeting
-from lightning_gossip.control.stop import Stop, raise_stop
+from lightning_gossip.control.stop import LOOK, Stop, Stoppable, raise_stop
 
 T = TypeVar("T")
 
@@ -33,13 +33,10 @@ log = logging.getLogger(__name__)
 HEARTBEAT = 1.0
 """Seconds from one sign of life to the next."""
 
-LOOK = 0.2
-"""Seconds between looks at the stop word, and the longest for which a waiting thread does not look up."""
-
 _STOP, _END = "stop", "end"
 
 
-class Control:
+class Control(Stoppable):
     """One rank's view of the run.
 
     Args:
@@ -63,23 +60,19 @@ class Control:
         clock: Callable[[], int] = lambda: 0,
         raise_stop: Callable[[Stop], NoReturn] = raise_stop,
     ) -> None:
-        self.rank = rank
+        super().__init__(rank, clock, raise_stop)
         self.world_size = world_size
         self.timeout = timeout
         self._waits: Counter[str] = Counter()  # calls of `await_all`
         self.calls = Calls(
             rank, lambda: self.members, clock, self._name, Lookout(lambda: self._meetings + 1, self._waits)
         )
-        self._clock = clock
-        self.stopped: Stop | None = None
         self._end_asked_at = 0  # the meeting at which a rank waits that wants training to end
-        self._raise_stop = raise_stop
         self._meetings = 0
         self._lock = threading.Lock()
         self._store, self._thread_store = connect(), connect()
         self._heartbeats = Heartbeats(self._store)
         self._watch = Heartbeats(self._thread_store)
-        self._closing = threading.Event()
         self._pause = threading.Event()  # set where the thread has to look at once
         self._thread = threading.Thread(target=self._listen, name=f"control-{rank}", daemon=True)
         self._thread.start()
@@ -99,62 +92,6 @@ class Control:
             except (DistNetworkError, DistStoreError):
                 self._lose_store()
         return self.stopped or stop
-
-    def stop_locally(self, kind: str, cause: str) -> None:
-        """Let this rank's next :meth:`check` raise, without touching the store: for signal handlers."""
-        if self.stopped is None:
-            self.stopped = Stop(kind, self.rank, self._clock(), cause)
-
-    def check(self) -> None:
-        """Raise if some rank stopped.
-
-        Raises:
-            RunStopped: for an error; ``SystemExit`` and ``KeyboardInterrupt`` for signals (see ``raise_stop``).
-        """
-        if self.stopped is not None:
-            self._raise_stop(self.stopped)
-
-    def wait(self, event: threading.Event, deadline: float) -> bool:
-        """Wait for ``event`` until ``deadline`` (of :func:`time.monotonic`); return whether it came.
-
-        Raises:
-            RunStopped: as :meth:`check`.
-        """
-        while not event.wait(min(LOOK, max(0.0, deadline - time.monotonic()))):
-            self.check()
-            if time.monotonic() >= deadline:
-                return False
-        return True
-
-    def poll(self, look: Callable[[], T | None], deadline: float, longest: float = LOOK / 10) -> T | None:
-        """Call ``look`` until it finds something, and return that; None at ``deadline`` (of :func:`time.monotonic`).
-
-        The pause between looks grows to ``longest`` seconds.
-
-        Raises:
-            RunStopped: as :meth:`check`.
-        """
-        pause = 0.0001
-        while (found := look()) is None:
-            self.check()
-            if time.monotonic() >= deadline:
-                return None
-            self._closing.wait(pause)
-            pause = min(1.5 * pause, longest)
-        return found
-
-    def await_stop(self, seconds: float) -> Stop | None:
-        """Return the stop word, giving it some seconds to arrive: a lost connection is often its consequence."""
-        deadline = time.monotonic() + seconds
-        while self.stopped is None and time.monotonic() < deadline:
-            self._closing.wait(0.05)
-        return self.stopped
-
-    def check_cause(self, lost: int) -> None:
-        """Raise as :meth:`check` where a rank is gone because some rank stopped, for another cause than that loss."""
-        stop = self.await_stop(1.0)
-        if stop is not None and stop.lost != lost:
-            self.check()
 
     # -- whom it loses: the run ends with any ---------------------------------------------------------------------
 

@@ -14,14 +14,14 @@ from lightning_gossip.arguments import check_choice
 from lightning_gossip.exchange.consensus import Consensus
 from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.lightning_names import pl
+from lightning_gossip.strategies.returning import ReturningStrategy
 from lightning_gossip.strategies.stand_in import SharedStandIn
-from lightning_gossip.strategies.surviving import SurvivingStrategy
 from lightning_gossip.strategies.window import ConsensusWindow
 
 Evaluate = Literal["consensus", "replica"]
 
 
-class ConsensusStrategy(SurvivingStrategy):
+class ConsensusStrategy(ReturningStrategy):
     """Ranks with replicas of one model, whose consensus is what is evaluated.
 
     Args:

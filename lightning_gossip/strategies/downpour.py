@@ -62,17 +62,14 @@ class DownpourStrategy(ReplicaStrategy):
         max_staleness: a worker known to be more updates of others behind the server than this waits for a pull; None
             never waits.
         warmup_steps: for which rank 0 trains alone before the others begin, from the server's parameters. It ends early
-            where rank 0 would wait for the others: at a validation, a checkpoint, or the end of training. What goes on
-            from a checkpoint, or in a further ``fit``, has none.
+            where rank 0 would wait for the others. What goes on from a checkpoint, or in a further ``fit``, has none.
         evaluate: ``"consensus"`` or ``"replica"``; what validation and test run on, and what remains after ``fit``.
         timeout: how long a rank waits for a rank or a shard that gives no sign of life.
         min_replicas: None: the run ends with the first rank that is lost. With a number it begins with so many ranks at
             least, and goes on as long as so many are left. What a lost one pushed stays; each shard applies what of a
-            push came to it whole. Only a lost shard, not the rank that started it, ends the run. One that comes in a
-            lost one's place begins by a pull, with the optimizers of one that trains. It needs gloo, and the run's
-            store in a process of its own, which our launchers start.
-        restarts: how often this strategy's launchers start the process of each rank again that was lost, with
-            ``min_replicas``; it joins with the state of one that trains (as does one that is started by hand).
+            push came to it whole. Only a lost shard, not the rank that started it, ends the run. It needs gloo, and the
+            run's store in a process of its own, which our launchers start.
+        restarts: how often our launchers start each lost rank again; it begins by a pull, with what one has that trains.
         lost_after: with ``min_replicas``: a rank that gives no sign of life for so long is lost; more than 2 s.
         nonfinite: a replica with NaN or infinite parameters, of which nothing is pushed, takes the server's and begins
             its optimizers anew (``"heal"``, the default with ``min_replicas``), or ends its rank (``"error"``).

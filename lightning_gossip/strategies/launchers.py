@@ -10,15 +10,12 @@ import atexit
 import logging
 import math
 import os
-import pickle
 import signal
 import subprocess
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -40,14 +37,19 @@ from lightning_gossip.strategies.lightning_names import (
     move_data_to_device,
 )
 from lightning_gossip.strategies.ownership import own_parameters
+from lightning_gossip.strategies.processes import (
+    POLL,
+    AsIndex,
+    Restarts,
+    alive,
+    end_processes,
+    grace_of,
+    how_ended,
+    start_again,
+    traceback_of,
+)
 
 log = logging.getLogger(__name__)
-
-_POLL = 0.2
-"""Seconds between looks at the children."""
-
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0
-"""Seconds from a process' end to its next start: at first, and at the most."""
 
 _started: list[subprocess.Popen] = []
 """The further ranks of this script: the launcher of its first Trainer starts them, those of others find them there."""
@@ -94,8 +96,8 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
         _started.extend(self.procs)
         atexit.register(self._await_children)
         first_rank = self.cluster_environment.node_rank() * self.num_processes
-        again = partial(_start_again, [proc.args for proc in self.procs], environment)
-        _Observer(_started, first_rank + 1, _Restarts(self.restarts), again).start()
+        again = partial(start_again, [proc.args for proc in self.procs], environment)
+        _Observer(_started, first_rank + 1, Restarts(self.restarts), again).start()
 
     @override
     def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
@@ -200,7 +202,7 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
 
         def start(index: int) -> Any:
             started = mp.start_processes(
-                _AsIndex(self._wrapping_function, index),
+                AsIndex(self._wrapping_function, index),
                 args=(trainer, function, args, kwargs, queue, *global_states(self._start_method)),
                 nprocs=1,
                 start_method=self._start_method,
@@ -213,17 +215,17 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
         for index in range(strategy.num_processes):
             self.procs.append(start(index))
         output, failures = None, dict[int, str]()
-        restarts = _Restarts(self.restarts)
+        restarts = Restarts(self.restarts)
         pause = threading.Event()
         running = True
         while running:
-            running = any(map(_alive, self.procs))
+            running = any(map(alive, self.procs))
             while not queue.empty():
                 output = queue.get()
             for index, process in enumerate(self.procs):
                 if process.exitcode and index not in failures:
-                    failures[index] = f"its process (pid {process.pid}) {_how_ended(process.exitcode)}"
-                    log.warning("rank %d: %s%s", index, failures[index], _told(error_files[index]))
+                    failures[index] = f"its process (pid {process.pid}) {how_ended(process.exitcode)}"
+                    log.warning("rank %d: %s%s", index, failures[index], traceback_of(error_files[index]))
                     restarts.note(index)
             for index in restarts.due() if running else ():
                 log.warning("rank %d: its process is started again", index)
@@ -231,7 +233,7 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
                     os.unlink(error_files.pop(index))
                 self.procs[index] = start(index)
                 del failures[index]
-            pause.wait(_POLL / 4)
+            pause.wait(POLL / 4)
         for file in error_files:
             with suppress(FileNotFoundError):
                 os.unlink(file)
@@ -304,7 +306,7 @@ class _Observer(threading.Thread):
         self,
         procs: list[subprocess.Popen],
         first_rank: int,
-        restarts: _Restarts,
+        restarts: Restarts,
         start_again: Callable[[int], subprocess.Popen],
     ) -> None:
         super().__init__(daemon=True, name="child-observer")
@@ -338,7 +340,7 @@ class _Observer(threading.Thread):
                 reported.discard(index)
             if launcher is not None and time.monotonic() > deadline:
                 break
-            self._pause.wait(_POLL)
+            self._pause.wait(POLL)
         else:
             return
         log.error(
@@ -357,86 +359,5 @@ class _Observer(threading.Thread):
         return _ending(self._procs[index])
 
 
-class _Restarts:
-    """Which processes are started again, and when: each so often, after a pause that doubles every time.
-
-    Args:
-        limit: of restarts of one process.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._counts: Counter[int] = Counter()
-        self._when: dict[int, float] = {}
-
-    def note(self, index: int) -> None:
-        """Note that a process has failed just now."""
-        if self._counts[index] < self._limit:
-            self._when[index] = time.monotonic() + min(_FIRST_PAUSE * 2 ** self._counts[index], _LONGEST_PAUSE)
-            self._counts[index] += 1
-
-    def due(self) -> list[int]:
-        """Return those that are to be started now, each once."""
-        due = [index for index, when in self._when.items() if time.monotonic() >= when]
-        for index in due:
-            del self._when[index]
-        return due
-
-
-@dataclass(frozen=True)
-class _AsIndex:
-    """A function that takes a process' index first, for the process of that index alone."""
-
-    function: Callable[..., None]
-    index: int
-
-    def __call__(self, _: int, *args: Any) -> None:
-        self.function(self.index, *args)
-
-
-def _start_again(commands: Sequence[Any], environment: Mapping[str, str], index: int) -> subprocess.Popen:
-    """Run the script again for a further local rank, as Lightning does."""
-    return subprocess.Popen(commands[index], env={**environment, "LOCAL_RANK": str(index + 1)})
-
-
 def _ending(proc: subprocess.Popen) -> str:
-    return f"its process (pid {proc.pid}) {_how_ended(proc.returncode)}"
-
-
-def _how_ended(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-
-
-def _told(error_file: str) -> str:
-    """Return the traceback that a process of :mod:`torch.multiprocessing` left, on lines of its own; empty for none."""
-    try:
-        with open(error_file, "rb") as file:
-            return f"\n{pickle.load(file)}"
-    except (OSError, EOFError):
-        return ""
-
-
-def grace_of(timeout: float) -> float:
-    """Return the seconds that processes get to end by themselves: all have to be gone within twice the timeout."""
-    return min(timeout / 2, 30.0)
-
-
-def end_processes(procs: Sequence[Any], grace: float) -> None:
-    """Wait up to ``grace`` seconds for ``procs`` to end, then kill those that have not.
-
-    Args:
-        procs: of :mod:`subprocess` or :mod:`multiprocessing`.
-        grace: seconds.
-    """
-    deadline = time.monotonic() + grace
-    pause = threading.Event()
-    while any(_alive(proc) for proc in procs) and time.monotonic() < deadline:
-        pause.wait(_POLL / 4)
-    for proc in procs:
-        if _alive(proc):
-            log.error("process %s has not ended within %.0f s; killing it", proc.pid, grace)
-            proc.kill()
-
-
-def _alive(proc: Any) -> bool:
-    return proc.poll() is None if isinstance(proc, subprocess.Popen) else proc.is_alive()
+    return f"its process (pid {proc.pid}) {how_ended(proc.returncode)}"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -15,18 +13,15 @@ from typing_extensions import override
 
 from lightning_gossip.arguments import check_choice, check_integer, check_timeout
 from lightning_gossip.control import store as run_store
-from lightning_gossip.control.joining import claim_seat
 from lightning_gossip.control.meeting import Meeting
-from lightning_gossip.control.member_control import LOST_AFTER, MemberControl, RunOver, Survival
+from lightning_gossip.control.member_control import LOST_AFTER, MemberControl, Survival
 from lightning_gossip.control.members import Change
 from lightning_gossip.control.run import HEARTBEAT
-from lightning_gossip.control.stop import SeatLost
 from lightning_gossip.control.together import together
 from lightning_gossip.exchange.stats import NONFINITE, NonFinite
 from lightning_gossip.strategies import lightning_members
-from lightning_gossip.strategies.joining import Beginning, Donor, Joiner
 from lightning_gossip.strategies.launchers import ReplicaSubprocessLauncher
-from lightning_gossip.strategies.lightning_names import MisconfigurationException, pl
+from lightning_gossip.strategies.lightning_names import MisconfigurationException
 from lightning_gossip.strategies.meeting import START_TIMEOUT, TIMEOUT, MeetingStrategy
 from lightning_gossip.transport.group import DefaultGroup
 
@@ -82,11 +77,6 @@ class SurvivingStrategy(MeetingStrategy):
         self._ends_run = False  # whether what ends this rank ends the others too
         self._members: tuple[int, ...] = ()  # those that have met last; none before any have
         self._incarnations: tuple[int, ...] = ()  # theirs
-        self._dealt: tuple[int, ...] = ()  # among whom the present epoch's data is
-        self._joiner: Joiner | None = None  # from its coming to a seat that was lost to its first step
-        self._donor: Donor | None = None
-        self._beginning = Beginning()  # what was agreed on, up to the first step
-        self._has_begun = False  # whether this rank has begun its first step
         self._comes_again = False  # whether this process was in this call of the Trainer before, and was lost
         super().__init__(process_group_backend=process_group_backend, **launch)
 
@@ -132,13 +122,7 @@ class SurvivingStrategy(MeetingStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        members = self.members if self._joiner is None else self._joiner.dealt
-        index = members.index(self.global_rank) if self.global_rank in members else self.global_rank % len(members)
-        return {"num_replicas": len(members), "rank": index}
-
-    def dealt_among(self) -> object:
-        """Return what tells among whom data is dealt that is loaded now: equal on all where it is the same."""
-        return "another's" if self._joiner is not None else (self.members, self._incarnations)
+        return {"num_replicas": len(self.members), "rank": self.members.index(self.global_rank)}
 
     # -- start ----------------------------------------------------------------------------------------------------
 
@@ -159,10 +143,9 @@ class SurvivingStrategy(MeetingStrategy):
         if not self._comes_again:
             self._reach_store(run_store.reach(environment.main_address, environment.main_port))
         self._comes_again = False
-        self._has_begun, self._beginning = False, Beginning()
         self._group_store = self._connect()
-        control = self._take_seat()
-        if self._joiner is not None:
+        control, incarnation = self._take_seat(Survival(self.min_replicas, self.lost_after))
+        if incarnation > 0:
             return
         for rank in set(range(self.world_size)).difference(self._group.members or range(self.world_size)):
             control.declare_lost(rank, "it was lost before")
@@ -170,29 +153,9 @@ class SurvivingStrategy(MeetingStrategy):
         self._have_met(control.begin(seconds))
         self._together("the default group", _nothing)
 
-    def _take_seat(self) -> MemberControl:
-        """Take part as the next process of this rank: as one of those of the beginning, or to join them."""
-        survival = Survival(self.min_replicas or 1, self.lost_after)
-        try:
-            incarnation = claim_seat(self._group_store, self.global_rank, self.world_size, survival)
-        except RunOver as over:
-            raise self._too_late(over) from None
-        control = self._take_control(MemberControl, survival, incarnation, on_loss=self._on_loss)
-        self._donor = Donor(control, self._group_store)
-        self._joiner = None
-        if incarnation > 0:
-            self._joiner = Joiner(control, self._group_store)
-            self._joiner.dealt = self._members = (*control.members, self.global_rank)
-            lightning_members.be_no_rank_zero(self.global_rank)
-            os.environ.update(self._joiner.beginning.environment)
-            self._group.be_alone(f"of {self.global_rank}.{incarnation}", self._group_store, self._timeout or TIMEOUT)
-            if (trainer := self._trainer) is not None:
-                lightning_members.resume_from(trainer, self._state_of_donor)
-        return control
-
-    def _too_late(self, over: RunOver) -> SystemExit:
-        print(f"rank {self.global_rank}: the training is over; {over.left}", file=sys.stderr)
-        return SystemExit(0)
+    def _take_seat(self, survival: Survival) -> tuple[MemberControl, int]:
+        """Take part as one of those of the beginning; return control, and which process of its rank this is."""
+        return self._take_control(MemberControl, survival, on_loss=self._on_loss), 0
 
     @property
     def _group(self) -> DefaultGroup:
@@ -204,106 +167,12 @@ class SurvivingStrategy(MeetingStrategy):
         if _groups and change.ends:
             _groups[0].wake(change.seat)
 
-    # -- joining, and taking in -----------------------------------------------------------------------------------
-
-    def identity(self) -> dict[str, Any]:
-        """Return by name what a process has to have in common with those that it joins."""
-        return {}
-
-    def state_to_join(self) -> dict[str, Any]:
-        """Return what one that joins takes from this rank, between two steps: its whole checkpoint."""
-        raise MisconfigurationException(f"{type(self).__name__} takes nobody in")
-
-    def take_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Take over what :meth:`state_to_join` returned on the donor; return the checkpoint that Lightning loads."""
-        raise MisconfigurationException(f"{type(self).__name__} does not join")
-
-    def align(self, clock: int) -> None:
-        """Set the exchange clock to that of the others, before the first step."""
-
-    def become_whole(self, control: MemberControl, donor: int) -> None:
-        """Tell that this rank has joined, and let its clock go with the others', before the first step."""
-        self.align(control.clock_to_join(control.tell_joined(donor)))
-
-    def _state_of_donor(self) -> dict[str, Any]:
-        while (joiner := self._joiner) is not None:
-            try:
-                joiner.check_identity(self.identity())
-                if (state := joiner.state()) is not None:
-                    break
-            except RunOver as over:
-                raise self._too_late(over) from None
-            joiner.control.leave("its donor was lost, or what it sent was torn: it asks again")
-            joiner.control.close()
-            self._take_seat()
-        else:
-            raise RuntimeError("the seat was lost before it was joined")
-        joiner.control.take_place(state["position"])
-        joiner.dealt = tuple(state["dealt"])
-        joiner.beginning.gathered.update(state["gathered"])
-        return self.take_state(state)
-
-    def leave_to_come_again(self, lost: SeatLost, trainer: pl.Trainer) -> None:
-        """Give up all that this process has in a ``fit``, in which the others have declared it lost."""
-        log.warning("%s; it joins them anew", lost)
-        self.on_exception(lost)
-        lightning_members.tear_down(trainer)
-        self._comes_again = True
-
-    def _begin_first_step(self) -> None:
-        """Do once what comes before the first step: become whole, or tell those that come later how all began."""
-        self._has_begun = True
-        control = self._member_control
-        if control is None:
-            return
-        if (joiner := self._joiner) is not None:
-            self.become_whole(control, joiner.donor)
-            self._beginning = joiner.beginning
-            self._joiner = None
-        elif self.is_global_zero:
-            self._beginning.identity = self.identity()
-            self._beginning.publish(self._group_store)
-
-    def _take_in_guest(self) -> None:
-        """Take in the one that asks, at the end of a step, and serve it beside training."""
-        if (control := self._member_control) is not None and self.can_serve:
-            self._serve(control, control.take_in())
-
-    @property
-    def can_serve(self) -> bool:
-        """Whether one could go on from this rank's present state."""
-        trainer = self._trainer
-        return trainer is not None and self._donor is not None and lightning_members.is_between_steps(trainer)
-
-    def _serve(self, control: MemberControl, entry: Change | None) -> None:
-        """Serve the one taken in by ``entry`` this rank's state, as it is now."""
-        if entry is None or self._donor is None:
-            return
-        self._serving = True
-        try:
-            state = self.state_to_join()
-        finally:
-            self._serving = False
-        state |= {"position": control.position(), "dealt": list(self._dealt), "gathered": self._beginning.gathered}
-        self._donor.serve((entry.seat, entry.incarnation), self.step, state)
-
-    def _tell_over(self) -> None:
-        """Tell those that come from now on that training is over."""
-        if (control := self._member_control) is not None and self.is_global_zero:
-            control.tell_over(self._what_is_left())
-
-    def _what_is_left(self) -> str:
-        """Return in words what a training has left, for those that come when it is over."""
-        return "no checkpoint was saved"
-
     # -- meetings -------------------------------------------------------------------------------------------------
 
     @override
     def _meet(self, reason: str) -> None:
         if self._member_control is None:
             super()._meet(reason)
-        elif self._joiner is not None:
-            self._joiner.control.check()
         elif not self._group.fits(self._met(reason)):
             self._together("those that are left", _nothing)
 
@@ -312,9 +181,6 @@ class SurvivingStrategy(MeetingStrategy):
         control = self._member_control
         if control is None:
             return super()._together(reason, attempt)
-        if self._joiner is not None:
-            control.check()
-            return attempt()
 
         def once(meeting: Meeting) -> T:
             with self._group.collective():
@@ -323,25 +189,6 @@ class SurvivingStrategy(MeetingStrategy):
                 return attempt()
 
         return together(control, lambda: self._met(reason), once)
-
-    @override
-    def broadcast(self, obj: T, src: int = 0) -> T:
-        if self._joiner is not None:
-            given: T = self._joiner.broadcast(obj)
-            return given
-        given = super().broadcast(obj, src)
-        if self.survives and not self._has_begun:
-            self._beginning.broadcasts.append(given)
-        return given
-
-    @override
-    def gather(self, value: Any, reason: str = "gather") -> list[Any]:
-        if self._joiner is not None:
-            return self._joiner.gather(value, reason)
-        values = super().gather(value, reason)
-        if self.survives and reason != "gather" and (not self._has_begun or reason in self._beginning.gathered):
-            self._beginning.gathered[reason] = values
-        return values
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -379,13 +226,6 @@ class SurvivingStrategy(MeetingStrategy):
         return super()._report_child(rank, how)
 
     @override
-    def teardown(self) -> None:
-        if self._donor is not None:
-            self._donor.close()
-        self._donor = self._joiner = None
-        super().teardown()
-
-    @override
     def on_exception(self, exception: BaseException) -> None:
         self._ends_run = getattr(exception, "ends_run", False)
         super().on_exception(exception)
@@ -404,8 +244,7 @@ class SurvivingStrategy(MeetingStrategy):
 
     @override
     def __getstate__(self) -> dict:
-        kept = super().__getstate__()
-        return kept | {"_members": (), "_group_store": None, "_joiner": None, "_donor": None}
+        return super().__getstate__() | {"_members": (), "_group_store": None}
 
 
 _NO_NCCL = (

@@ -10,7 +10,7 @@ import pytest
 from joiners import OF_A_DONOR, OF_A_JOINER, Returns, check
 from survivors import AT_A_MEETING, IN_A_STEP
 
-from lightning_gossip.control import joining, member_control, run
+from lightning_gossip.control import joining, member_control, run, stop, watching
 from lightning_gossip.rules.mixing import ElasticMixing, MixingRule, PullMixing, PushMixing
 from lightning_gossip.rules.schedule import Schedule
 from lightning_gossip.transport import link_transport
@@ -24,11 +24,11 @@ SEEDS = 60
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let everything that the run does by time come ten times as soon."""
-    for module in (run, member_control, joining, link_transport):
+    for module in (run, stop, watching, member_control, joining, link_transport):
         monkeypatch.setattr(module, "LOOK", 0.02)
         if hasattr(module, "HEARTBEAT"):
             monkeypatch.setattr(module, "HEARTBEAT", 0.1)
-    monkeypatch.setattr(member_control, "LEAD", 0.2)
+    monkeypatch.setattr(watching, "LEAD", 0.2)
     return iter(())
 
 

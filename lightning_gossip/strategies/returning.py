@@ -1,0 +1,217 @@
+"""Processes that come back: a rank takes in those that join, or joins itself (design §10, under Lightning)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from typing_extensions import override
+
+from lightning_gossip.control.joining import claim_seat
+from lightning_gossip.control.member_control import MemberControl, RunOver, Survival
+from lightning_gossip.control.members import Change
+from lightning_gossip.control.stop import SeatLost
+from lightning_gossip.strategies import lightning_members
+from lightning_gossip.strategies.joining import Beginning, Donor, Joiner
+from lightning_gossip.strategies.lightning_names import MisconfigurationException, pl
+from lightning_gossip.strategies.meeting import TIMEOUT
+from lightning_gossip.strategies.surviving import SurvivingStrategy
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class ReturningStrategy(SurvivingStrategy):
+    """Ranks that go on without those that they lose, and take in who comes for a lost one.
+
+    Args:
+        launch: see :class:`~lightning_gossip.strategies.surviving.SurvivingStrategy`.
+    """
+
+    def __init__(self, **launch: Any) -> None:
+        self._dealt: tuple[int, ...] = ()  # among whom the present epoch's data is
+        self._joiner: Joiner | None = None  # from its coming to a seat that was lost to its first step
+        self._donor: Donor | None = None
+        self._beginning = Beginning()  # what was agreed on, up to the first step
+        self._has_begun = False  # whether this rank has begun its first step
+        super().__init__(**launch)
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        members = self.members if self._joiner is None else self._joiner.dealt
+        index = members.index(self.global_rank) if self.global_rank in members else self.global_rank % len(members)
+        return {"num_replicas": len(members), "rank": index}
+
+    def dealt_among(self) -> object:
+        """Return what tells among whom data is dealt that is loaded now: equal on all where it is the same."""
+        return "another's" if self._joiner is not None else (self.members, self._incarnations)
+
+    # -- start ------------------------------------------------------------------------------------------------------
+
+    @override
+    def _take_seat(self, survival: Survival) -> tuple[MemberControl, int]:
+        """Take part as the next process of this rank: as one of those of the beginning, or to join them."""
+        self._survival, self._has_begun, self._beginning = survival, False, Beginning()
+        try:
+            incarnation = claim_seat(self._group_store, self.global_rank, self.world_size, survival)
+        except RunOver as over:
+            raise self._too_late(over) from None
+        control = self._take_control(MemberControl, survival, incarnation, on_loss=self._on_loss)
+        self._donor = Donor(control, self._group_store)
+        self._joiner = None
+        if incarnation > 0:
+            self._joiner = Joiner(control, self._group_store)
+            self._joiner.dealt = self._members = (*control.members, self.global_rank)
+            lightning_members.be_no_rank_zero(self.global_rank)
+            os.environ.update(self._joiner.beginning.environment)
+            self._group.be_alone(f"of {self.global_rank}.{incarnation}", self._group_store, self._timeout or TIMEOUT)
+            if (trainer := self._trainer) is not None:
+                lightning_members.resume_from(trainer, self._state_of_donor)
+        return control, incarnation
+
+    def _too_late(self, over: RunOver) -> SystemExit:
+        print(f"rank {self.global_rank}: the training is over; {over.left}", file=sys.stderr)
+        return SystemExit(0)
+
+    # -- joining, and taking in -----------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """Return by name what a process has to have in common with those that it joins."""
+        return {}
+
+    def state_to_join(self) -> dict[str, Any]:
+        """Return what one that joins takes from this rank, between two steps: its whole checkpoint."""
+        raise MisconfigurationException(f"{type(self).__name__} takes nobody in")
+
+    def take_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Take over what :meth:`state_to_join` returned on the donor; return the checkpoint that Lightning loads."""
+        raise MisconfigurationException(f"{type(self).__name__} does not join")
+
+    def align(self, clock: int) -> None:
+        """Set the exchange clock to that of the others, before the first step."""
+
+    def become_whole(self, control: MemberControl, donor: int) -> None:
+        """Tell that this rank has joined, and let its clock go with the others', before the first step."""
+        self.align(control.clock_to_join(control.tell_joined(donor)))
+
+    def _state_of_donor(self) -> dict[str, Any]:
+        while (joiner := self._joiner) is not None:
+            try:
+                joiner.check_identity(self.identity())
+                if (state := joiner.state()) is not None:
+                    break
+            except RunOver as over:
+                raise self._too_late(over) from None
+            joiner.control.leave("its donor was lost, or what it sent was torn: it asks again")
+            joiner.control.close()
+            self._take_seat(self._survival)
+        else:
+            raise RuntimeError("the seat was lost before it was joined")
+        joiner.control.take_place(state["position"])
+        joiner.dealt = tuple(state["dealt"])
+        joiner.beginning.gathered.update(state["gathered"])
+        return self.take_state(state)
+
+    def leave_to_come_again(self, lost: SeatLost, trainer: pl.Trainer) -> None:
+        """Give up all that this process has in a ``fit``, in which the others have declared it lost."""
+        log.warning("%s; it joins them anew", lost)
+        self.on_exception(lost)
+        lightning_members.tear_down(trainer)
+        self._comes_again = True
+
+    def _begin_first_step(self) -> None:
+        """Do once what comes before the first step: become whole, or tell those that come later how all began."""
+        self._has_begun = True
+        control = self._member_control
+        if control is None:
+            return
+        if (joiner := self._joiner) is not None:
+            self.become_whole(control, joiner.donor)
+            self._beginning = joiner.beginning
+            self._joiner = None
+        elif self.is_global_zero:
+            self._beginning.identity = self.identity()
+            self._beginning.publish(self._group_store)
+
+    def _take_in_guest(self) -> None:
+        """Take in the one that asks, at the end of a step, and serve it beside training."""
+        if (control := self._member_control) is not None and self.can_serve:
+            self._serve(control, control.take_in())
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether one could go on from this rank's present state."""
+        trainer = self._trainer
+        return trainer is not None and self._donor is not None and lightning_members.is_between_steps(trainer)
+
+    def _serve(self, control: MemberControl, entry: Change | None) -> None:
+        """Serve the one taken in by ``entry`` this rank's state, as it is now."""
+        if entry is None or self._donor is None:
+            return
+        self._serving = True
+        try:
+            state = self.state_to_join()
+        finally:
+            self._serving = False
+        state |= {"position": control.position(), "dealt": list(self._dealt), "gathered": self._beginning.gathered}
+        self._donor.serve((entry.seat, entry.incarnation), self.step, state)
+
+    def _tell_over(self) -> None:
+        """Tell those that come from now on that training is over."""
+        if (control := self._member_control) is not None and self.is_global_zero:
+            control.tell_over(self._what_is_left())
+
+    def _what_is_left(self) -> str:
+        """Return in words what a training has left, for those that come when it is over."""
+        return "no checkpoint was saved"
+
+    # -- meetings, of which a joiner has none -----------------------------------------------------------------------
+
+    @override
+    def _meet(self, reason: str) -> None:
+        if self._joiner is not None:
+            self._joiner.control.check()
+        else:
+            super()._meet(reason)
+
+    @override
+    def _together(self, reason: str, attempt: Callable[[], T]) -> T:
+        if self._joiner is None:
+            return super()._together(reason, attempt)
+        self._joiner.control.check()
+        return attempt()
+
+    @override
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        if self._joiner is not None:
+            given: T = self._joiner.broadcast(obj)
+            return given
+        given = super().broadcast(obj, src)
+        if self.survives and not self._has_begun:
+            self._beginning.broadcasts.append(given)
+        return given
+
+    @override
+    def gather(self, value: Any, reason: str = "gather") -> list[Any]:
+        if self._joiner is not None:
+            return self._joiner.gather(value, reason)
+        values = super().gather(value, reason)
+        if self.survives and reason != "gather" and (not self._has_begun or reason in self._beginning.gathered):
+            self._beginning.gathered[reason] = values
+        return values
+
+    @override
+    def teardown(self) -> None:
+        if self._donor is not None:
+            self._donor.close()
+        self._donor = self._joiner = None
+        super().teardown()
+
+    @override
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_joiner": None, "_donor": None}
