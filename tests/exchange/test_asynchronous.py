@@ -167,7 +167,12 @@ def test_who_answers_late_is_told_that_it_is_void(monkeypatch: pytest.MonkeyPatc
         mine: Any = exchange._partners
         said: list[int] = []
         say, decide = mine._say, mine._decide
-        vars(mine)["_say"] = lambda link, word, number=0: (said.append(int(word)), say(link, word, number))
+
+        def noting(link: Any, word: Word, number: int = 0) -> None:
+            said.append(int(word))
+            say(link, word, number)
+
+        vars(mine)["_say"] = noting
         if rank.rank == 1:
             stopped = time.monotonic() + 0.5
 
