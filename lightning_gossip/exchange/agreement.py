@@ -8,6 +8,7 @@ that ask each other. Everything here is one rank's side of it, as plain data and
 =========  =================  =========================================================================================
 word       said by            it means
 =========  =================  =========================================================================================
+hello      the leader         nothing: the link is made before it is needed
 ask        the leader         "my snapshot is taken: exchange it with me"
 answer     the asked          "so is mine". And, where the asked one had asked the leader at the same time, the number
                               of that ask: it is void
@@ -82,6 +83,7 @@ class Word(IntEnum):
     HELD = 37
     GO = 38
     VOID = 39
+    HELLO = 40
 
 
 class Phase(Enum):

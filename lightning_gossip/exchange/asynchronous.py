@@ -43,6 +43,9 @@ from lightning_gossip.rules.mixing import MixingRule
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Schedule
 
+GREETED = 16
+"""Links are made at the beginning where a rank has so many neighbours at most; else each when it is needed."""
+
 
 @dataclass
 class AsynchronousStats(ExchangeStats):
@@ -135,8 +138,8 @@ class AsynchronousExchange:
         self._mixer = Mixer(rank, rule, self._outer, heals)
         self._still = Standstill()
         self._standing = Standing(1, 0, FlatLayout({}), {})
-        self._signature: tuple[object, ...] = ()
-        self._in_step = False
+        self._signature: tuple[int, ...] = ()  # of the parameters that travel
+        self._in_step = self._has_greeted = False
         self._moment = 0
         self._bytes_sent = 0  # of which the stats know
         self._proposal: tuple[FlatBuffer, FlatBuffer] | None = None  # the outer step's result, exact and as it travels
@@ -174,6 +177,10 @@ class AsynchronousExchange:
             self._outer.follow(self._standing.tensors)
         self._in_step = True
         if self._partners is not None:
+            if not self._has_greeted:
+                self._has_greeted = True
+                neighbours = asking.neighbours(self._schedule, self.rank, self.world_size)
+                self._partners.greet(neighbours if len(neighbours) <= GREETED else ())
             self._partners.come_back()
         self._still.open()
         if self._schedule.is_round(self.step) and self._standing.tensors:
@@ -304,7 +311,7 @@ class AsynchronousExchange:
     def _stand(self, step: int | None = None) -> None:
         """Note what stands still: who copies, in whatever thread, copies that."""
         tensors = travelling(self._parameters()) if step is None else self._standing.tensors
-        signature = tuple((name, p.dtype, p.shape, p.device) for name, p in tensors.items())
+        signature = tuple(map(id, tensors.values()))
         layout = self._standing.layout
         if signature != self._signature:
             layout, self._signature = FlatLayout(tensors, self._wire_dtype), signature

@@ -9,6 +9,7 @@ from typing_extensions import override
 from lightning_gossip.exchange.agreement import Word
 from lightning_gossip.exchange.partners import Partners
 from lightning_gossip.exchange.snapshots import Agreed, Received, Snapshot
+from lightning_gossip.exchange.spoken import may_go_on
 from lightning_gossip.transport.link import Header, Link
 
 
@@ -24,7 +25,7 @@ class Pulled(Partners):
             return
         link.send(own.header(Word.ANSWER))
         link.flush()
-        if self._may_go_on(link) and self._fits(visitor, own, header):
+        if may_go_on(link) and self._fits(visitor, own, header):
             self._pass(link, own, None, own.step, lambda: None)
 
 
@@ -60,7 +61,7 @@ class Pushed(Partners):
         theirs = Snapshot(standing, self._buffer(("pushed by", visitor), standing.layout))
         link.send(theirs.header(Word.ANSWER))
         link.flush()
-        if not (self._may_go_on(link) and self._fits(visitor, theirs, header)):
+        if not (may_go_on(link) and self._fits(visitor, theirs, header)):
             return
         self._pass(link, None, theirs.payload, theirs.step, lambda: None)
         with self._still.copying() as may, self._changed:

@@ -7,6 +7,7 @@ from typing_extensions import override
 from lightning_gossip.exchange.agreement import Word
 from lightning_gossip.exchange.partners import Partners
 from lightning_gossip.exchange.snapshots import Snapshot
+from lightning_gossip.exchange.spoken import may_go_on
 from lightning_gossip.transport.link import Header, Link
 
 
@@ -21,7 +22,7 @@ class Pairs(Partners):
             return
         link.send(own.header(word, number))
         link.flush()
-        goes_on = self._may_go_on(link)
+        goes_on = may_go_on(link)
         self._hear(Word.GO if goes_on else Word.VOID, visitor, visitor)
         if goes_on:
             self._trade(link, visitor, own, header, leads=False)

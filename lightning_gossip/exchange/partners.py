@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -32,10 +32,11 @@ from lightning_gossip.control.run import LOOK, Control
 from lightning_gossip.exchange.agreement import Phase, Side, Word
 from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
 from lightning_gossip.exchange.snapshots import Agreed, Received, Snapshot, Standing
+from lightning_gossip.exchange.spoken import pass_payloads
 from lightning_gossip.exchange.standstill import Standstill
 from lightning_gossip.transport.doors import Doors
 from lightning_gossip.transport.interface import PartnerLost
-from lightning_gossip.transport.link import Header, Link, LinkError, SendFailed, reason_of
+from lightning_gossip.transport.link import Header, Link, LinkError, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +86,11 @@ class Partners(ABC):
         self._another = another
         self._leader_sends, self._asked_sends = sends
         self._changed = threading.Condition()  # holds all that follows
-        self._side = Side(control.rank)
+        self._side = Side(control.rank, asks=life(control.rank) << 32)  # whoever comes back counts on
         self._own: Snapshot | None = None  # of the exchange that this rank is in, or asks for
         self._theirs: Received | None = None
         self._tried: set[int] = set()
+        self._members = tuple(control.members)  # as last looked at
         self._silent: set[int] = set()  # ranks that have said nothing to an ask yet, which was withdrawn
         self._asked_at = 0.0
         self.counts = Counts()
@@ -122,6 +124,17 @@ class Partners(ABC):
             self._tried = set()
             self._ask_one(partner)
         return True
+
+    def greet(self, ranks: Iterable[int]) -> None:
+        """Make links to ``ranks``, beside training, before they are needed."""
+
+        def hello(link: Link) -> None:
+            link.send(Header(Word.HELLO, 0, 0))
+            link.flush()
+
+        for rank in ranks:
+            link = self._doors.to(rank)
+            self._run(link, rank, partial(hello, link))
 
     def take(self) -> Agreed | None:
         """Return what is to be applied now, if anything; :meth:`release` it once it is."""
@@ -176,7 +189,7 @@ class Partners(ABC):
                 raise self._lost(partner, f"it stayed silent for {limit:g} s")
 
     def check(self) -> None:
-        """Let go of a partner that is lost, and raise if that ends the run.
+        """Let go of ranks that are lost, and of asks to which nothing is said; raise what ends the run.
 
         Raises:
             PartnerLost: if a partner died or stayed silent past the timeout, and the run ends with that.
@@ -186,15 +199,21 @@ class Partners(ABC):
             partner, error = self._failure
             self._control.check_cause(partner)
             raise self._lost(partner, reason_of(error)) from error
-        if (partner := self._side.partner) >= 0 and self._control.is_lost(partner):
-            with self._changed:
-                self._side = self._side.lose(partner).side  # a host that is cut off breaks no link
-                self._changed.notify_all()
-            self._doors.part(partner)
-        if partner >= 0 and time.monotonic() > self._asked_at + PATIENCE:
+        if (members := self._control.members) != self._members:
+            for lost in set(self._members).difference(members):
+                self._let_go(lost)
+            self._members = tuple(members)
+        if self._side.partner >= 0 and time.monotonic() > self._asked_at + PATIENCE:
             with self._changed:
                 if time.monotonic() > self._asked_at + PATIENCE:
                     self._withdraw()
+
+    def _let_go(self, lost: int) -> None:
+        """Let go of a rank that is lost: a host that is cut off breaks no link."""
+        with self._changed:
+            self._side = self._side.lose(lost).side
+            self._changed.notify_all()
+        self._doors.part(lost)
 
     def close(self) -> None:
         """Give up whatever is under way; the parameters are not still any more by then."""
@@ -284,21 +303,11 @@ class Partners(ABC):
     def _pass(
         self, link: Link, own: Snapshot | None, incoming: Tensor | None, step: int, whole: Callable[[], None]
     ) -> None:
-        """Send ``own`` and receive ``incoming``, call ``whole`` once it is, and know that the other has its own too."""
-        try:
-            link.swap(None if own is None else own.payload, incoming)
-        except SendFailed as error:
-            if error.received is not None:
-                whole()
-            raise
+        """See :func:`~lightning_gossip.exchange.spoken.pass_payloads`; what is sent counts."""
+        pass_payloads(link, own, incoming, step, whole)
         if own is not None:
             with self._changed:
                 self.counts.bytes_sent += own.payload.nbytes
-        whole()
-        link.send(Header(Word.HELD, step, 0))
-        if (heard := link.receive_header()).kind != Word.HELD:
-            raise LinkError(f"{link.peer} sent a message of kind {heard.kind} in the place of a word that it holds all")
-        link.flush()  # not before: the other end receives this once it has said the same
 
     def _fits(self, partner: int, own: Snapshot, header: Header) -> bool:
         """Whether the partner's snapshot is of the same tensors; both ends find the same."""
@@ -323,6 +332,8 @@ class Partners(ABC):
         """Answer whatever ``visitor`` asks, until its link is closed."""
         while True:
             header = link.receive_header(_FOR_EVER)
+            if header.kind == Word.HELLO:
+                continue
             if header.kind != Word.ASK:
                 raise LinkError(f"rank {visitor} sent a message of kind {header.kind} in the place of an ask")
             self._answer(visitor, link, header)
@@ -330,13 +341,6 @@ class Partners(ABC):
     @abstractmethod
     def _answer(self, visitor: int, link: Link, header: Header) -> None:
         """Answer an ask."""
-
-    def _may_go_on(self, link: Link) -> bool:
-        """Hear whether who was answered still wants an exchange."""
-        heard = link.receive_header()
-        if heard.kind not in (Word.GO, Word.VOID):
-            raise LinkError(f"{link.peer} sent a message of kind {heard.kind} after an answer")
-        return heard.kind == Word.GO
 
     def _say(self, link: Link, word: Word, number: int = 0) -> None:
         link.send(Header(word, self._standing().step, 0, number=number))
@@ -369,6 +373,7 @@ class Partners(ABC):
         self._doors.forget(partner, link)
         self._doors.part(partner)
         with self._changed:
+            self._silent.discard(partner)
             if self._closing or (self._side.partner != partner and partner not in self._side.waiting):
                 return  # nothing was under way: who wants something of it will see
         try:

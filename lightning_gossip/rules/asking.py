@@ -98,6 +98,13 @@ def another(
     return among[int(rng.choice(len(among), p=weights / weights.sum()))]
 
 
+def neighbours(schedule: Schedule, rank: int, world_size: int) -> list[int]:
+    """Return whom ``rank`` may ever ask, as far as that is known beforehand."""
+    if not isinstance(schedule.peers, Peers):
+        return []
+    return np.flatnonzero(_weights(schedule.peers, schedule.seed, rank, world_size)).tolist()
+
+
 def _weights(peers: Peers, seed: int, rank: int, size: int) -> np.ndarray:
     """Return how likely each of ``size`` ranks is to be a neighbour of ``rank``, up to a factor; shape ``(size,)``."""
     if isinstance(peers, WeightedPeers):

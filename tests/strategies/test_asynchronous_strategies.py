@@ -205,6 +205,34 @@ def test_validations_and_checkpoints_are_of_the_mean(tmp_path: Path) -> None:
             torch.testing.assert_close(rank["state"][name], alone, rtol=0, atol=1e-12)
 
 
+class Unequal(pl.LightningDataModule):
+    """Rank 0 has a third of the batches."""
+
+    def train_dataloader(self) -> Any:
+        rows = 40 if self.trainer.global_rank == 0 else 120
+        return DataLoader(regression(rows), 4)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(regression(), 4)
+
+
+def test_a_rank_that_is_out_of_batches_is_busy_and_follows_the_others(tmp_path: Path) -> None:
+    ranks = fit(
+        tmp_path,
+        Uneven(0.002),
+        asynchronous(evaluate="consensus"),
+        devices=3,
+        max_epochs=2,
+        train=Unequal(),
+        use_distributed_sampler=False,
+    )
+    assert [rank["step"] for rank in ranks] == [20, 60, 60]
+    for name in ("layer.weight", "layer.bias"):
+        alone = torch.stack([rank["initial"][name] + rank["updates"][name] for rank in ranks]).mean(0)
+        for rank in ranks:
+            torch.testing.assert_close(rank["state"][name], alone, rtol=0, atol=1e-12)
+
+
 class Starts(Recorder):
     """Notes what a training begins with."""
 
