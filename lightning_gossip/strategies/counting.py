@@ -176,7 +176,12 @@ class Counting:
         interval = self._trainer.val_check_interval
         if not self._validates_by_parts or self._dealing is None or not isinstance(interval, float):
             return False
-        return counts.is_last_batch(self._trainer) or self._dealing.parts(interval) > self._parts
+        if self._dealing.evens_out:  # ranks meet in every step, and have to come to it at the same one
+            every = max(1, int(counts.number_of_batches(self._trainer) * interval))
+            over = counts.counts_of(self._trainer).batches % every == 0
+        else:
+            over = self._dealing.parts(interval) > self._parts
+        return over or counts.is_last_batch(self._trainer)
 
     # -- decisions ------------------------------------------------------------------------------------------------
 

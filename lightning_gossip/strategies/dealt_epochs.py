@@ -48,6 +48,7 @@ class DealtEpochs:
 
     Attributes:
         why_not: why nothing is dealt, in words, where that is so.
+        evens_out: whether every rank has as many batches as the others, because they meet in every step.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class DealtEpochs:
         self._offset = 0  # batches that count as fetched before this rank's first one of the present iteration
         self._iterations = 0
         self._has_begun = False  # with an epoch of the present loader
-        self._evens_out = False
+        self.evens_out = False
         reaches.note_placed_samplers(trainer, self._note)
         reaches.go_by_last_batch(trainer, lambda: self.active, self._begin_epoch)
 
@@ -207,7 +208,7 @@ class DealtEpochs:
                 f" {deck.mark:08x}), so that they can not be dealt: data sets and batch samplers have to be the same on"
                 " all ranks. Set `dealt=False` to give each rank its share of its own"
             )
-        if self._evens_out:
+        if self.evens_out:
             self._dealer.even_out()
         return batches
 
@@ -259,13 +260,13 @@ class DealtEpochs:
         """Give every rank as many batches as the others: called where they turn out to go at one pace."""
         if not self._has_begun:
             return  # it is about to load data
-        if not self._evens_out:
+        if not self.evens_out:
             log.info(
                 "ranks meet in every step of training (`self.log(…, sync_dist=True)`, torchmetrics), so that each has"
                 " as many batches of an epoch as the others: up to %d are left out",
                 len(self._members()) - 1,
             )
-        self._evens_out = True
+        self.evens_out = True
         self._dealer.even_out()
 
     def state(self, gather: Callable[[Any, str], list[Any]]) -> dict[str, Any] | None:

@@ -174,6 +174,13 @@ def test_the_learning_rate_finder_takes_nothing_from_the_first_epoch(tmp_path: P
         assert samples(results, epoch) == list(range(120))
 
 
+def test_a_warm_up_alone_takes_from_the_others_shares(tmp_path: Path) -> None:
+    results = train(tmp_path, Walk(240, (0.01,) * 3), downpour(warmup_steps=15), devices=3, max_epochs=2)
+    assert batches(results, 0)[0] >= 15
+    for epoch in range(2):
+        assert samples(results, epoch) == list(range(240))
+
+
 def test_fast_dev_run(tmp_path: Path) -> None:
     results = train(tmp_path, Walk(60), devices=2, fast_dev_run=2)
     assert max(batches(results, 0)) == 2, "the first that has made two steps ends it"

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dealt import SLOW, Rows, Walk, alike, batches, downpour, samples, train
+from dealt import SLOW, TIMEOUT, Numbered, Rows, Walk, alike, batches, downpour, samples, train
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_gossip import ElasticGossipStrategy
 from lightning_gossip.strategies.counting import who_waited
 
 
@@ -92,7 +93,9 @@ def test_a_collective_in_every_step_gives_all_as_many_batches(tmp_path: Path, ro
             self.log("loss", loss, sync_dist=True, on_step=True, on_epoch=True)
             return loss
 
-    results = train(tmp_path, Pooled(rows), max_epochs=2)
+    results = train(tmp_path, Pooled(rows), val_check_interval=0.25, max_epochs=2)
+    alike(results)
+    assert len(results[0]["validated"]) >= 8
     for epoch in range(2):
         assert batches(results, epoch) == [rows // 8] * 4
         seen = samples(results, epoch)
@@ -113,6 +116,23 @@ def test_an_epoch_that_ends_with_the_first(tmp_path: Path) -> None:
         assert max(ends) - min(ends) < 0.5
         assert all(result["lasts"][epoch] for result in results)
     assert [epoch for epoch, _ in results[0]["validated"]] == [0, 1]
+
+
+def test_ranks_that_go_together_end_with_the_first(tmp_path: Path) -> None:
+    strategy = ElasticGossipStrategy(period=8, epoch_ends="first", start_method="fork", timeout=TIMEOUT)
+
+    class Uneven(Walk):
+        def train_dataloader(self) -> Any:
+            return DataLoader(Numbered(60 if self.trainer.global_rank == 1 else 400), 2)
+
+    results = train(
+        tmp_path, Uneven(pauses=(0.02,) * 3), strategy, devices=3, use_distributed_sampler=False, max_epochs=2
+    )
+    alike(results, "step")
+    for epoch in range(2):
+        counts = batches(results, epoch)
+        assert counts[1] == 30
+        assert max(counts) < 60
 
 
 def test_iterable_data_that_ends_with_the_first(tmp_path: Path) -> None:
