@@ -2,7 +2,10 @@
 # `make test-quick` runs what starts no process of its own, in one or two minutes; `make test` begins with it;
 # `make test-long` runs what trains for minutes. As many tests run at a time as there are cores, up to four. Those of
 # processes are handed out in their order, by `load`: what forks comes before what starts threads.
-PYTHON ?= python3.11
+# The first of these that runs, is at least 3.11 and can make virtual environments; `make PYTHON=…` names another.
+CANDIDATES := python3.11 python3.12 python3.13 python3.14 python3 python
+SUITS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in $(CANDIDATES); do $$python -c '$(SUITS)' 2>/dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -34,6 +37,9 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 $(INSTALLED): pyproject.toml
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || { \
+	  echo "make needs Python 3.11 or newer with its venv and ensurepip modules (Debian: apt install python3-venv);" \
+	    "none of $(CANDIDATES) is one. Name another: make PYTHON=/path/to/python $(MAKECMDGOALS)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@

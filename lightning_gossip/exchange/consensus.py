@@ -50,6 +50,7 @@ class Consensus:
         self._built: _Copy | None = None
         self._replica: _Copy | None = None
         self._square_of_alike = 0.0  # ‖·‖² of the parameters on which all ranks agree
+        self._norms: dict[str, tuple[bytes, float]] = {}  # of these, and of which contents: most never change
         self._flagged = False  # whether some rank's :meth:`_flag` was raised when the ranks agreed last
         self._consensus: _Copy | None = None  # as it was when the window began; kept after :meth:`leave`
 
@@ -146,6 +147,14 @@ class Consensus:
         self._replica = None
         return True
 
+    def touched(self) -> frozenset[int]:
+        """Return where the memory begins in which the replica and the consensus model may differ, once it is built.
+
+        All else is alike on all ranks, and stays in place where a replica gives way to the consensus model.
+        """
+        copy = self._built or self._consensus
+        return frozenset() if copy is None else copy.addresses()
+
     def forget(self) -> None:
         """Release the memory of a window that is closed."""
         if self._replica is None:
@@ -172,7 +181,8 @@ class Consensus:
         report_misfits(agreement, parameters)
         self._flagged = agreement.flagged
         own = {name: data for name in agreement.differing if (data := elements(tensors[name])) is not None}
-        self._square_of_alike = sum((_norm(p) ** 2 for name, p in parameters.items() if name not in own), 0.0)
+        alike = {name: p for name, p in parameters.items() if name not in own}
+        self._square_of_alike = sum(self._norm_of(name, p, agreement.contents[name]) ** 2 for name, p in alike.items())
         averaged = parameters.keys() | statistics
         with_mean = [name for name, data in own.items() if has_mean(data)]
         return _Shared(
@@ -181,6 +191,13 @@ class Consensus:
             statistics=tuple(name for name in with_mean if name in statistics),
             others=tuple(name for name in own if name not in with_mean or name not in averaged),
         )
+
+    def _norm_of(self, name: str, parameter: Tensor, contents: bytes) -> float:
+        known, norm = self._norms.get(name, (b"", 0.0))
+        if not contents or known != contents:
+            norm = _norm(parameter)
+            self._norms[name] = contents, norm
+        return norm
 
     def _average(self, copy: _Copy) -> float:
         distance, norm = self._build(copy.parameters).tolist()
@@ -250,6 +267,9 @@ class _Copy:
             ]
             if fitting:
                 torch._foreach_copy_([own for own, _ in fitting], [copied for _, copied in fitting])
+
+    def addresses(self) -> frozenset[int]:
+        return frozenset(own.untyped_storage().data_ptr() for own in self._shared.present().values())
 
     def is_parameter(self, name: str) -> bool:
         return name in self._shared.parameters
@@ -357,9 +377,9 @@ def _norm(tensor: Tensor) -> float:
     own = elements(tensor)
     if own is None or not has_mean(own):
         return 0.0
-    return float(
-        torch.linalg.vector_norm(own.to(wide(own.dtype)), dtype=torch.complex128 if own.is_complex() else torch.float64)
-    )
+    dtype = torch.complex128 if own.is_complex() else torch.float64
+    chunks = own.reshape(-1).split(_CHUNK)
+    return float(sum(float(torch.linalg.vector_norm(chunk.to(dtype))) ** 2 for chunk in chunks) ** 0.5)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TypeVar
 
@@ -128,11 +128,13 @@ class Agreement:
         differing: names, in rank 0's order, of tensors that fit on all ranks, can be written in place, and differ.
         misfits: by name, why a tensor that is not alike on all ranks cannot be made so.
         flagged: whether some rank raised its flag.
+        contents: by name, what tells this rank's tensors apart; empty for those that are taken to differ.
     """
 
     differing: tuple[str, ...]
     misfits: Mapping[str, str]
     flagged: bool = False
+    contents: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def agree(tensors: Mapping[str, Tensor], changing: Collection[str] = (), flag: bool = False) -> Agreement:
@@ -146,6 +148,8 @@ def agree(tensors: Mapping[str, Tensor], changing: Collection[str] = (), flag: b
         changing: names of tensors that are taken to differ, if some rank says so.
         flag: anything that the others should know.
     """
+    if group_size() == 1:
+        return Agreement((), {}, flag)
     own = {name: elements(tensor) for name, tensor in tensors.items()}
     words = {name: _words(tensor, own[name]) for name, tensor in tensors.items()}
     changes = {name for name in changing if own[name] is not None}
@@ -156,7 +160,7 @@ def agree(tensors: Mapping[str, Tensor], changing: Collection[str] = (), flag: b
     rows = _gathered_bytes(inventory + whole + bytes([flag]))
     flagged = any(row[-1] for row in rows)
     if len({row[:-1] for row in rows}) == 1:
-        return Agreement(tuple(name for name in tensors if name in changes), {}, flagged)
+        return Agreement(tuple(name for name in tensors if name in changes), {}, flagged, contents)
     if len({row[:_DIGEST] for row in rows}) == 1:  # the same tensors, of which some differ
         hashed = [name for name in tensors if name not in changes]
         columns = [
@@ -167,8 +171,9 @@ def agree(tensors: Mapping[str, Tensor], changing: Collection[str] = (), flag: b
         unlike = changes | {name for name, column in zip(hashed, columns, strict=True) if len(column) > 1}
         fits = {name for name in unlike if own[name] is not None}
         misfits = {name: f"{words[name]} on every rank, of other contents" for name in unlike - fits}
-        return Agreement(tuple(name for name in tensors if name in fits), misfits, flagged)
-    return _compare(gathered({name: (words[name], contents[name]) for name in tensors}), flagged)
+        return Agreement(tuple(name for name in tensors if name in fits), misfits, flagged, contents)
+    compared = _compare(gathered({name: (words[name], contents[name]) for name in tensors}), flagged)
+    return replace(compared, contents=contents)
 
 
 def _compare(everybody: list[dict[str, tuple[str, bytes]]], flagged: bool) -> Agreement:

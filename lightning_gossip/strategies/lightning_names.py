@@ -9,6 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning_gossip.strategies import lightning_family
+from lightning_gossip.strategies.versions import warn_of_untested
+
+warn_of_untested("torch")
+warn_of_untested("lightning" if lightning_family.bound() == "lightning.pytorch" else "pytorch-lightning")
 
 if TYPE_CHECKING or lightning_family.bound() == "lightning.pytorch":
     import lightning.pytorch as pl

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from lightning_gossip.exchange.consensus import average_state
+from lightning_gossip.exchange.tensors import elements
 
 STATE = "state_dict"
 
@@ -75,6 +76,68 @@ class Dumped:
         if type(value) in (dict, OrderedDict):
             return type(value)((key, self._with(state, entry, used)) for key, entry in value.items())
         return value
+
+
+def copied(state: Mapping[str, Any], touched: Collection[int]) -> dict[str, Any]:
+    """Return ``state`` with copies of what lies in ``touched`` memory (see :meth:`Consensus.touched`)."""
+    return {name: _copy(value) if _lies_in(value, touched) else value for name, value in state.items()}
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _lies_in(value: Any, touched: Collection[int]) -> bool:
+    if not isinstance(value, Tensor):
+        return False
+    return elements(value) is None or value.untyped_storage().data_ptr() in touched
+
+
+def in_both(replica: Mapping[str, Any], consensus: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the entries of two checkpoints' states of the model that are the same memory, by ``key/name``."""
+    return {
+        f"{key}/{name}": value
+        for key in (STATE, CURRENT_STATE)
+        for name, value in _mapping(replica.get(key)).items()
+        if _is_same(value, _mapping(consensus.get(key)).get(name))
+    }
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or elements(one) is None:
+        return False
+    return (one.data_ptr(), one.shape, one.dtype, one.stride()) == (
+        other.data_ptr(),
+        other.shape,
+        other.dtype,
+        other.stride(),
+    )
+
+
+def without(checkpoint: dict[str, Any], shared: Collection[str]) -> dict[str, Any]:
+    """Return ``checkpoint`` with None for the entries (``key/name``) that stand in another file."""
+    return _replaced(checkpoint, dict.fromkeys(shared))
+
+
+def completed(checkpoint: dict[str, Any], shared: Collection[str], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``checkpoint`` with the entries that :func:`without` left out, from ``other``.
+
+    Raises:
+        KeyError: if one does not stand there.
+    """
+    return _replaced(checkpoint, {entry: other[key][name] for entry in shared for key, name in [_parted(entry)]})
+
+
+def _replaced(checkpoint: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    made = dict(checkpoint)
+    for key in {_parted(entry)[0] for entry in values}:
+        made[key] = type(made[key])((name, values.get(f"{key}/{name}", value)) for name, value in made[key].items())
+    return made
+
+
+def _parted(entry: str) -> tuple[str, str]:
+    key, _, name = entry.partition("/")
+    return key, name
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -6,22 +6,21 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_gossip.control.stop import RunStopped
 from lightning_gossip.exchange.consensus import average_state
-from lightning_gossip.exchange.models import averaged_buffers, manifest
+from lightning_gossip.exchange.models import agree, averaged_buffers, manifest
 from lightning_gossip.strategies import checkpoint as files
 from lightning_gossip.strategies import lightning_compat, lightning_members
 from lightning_gossip.strategies.consensus import ConsensusStrategy, Evaluate
 from lightning_gossip.strategies.joining import identity_of
 from lightning_gossip.strategies.lightning_names import _PATH, CheckpointIO, pl, rank_zero_warn
-from lightning_gossip.strategies.saved_state import CURRENT_STATE, Dumped
+from lightning_gossip.strategies.saved_state import CURRENT_STATE, Dumped, completed, copied, in_both, without
 
 log = logging.getLogger(__name__)
 
@@ -170,11 +169,16 @@ class CheckpointedStrategy(ConsensusStrategy):
         if self._alone or self._window is None or self._replica_state is not None:
             yield
             return
-        with self._window.replica():
-            self._replica_state = _copied(super().lightning_module_state_dict())
-        self._dumped = {}
+        window = self._window
         try:
-            with self._window.saving():
+            with ExitStack() as stack:
+                if not (kept := window.kept):
+                    stack.enter_context(window.saving())
+                with window.replica():
+                    self._replica_state = copied(super().lightning_module_state_dict(), window.touched())
+                self._dumped = {}
+                if kept:
+                    stack.enter_context(window.saving())
                 yield
         finally:
             self._replica_state = None
@@ -184,8 +188,11 @@ class CheckpointedStrategy(ConsensusStrategy):
         """Return the module's state: in a save the consensus model's, but its own where replicas are evaluated."""
         if self._replica_state is not None and self._dumped:
             return dict(self._dumped)  # a hook asks for it once more
-        with self._window.replica() if self._window is not None and self._replica_state is None else nullcontext():
-            self._dumped = _copied(super().lightning_module_state_dict())
+        window = self._window
+        with window.replica() if window is not None and self._replica_state is None else nullcontext():
+            # without a window nothing is swapped until it is copied, in `_parted`
+            touched = frozenset() if window is None else window.touched()
+            self._dumped = copied(super().lightning_module_state_dict(), touched)
         return dict(self._dumped)
 
     @override
@@ -197,6 +204,8 @@ class CheckpointedStrategy(ConsensusStrategy):
         replica, consensus = self._parted(checkpoint)
         whole = "optimizer_states" in checkpoint  # not `weights_only`
         replicas = whole and self._consensus is not None  # after `fit` the clock is all that is left of the training
+        if replicas:
+            replica = self._without_shared(replica, consensus)
         common = self.common_state() if replicas else {}
         while True:
             lowest = self.members[0]
@@ -271,7 +280,7 @@ class CheckpointedStrategy(ConsensusStrategy):
         if self._replica_state is not None:
             replica, consensus = self._replica_state, state
         else:
-            replica, consensus = state, self._consensus_state()
+            replica, consensus = self._replica_and_consensus(state)
         dumped = Dumped(checkpoint, state)
         own, replaced = dumped.of_replica(replica)
         if replaced:  # by a hook: the replica goes on from what it is all the same
@@ -284,17 +293,28 @@ class CheckpointedStrategy(ConsensusStrategy):
             saved[CURRENT_STATE] = self._together("the present state in a checkpoint", mean)
         return own, saved
 
-    def _consensus_state(self) -> dict[str, Any]:
+    def _replica_and_consensus(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return this replica's ``state``, to be kept, and the consensus model's; a collective."""
         consensus = self._consensus or self.make_consensus(self._module)
         with self._on_root_device():
             if consensus.holds:
-                return _copied(super().lightning_module_state_dict())
+                return state, copied(super().lightning_module_state_dict(), consensus.touched())
             self._build(consensus, "a checkpoint")
+            touched = consensus.touched()
+            replica = copied(state, touched)
             consensus.enter()
-            built = _copied(super().lightning_module_state_dict())
+            built = copied(super().lightning_module_state_dict(), touched)
             consensus.leave()
             consensus.forget()
-        return built
+        return replica, built
+
+    def _without_shared(self, replica: dict[str, Any], consensus: Mapping[str, Any]) -> dict[str, Any]:
+        """Leave out of a replica file what is alike on all ranks and stands in the ``.ckpt``, such as a frozen base."""
+        both = in_both(replica, consensus)
+        agreement = self._together("what all replicas share", partial(agree, both))
+        shared = [entry for entry in both if entry not in {*agreement.differing, *agreement.misfits}]
+        entry = {**replica.get(files.KEY, {}), "shared": shared}
+        return {**without(replica, shared), files.KEY: entry}
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -319,7 +339,7 @@ class CheckpointedStrategy(ConsensusStrategy):
         replica: dict[str, Any] = {}
         problem = ""
         try:
-            replica = self._load_replica(entry, checkpoint_path, weights_only)
+            replica = self._load_replica(entry, checkpoint, checkpoint_path, weights_only)
         except files.ReplicaFileError as error:
             problem = str(error)
         problems = [p for p in self.gather(problem) if p]
@@ -337,7 +357,9 @@ class CheckpointedStrategy(ConsensusStrategy):
             self.load_training_state(self._resume["state"])
         return replica
 
-    def _load_replica(self, entry: dict[str, Any], path: _PATH, weights_only: bool | None) -> dict[str, Any]:
+    def _load_replica(
+        self, entry: dict[str, Any], checkpoint: dict[str, Any], path: _PATH, weights_only: bool | None
+    ) -> dict[str, Any]:
         if entry["save_id"] is None:
             raise files.ReplicaFileError("it was saved after `fit`, when the replicas' states were gone")
         if entry["world_size"] != (present := len(self.members)):
@@ -349,8 +371,4 @@ class CheckpointedStrategy(ConsensusStrategy):
         replica[files.KEY]["ranks"] = list(ranks)
         if (saved_by := replica[files.KEY]["strategy"]) != type(self).__name__:
             raise files.ReplicaFileError(f"it was saved by {saved_by}, and this is {type(self).__name__}")
-        return replica
-
-
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
+        return completed(replica, replica[files.KEY].get("shared", ()), checkpoint)

@@ -55,6 +55,15 @@ class ConsensusWindow:
         return self._consensus.holds and self._validated is None
 
     @property
+    def kept(self) -> bool:
+        """Whether what a save would hold is built already: it is being validated, or was just now."""
+        return self.open or self._validated is not None
+
+    def touched(self) -> frozenset[int]:
+        """Return where the memory begins that changes as the window opens and closes; see :meth:`Consensus.touched`."""
+        return self._consensus.touched() | self._mean.touched()
+
+    @property
     def swapped(self) -> bool:
         """Whether what is validated, or was just now, is no replicas' mean: something was swapped in for the epoch."""
         return self._mean.kept

@@ -24,19 +24,19 @@ def gloo(monkeypatch: pytest.MonkeyPatch) -> Any:
     def join(rank: Rank) -> None:
         groups.own = ProcessGroupGloo(PrefixStore("gloo", store), rank.rank, rank.world_size, rank.control.timeout)
 
-    def broadcast(tensor: Tensor, src: int) -> None:
+    def broadcast(tensor: Tensor, group: None, group_src: int) -> None:
         options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = src, 0
+        options.rootRank, options.rootTensor = group_src, 0
         groups.own.broadcast([tensor], options).wait()
 
-    def all_gather(tensors: list[Tensor], tensor: Tensor) -> None:
+    def all_gather(tensors: list[Tensor], tensor: Tensor, group: None) -> None:
         groups.own.allgather([tensors], [tensor]).wait()
 
     monkeypatch.setattr(dist, "broadcast", broadcast)
     monkeypatch.setattr(dist, "all_gather", all_gather)
-    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: groups.own.size())
+    monkeypatch.setattr(dist, "get_world_size", lambda group: groups.own.size())
     return join
 
 

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from lightning_gossip import ElasticGossipStrategy, GossipStrategy
 from lightning_gossip.strategies import checkpoint as files
+from lightning_gossip.strategies.saved_state import completed
 
 STRATEGIES: dict[str, Any] = {
     "elastic": lambda **kwargs: ElasticGossipStrategy(alpha=0.3, **kwargs),
@@ -195,8 +196,10 @@ def test_the_checkpoint_holds_the_mean_and_the_replica_files_the_replicas(saved:
 
 
 def replica_of(path: Path, rank: int) -> dict[str, Any]:
-    save_id = torch.load(path, weights_only=True)[files.KEY]["save_id"]
-    return torch.load(files.replica_path(path.resolve(), save_id, rank), weights_only=True)
+    checkpoint = torch.load(path, weights_only=True)
+    save_id = checkpoint[files.KEY]["save_id"]
+    replica = torch.load(files.replica_path(path.resolve(), save_id, rank), weights_only=True)
+    return completed(replica, replica[files.KEY]["shared"], checkpoint)
 
 
 def test_averages_of_a_callback_are_averaged_over_ranks_and_restored_per_rank(tmp_path: Path) -> None:

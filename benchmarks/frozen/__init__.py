@@ -1,0 +1,1 @@
+"""What a large frozen base costs in validations and checkpoints."""
