@@ -88,7 +88,7 @@ class Life(Worker):
         self.client.load_state_dict(state["client"])
         self.run.points.get((self.rank, self.life), _nothing)(self, "fetched")
         self.client.continue_from(state["client"]["step"])
-        clock = self.control.tell_joined(donor)
+        clock = self.control.clock_to_join(self.control.tell_joined(donor))
         self.client.continue_from(max(clock, self.client.step))
         self.start()
         links: Any = self.client._links

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,24 @@ import torch
 from forked import Linear, fit, regression
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from test_joining import OnceOnly, Pace
-from test_surviving import run
-from test_surviving_downpour import LR, Resumed, Shards, downpour, flat, replica, running_shards, until
+from test_surviving import run, stop_for
+from test_surviving_downpour import (
+    LR,
+    Resumed,
+    Shards,
+    downpour,
+    flat,
+    is_running,
+    replica,
+    running_shards,
+    until,
+)
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_gossip.parameter_server.client import DownpourClient
+from lightning_gossip.parameter_server.process import ShardProcess
+from lightning_gossip.parameter_server.shard_links import ShardLost
 from lightning_gossip.strategies import checkpoint as files
 
 pytestmark = pytest.mark.faults
@@ -153,3 +167,58 @@ class ResumedAt(Resumed):
             state = {**trainer.strategy.training_state(), "replica": pl_module.state_dict()}
             torch.save(state, Path(trainer.default_root_dir) / f"began_{trainer.global_rank}.pt")
             trainer.strategy.barrier()
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+def test_who_was_declared_lost_joins_anew(tmp_path: Path, rank: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The process is the same, and the shards that it started serve it under its next number."""
+    fault = OnceOnly(rank, hook="on_train_batch_end", batch=2, act=stop_for(6))
+    with caplog.at_level(logging.WARNING):
+        seen = train(
+            tmp_path,
+            fault,
+            strategy=downpour(lost_after=3),
+            train=DataLoader(regression(1440), 4),
+            max_epochs=3,
+        )
+    first = 1 if rank == 0 else 0
+    kinds = [change.split(" at ")[0] for change in seen[first]["changes"]]
+    assert kinds == [f"rank {rank} lost", f"rank {rank} joining", f"rank {rank} joined"]
+    for other in seen:
+        assert set(other["members"][-1]) == {0, 1, 2, 3}
+        torch.testing.assert_close(other["state"], seen[0]["state"], rtol=0, atol=0)
+    check_server(tmp_path, flat(seen[0]["state"]), {f"{rank}.0"})
+
+
+def test_a_rank_comes_back_in_a_process_of_its_own_to_shards_started_by_hand(tmp_path: Path) -> None:
+    """With all that workers may be asked to do: to keep up, to adapt, and to keep their replicas."""
+    with ShardProcess() as first, ShardProcess() as second:
+        strategy = downpour(
+            restarts=1,
+            shard_addresses=[first.address, second.address],
+            max_staleness=2,
+            warmup_steps=4,
+            server_optimizer=partial(torch.optim.SGD, lr=1.0),
+            evaluate="replica",
+        )
+        fault = OnceOnly(2, hook="on_train_batch_end", batch=2)
+        seen = train(tmp_path, fault, Began(tmp_path), strategy=strategy)
+        assert all(set(other["members"][-1]) == {0, 1, 2, 3} for other in seen)
+        assert (tmp_path / "joined_2.pt").exists()
+        until(lambda: not is_running(first.pid) and not is_running(second.pid), 10)
+
+
+def test_one_that_can_not_reach_the_shards_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = DownpourClient.start
+
+    def refused(client: Any, *args: Any) -> None:
+        if client._control.incarnation:
+            raise ShardLost("worker 2 lost a shard: it refused", 0)
+        start(client, *args)
+
+    monkeypatch.setattr(DownpourClient, "start", refused)
+    fault = OnceOnly(2, hook="on_train_batch_end", batch=2)
+    seen = train(tmp_path, fault, lost=(2,))
+    assert all(other["members"][-1] == (0, 1, 3) for other in seen)
+    assert "rank 2 left" in seen[0]["changes"][-1]
+    assert "it refused" in seen[0]["changes"][-1]
