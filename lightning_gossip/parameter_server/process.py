@@ -1,6 +1,7 @@
 """A shard in a process of its own: how it is started, and what makes it end.
 
-The shard ends when every worker has left; when the process that started it closes its end of a pipe, or ends (forked
+The shard ends when every worker has left (of a run that goes on without those that it loses, once nobody can come in
+their place: see :mod:`.protocol`); when the process that started it closes its end of a pipe, or ends (forked
 processes may hold the pipe open); and when it is killed. In a run that goes on without processes that it loses, the one
 that started the shard among them, it ends after that one once no worker is connected and the run's store is gone.
 """

@@ -221,7 +221,9 @@ class ShardLinks:
 
     def _explain(self, shard: int, error: BaseException) -> ShardLost:
         """Return what to raise for a failed link, unless a stop of the run explains it, which is raised then."""
-        if not isinstance(error, questions.Refused) and self._control.await_stop(1.0) is not None:
+        # who was declared lost without knowing it yet is refused too
+        explains = isinstance(self._control, MemberControl) or not isinstance(error, questions.Refused)
+        if explains and self._control.await_stop(1.0) is not None:
             self._control.check()
         lost = self._lost(shard, reason_of(error))
         lost.__cause__ = error

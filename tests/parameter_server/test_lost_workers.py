@@ -52,14 +52,21 @@ def sum_of(rank: int, steps: int) -> np.ndarray:
 class Worker:
     """One rank as a thread: it trains as long as it lives."""
 
-    def __init__(self, run: Run, rank: int) -> None:
+    def __init__(self, run: Run, rank: int, life: int = 0, incarnation: int = 0) -> None:
         self.run, self.rank = run, rank
         self.clock: Callable[[], int] = lambda: 0
-        survival = Survival(1, timedelta(seconds=10), f"threads|{rank}|0", run.gone.__contains__)
+        self.process = f"threads|{rank}|{life}"
+        survival = Survival(1, timedelta(seconds=10), self.process, run.gone.__contains__)
         self.control = MemberControl(
-            lambda: run.store, rank, run.workers, timedelta(seconds=20), survival, clock=lambda: self.clock()
+            lambda: run.store,
+            rank,
+            run.workers,
+            timedelta(seconds=20),
+            survival,
+            incarnation,
+            clock=lambda: self.clock(),
         )
-        self.client: DownpourClient = run.server.client(self, n_push=1, n_pull=2, **run.options)  # type: ignore[arg-type]
+        self.client: DownpourClient = run.server.client(self, **{"n_push": 1, "n_pull": 2, **run.options})  # type: ignore[arg-type]
         self.clock = lambda: self.client.step
         self.theta = nn.Parameter(torch.zeros(SIZE, dtype=torch.float64))
         self.final: np.ndarray | None = None
@@ -90,7 +97,7 @@ class Worker:
             self.client._links._closing.set()
         for link in self.links():
             link.close(seconds=1)
-        self.run.gone.add(f"threads|{self.rank}|0")
+        self.run.gone.add(self.process)
 
     def live(self) -> None:
         """Train, meet, read what the server holds, and say goodbye."""
