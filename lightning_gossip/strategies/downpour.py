@@ -69,7 +69,7 @@ class DownpourStrategy(ReplicaStrategy):
             least, and goes on as long as so many are left. What a lost one pushed stays; each shard applies what of a
             push came to it whole. Only a lost shard, not the rank that started it, ends the run. It needs gloo, and the
             run's store in a process of its own, which our launchers start.
-        restarts: how often our launchers start each lost rank again; it begins by a pull, with what one has that trains.
+        restarts: how often our launchers start each lost rank again; it joins with the state of one that trains.
         lost_after: with ``min_replicas``: a rank that gives no sign of life for so long is lost; more than 2 s.
         nonfinite: a replica with NaN or infinite parameters, of which nothing is pushed, takes the server's and begins
             its optimizers anew (``"heal"``, the default with ``min_replicas``), or ends its rank (``"error"``).
