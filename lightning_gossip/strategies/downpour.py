@@ -41,8 +41,7 @@ class DownpourStrategy(ReplicaStrategy):
     model. With many workers the learning rate has to be smaller than alone: the server adds up what all of them make.
 
     An adaptive ``server_optimizer`` such as Adagrad divides by the size of what it gets, and so undoes the workers'
-    learning-rate schedule. Shards obey whoever reaches their port, and a payload larger than its header announces
-    aborts them inside gloo: for trusted networks only.
+    learning-rate schedule. Shards obey whoever reaches their port: for trusted networks only.
 
     The server holds what optimizers own and requires a gradient when training begins. A parameter of theirs that begins
     to later on is refused at that step; gossip lets it travel from then on. Every change of what the server holds, by
@@ -69,7 +68,7 @@ class DownpourStrategy(ReplicaStrategy):
             least, and goes on as long as so many are left. What a lost one pushed stays; each shard applies what of a
             push came to it whole. Only a lost shard, not the rank that started it, ends the run. It needs gloo, and the
             run's store in a process of its own, which our launchers start.
-        restarts: how often our launchers start each lost rank again; it joins with the state of one that trains.
+        restarts: how often our launchers start each lost rank again, which joins.
         lost_after: with ``min_replicas``: a rank that gives no sign of life for so long is lost; more than 2 s.
         nonfinite: a replica with NaN or infinite parameters, of which nothing is pushed, takes the server's and begins
             its optimizers anew (``"heal"``, the default with ``min_replicas``), or ends its rank (``"error"``).

@@ -218,3 +218,14 @@ def test_a_process_is_told_from_a_later_one_of_its_number() -> None:
     assert is_gone(f"{host}|{pid}|{int(started) - 1}"), "its number is taken again"
     assert is_gone(f"{host}|{2**22 + 1}|{started}")
     assert not is_gone(f"elsewhere|{2**22 + 1}|{started}"), "nobody can tell from here"
+
+
+def test_who_is_whole_by_a_part_of_the_log_is_the_same_whatever_came_after() -> None:
+    members = Members(3)
+    members.read(change(1, 0))
+    members.read(change(2, 0, JOINING, incarnation=1))
+    members.read(change(3, 0, JOINED, incarnation=1))
+    members.read(change(4, 1))
+    assert members.whole_by(2) == (1, 2), "the donor of those that met by then"
+    assert members.whole_by(3) == (1, 2, 0), "who joins takes no duties away"
+    assert members.whole_by(4) == members.whole == (2, 0)
