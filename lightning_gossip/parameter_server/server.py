@@ -91,7 +91,7 @@ class ShardServer:
             log.info("%s served every worker to the end", self.name)
             return True
         if self.roster.deserted_for() > self._timeout.total_seconds():
-            log.warning("%s waited in vain for workers that did not come, and ends", self.name)
+            log.warning("%s waited in vain for the workers that never came, and ends", self.name)
             return True
         return False
 

@@ -222,3 +222,14 @@ def test_one_that_can_not_reach_the_shards_ends_alone(tmp_path: Path, monkeypatc
     assert all(other["members"][-1] == (0, 1, 3) for other in seen)
     assert "rank 2 left" in seen[0]["changes"][-1]
     assert "it refused" in seen[0]["changes"][-1]
+
+
+def test_one_that_comes_back_takes_batches_that_are_dealt(tmp_path: Path) -> None:
+    """Every sample comes once an epoch, but for what the dead one had taken; the epochs end together."""
+    fault = OnceOnly(2, hook="on_train_batch_end", batch=2)
+    seen = train(tmp_path, fault, strategy=downpour(restarts=1, dealt=True))
+    assert all(set(other["members"][-1]) == {0, 1, 2, 3} for other in seen)
+    check_server(tmp_path, flat(seen[0]["state"]), {"2.0"})
+    made = {file.name[5:]: len(np.fromfile(file)) // 4 for file in tmp_path.glob("made_*")}
+    assert made["2.1"] > 0
+    assert 4 * 120 - 2 <= sum(made.values()) <= 4 * 120

@@ -302,11 +302,11 @@ def test_all_die_at_once_and_their_shards_end(tmp_path: Path) -> None:
     assert list(tmp_path.glob("shard_*"))
 
 
-def test_who_wakes_up_after_it_was_dropped_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_who_wakes_up_after_all_is_over_changes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     fault = Fault(2, hook="on_train_batch_end", batch=2, act=stop_for(10))
     survivors = train(tmp_path, fault, lost=(2,), strategy=downpour(lost_after=3))
     check(tmp_path, survivors, (0, 1, 3))
-    assert "rank 2 ends: this rank was declared lost by rank " in caplog.text
+    assert "rank 2: the training is over" in capfd.readouterr().err
 
 
 class Boom(Constant):
