@@ -103,4 +103,4 @@ def end_processes(procs: Sequence[Any], grace: float) -> None:
 
 def alive(proc: Any) -> bool:
     """Whether a process of :mod:`subprocess` or :mod:`multiprocessing` has not ended."""
-    return proc.poll() is None if isinstance(proc, subprocess.Popen) else proc.isalive()
+    return proc.poll() is None if isinstance(proc, subprocess.Popen) else proc.is_alive()

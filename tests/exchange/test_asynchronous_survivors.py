@@ -27,7 +27,7 @@ from lightning_gossip.transport.link import Link
 pytestmark = pytest.mark.faults
 
 RULES: list[MixingRule] = [ElasticMixing(0.5), ElasticMixing(0.3), PullMixing(), PushMixing()]
-SEEDS = 24
+SEEDS = 12
 """Of the random walk; ten times as many by ``--long``."""
 
 
@@ -251,7 +251,7 @@ def walks(count: int) -> list[Any]:
     return [pytest.param(seed, marks=[pytest.mark.long] if seed >= SEEDS else []) for seed in range(count)]
 
 
-@pytest.mark.parametrize("seed", walks(10 * SEEDS))
+@pytest.mark.parametrize("seed", walks(20 * SEEDS))
 def test_ranks_that_are_killed_at_random(seed: int) -> None:
     rng = np.random.default_rng(seed)
     size = int(rng.integers(2, 6))

@@ -13,7 +13,7 @@ from lightning_gossip.rules.outer import OuterStep
 
 pytestmark = pytest.mark.faults
 
-SEEDS = 50
+SEEDS = 25
 """Of the random walk."""
 
 WHOLE = ("before its vote", "after its vote", "before the word", "after the word")

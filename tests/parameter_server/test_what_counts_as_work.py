@@ -20,12 +20,12 @@ from lightning_gossip import DownpourStrategy, ElasticGossipStrategy, GossipStra
 
 def strategies() -> dict[str, Any]:
     return {
-        "downpour": DownpourStrategy(n_push=2, n_pull=3, start_method="fork"),
-        "two shards": DownpourStrategy(n_push=3, n_pull=1, shards=2, max_staleness=2, start_method="fork"),
+        "downpour": DownpourStrategy(n_push=2, n_pull=3, dealt=False, start_method="fork"),
+        "two shards": DownpourStrategy(n_push=3, n_pull=1, shards=2, max_staleness=2, dealt=False, start_method="fork"),
         "adagrad": DownpourStrategy(
-            n_push=1, server_optimizer={"class_path": "torch.optim.Adagrad"}, start_method="fork"
+            n_push=1, server_optimizer={"class_path": "torch.optim.Adagrad"}, dealt=False, start_method="fork"
         ),
-        "warm-up": DownpourStrategy(n_push=2, warmup_steps=3, evaluate="replica", start_method="fork"),
+        "warm-up": DownpourStrategy(n_push=2, warmup_steps=3, evaluate="replica", dealt=False, start_method="fork"),
         "elastic": ElasticGossipStrategy(start_method="fork"),
         "delayed": ElasticGossipStrategy(period=4, delay=3, start_method="fork"),
         "push": GossipStrategy("push", shared_memory=False, start_method="fork"),
