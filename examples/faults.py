@@ -105,7 +105,7 @@ class Ranks:
 
 def main() -> None:
     parser = make_parser(__doc__, epochs=60, batch_size=4, lr=None, momentum=None, log_every=10)
-    parser.set_defaults(min_replicas=1, devices=RANKS)
+    parser.set_defaults(min_replicas=1, devices=RANKS, data_shares="reshuffled")
     parser.add_argument("--port", type=int, default=29511, help="of the store")
     args = parse(parser, default_to_strategy)
     if "LOCAL_RANK" in os.environ:

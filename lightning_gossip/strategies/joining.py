@@ -97,8 +97,8 @@ class Joiner:
         return given[self._broadcasts - 1] if self._broadcasts <= len(given) else own
 
     def gather(self, own: Any, reason: str) -> list[Any]:
-        """Return what the others gathered for ``reason``, and this rank's own."""
-        return [*self.beginning.gathered.get(reason, ()), own]
+        """Return what the others gathered for ``reason``, for they go by that; this rank's own where they did not."""
+        return list(self.beginning.gathered.get(reason, (own,)))
 
     def check_identity(self, own: Mapping[str, Any]) -> None:
         """Raise ``MisconfigurationException`` if this process would train something else than the others do."""
