@@ -29,7 +29,7 @@ from pathlib import Path
 from benchmarks import RESULTS, ROOT
 from benchmarks.network import report, torchft_loop
 from benchmarks.network.schemes import FILES, TORCHFT
-from benchmarks.shared.namespaces import INTERFACE, Network, NetworkUnavailable
+from benchmarks.shared.namespaces import INTERFACE, Network, exiting
 from benchmarks.shared.options import make_parser
 from benchmarks.shared.ranks import environment, watch
 from benchmarks.shared.rows import find, read, rounds_missing
@@ -119,14 +119,8 @@ def run(kind: str, args: argparse.Namespace) -> None:
         rounds = rounds_missing(find(read(file), here), setups, args.rounds)
         if not rounds or time.monotonic() >= end:
             continue
-        try:
+        with exiting():
             measure(kind, rate, factor, rounds, file, min(end - time.monotonic(), 86_400))
-        except NetworkUnavailable as error:
-            print(error, file=sys.stderr)
-            sys.exit(2)
-        except RuntimeError as error:
-            print(error, file=sys.stderr)
-            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from image_data import SOURCES, DataNotFoundError, prepare
 from benchmarks import RESULTS, ROOT
 from benchmarks.network.__main__ import OWN_ENVIRONMENT, PORT, RANKS, positive
 from benchmarks.network.whole_setups import NAMES
-from benchmarks.shared.namespaces import Network, NetworkUnavailable
+from benchmarks.shared.namespaces import Network, exiting
 from benchmarks.shared.options import at_least, make_parser
 from benchmarks.shared.ranks import environment, watch
 from benchmarks.shared.rows import Row, append, find, read
@@ -124,14 +124,8 @@ def run(args: Any) -> None:
         if find(read(args.out), {"rate_mbit": args.rate} | options):
             continue
         print(f"{name}, slow rank × {factor:g}", flush=True)
-        try:
+        with exiting():
             result = measure(options, args.rate, args.data_dir)
-        except NetworkUnavailable as error:
-            print(error, file=sys.stderr)
-            sys.exit(2)
-        except RuntimeError as error:
-            print(error, file=sys.stderr)
-            sys.exit(1)
         row = {"rate_mbit": args.rate, "ranks": RANKS, "cores": os.cpu_count()} | options
         append(args.out, [row | {"samples": result.pop("samples")} | result], digits=6)
 

@@ -19,8 +19,9 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -44,6 +45,16 @@ _SETTINGS = (
 
 class NetworkUnavailable(RuntimeError):
     """This machine, or this user, can not make such a network."""
+
+
+@contextlib.contextmanager
+def exiting() -> Iterator[None]:
+    """End the program where what is done within fails: with 2 where there can be no network, and else with 1."""
+    try:
+        yield
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2 if isinstance(error, NetworkUnavailable) else 1)
 
 
 class Network:
