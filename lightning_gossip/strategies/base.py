@@ -193,11 +193,8 @@ class ReplicaStrategy(DealingStrategy):
         lightning_compat.share_monitored_metrics(trainer, self.broadcast)
         self._set_up_counting(trainer, self._refuse_unequal_lengths, self._after_batch)
         if self.survives:
-            lightning_members.deal_anew(trainer, self._members_that_meet, self.dealt_among, self._note_dealing)
-
-    def _members_that_meet(self) -> object:
-        self._meet("the dealing of the data")
-        return self.dealt_among()
+            meet = partial(self._meet, "the dealing of the data")
+            lightning_members.deal_anew(trainer, meet, self.dealt_among, self._note_dealing)
 
     def _note_dealing(self) -> None:
         self._dealt = self.members if self._joiner is None else self._joiner.dealt

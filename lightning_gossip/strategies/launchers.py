@@ -198,7 +198,7 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
     def _run_members(self, trainer: Any, function: Callable, args: Any, kwargs: Any) -> Any:
         strategy: Any = self._strategy
         queue = mp.get_context(self._start_method).SimpleQueue()
-        error_files: list[str] = []
+        error_files: dict[int, str] = {}
 
         def start(index: int) -> Any:
             started = mp.start_processes(
@@ -208,7 +208,7 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
                 start_method=self._start_method,
                 join=False,
             )
-            error_files[index:index] = started.error_files
+            [error_files[index]] = started.error_files
             return started.processes[0]
 
         self.procs = []
@@ -234,7 +234,7 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
                 self.procs[index] = start(index)
                 del failures[index]
             pause.wait(POLL / 4)
-        for file in error_files:
+        for file in error_files.values():
             with suppress(FileNotFoundError):
                 os.unlink(file)
         if output is None:

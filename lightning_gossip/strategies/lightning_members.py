@@ -109,29 +109,29 @@ def share_log_folders(trainer: pl.Trainer, broadcast: Callable[[Any], Any]) -> N
 
 
 def deal_anew(
-    trainer: pl.Trainer, members: Callable[[], Any], dealt_among: Callable[[], Any], note: Callable[[], None]
+    trainer: pl.Trainer, meet: Callable[[], None], dealt_among: Callable[[], Any], note: Callable[[], None]
 ) -> None:
     """Make the loaders of training and validation anew, by their data sets, wherever others take part than before.
 
     Args:
         trainer: in ``fit``.
-        members: meets, and returns who takes part; called before every epoch and validation.
+        meet: waits for all that take part; called before every epoch and validation.
         dealt_among: returns among whom data is dealt that is loaded now.
         note: called when the training's was dealt.
     """
-    _deal_anew_in(trainer.fit_loop, members, dealt_among, note)
-    _deal_anew_in(trainer.fit_loop.epoch_loop.val_loop, members, dealt_among, lambda: None)
+    _deal_anew_in(trainer.fit_loop, meet, dealt_among, note)
+    _deal_anew_in(trainer.fit_loop.epoch_loop.val_loop, meet, dealt_among, lambda: None)
 
 
 def _deal_anew_in(
-    loop: Any, members: Callable[[], Any], dealt_among: Callable[[], Any], note: Callable[[], None]
+    loop: Any, meet: Callable[[], None], dealt_among: Callable[[], Any], note: Callable[[], None]
 ) -> None:
     set_up = loop.setup_data
     dealt: list[Any] = []
 
     def setup_data() -> None:
-        present = members()  # whether or not there is a loader here: one that has joined has none yet
-        if dealt and dealt != [present]:
+        meet()  # whether or not there is a loader here: one that has joined has none yet
+        if dealt and dealt != [dealt_among()]:
             loop._combined_loader = None
         before = loop._combined_loader
         set_up()
