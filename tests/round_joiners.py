@@ -5,10 +5,9 @@ A replay holds those that live to the end, those that came back among them, agai
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import reduce
@@ -16,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from joiners import OF_A_JOINER
+from joiners import OF_A_JOINER, check_log
 from round_survivors import SHAPES, Life, Mortal, Run, initial, update
 from survivors import Killed
 from torch import Tensor, nn
 
 from lightning_gossip.control.joining import claim_seat
 from lightning_gossip.control.member_control import RunOver
-from lightning_gossip.control.members import JOINING, Change
+from lightning_gossip.control.members import Change
 from lightning_gossip.control.taking_in import TAKING_IN, take_in_together
 from lightning_gossip.exchange.rounds import Rounds
 from lightning_gossip.rules.fragments import strided
@@ -145,7 +144,7 @@ class Returning(Mortal):
             self.once("asked")
             donor = self.control.await_donor()
             self.once("taken in")
-            if (state := self._fetched(donor)) is not None:
+            if (state := handover.state_of(donor, self.control, self.run.store)) is not None:
                 break
             self.control.leave("its donor was lost")
         self.control.take_place(state["position"])
@@ -162,17 +161,6 @@ class Returning(Mortal):
         if self.doom[0]:
             self.doom = (self.step + self.doom[0], self.doom[1])
         self.train(rounds, model)
-
-    def _fetched(self, donor: int) -> dict[str, Any] | None:
-        link = handover.guests_link(self.run.store, donor, self.rank, self.control.incarnation, TIMEOUT)
-        self.guests.append(link)
-        future = handover.fetch(link)
-        while not future.done():
-            self.control.check()
-            if self.control.is_lost(donor):
-                link.close()
-            time.sleep(0.002)
-        return None if future.exception() is not None else future.result()
 
     def give_up(self) -> None:
         """Close what it holds, as a process does that lives."""
@@ -263,11 +251,7 @@ def _whole(rounds: Rounds, model: Mapping[str, nn.Parameter]) -> dict[str, Tenso
 
 def check(run: Returns) -> None:
     """Nobody ever had another start than the others; a joiner began as its donor was; a replay gives the same."""
-    entries = _entries(run)
-    for seat in range(run.world_size):
-        kinds = [(e["kind"], e["incarnation"]) for e in entries if e["seat"] == seat]
-        assert len(set(kinds)) == len(kinds), f"an entry twice: {kinds}"
-    _check_donors(run, entries)
+    check_log(run.store, run.world_size)
     for stay in run.stays:
         if stay.donor is not None:
             by, step, whole = run.snapshots[stay.rank, stay.incarnation]
@@ -301,21 +285,6 @@ def check(run: Returns) -> None:
         for name in SHAPES:
             np.testing.assert_allclose(own[name], theta[id(stay)][name], rtol=0, atol=1e-11)
             np.testing.assert_allclose(end[name], common[name], rtol=0, atol=1e-11)
-
-
-def _entries(run: Returns) -> list[dict[str, Any]]:
-    return [json.loads(run.store.get(f"change/{n}")) for n in range(1, 300) if run.store.check([f"change/{n}"])]
-
-
-def _check_donors(run: Returns, entries: Sequence[Mapping[str, Any]]) -> None:
-    whole = set(range(run.world_size))
-    for entry in entries:
-        if entry["kind"] == JOINING:
-            assert entry["by"] in whole, f"rank {entry['by']} served before it was whole itself"
-        elif entry["kind"] == "joined":
-            whole.add(entry["seat"])
-        else:
-            whole.discard(entry["seat"])
 
 
 def _replay(

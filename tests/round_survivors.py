@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from survivors import Killed, all_at_once
+from survivors import Killed, all_at_once, control_of
 from torch import Tensor, nn
 from torch.distributed import HashStore
 
-from lightning_gossip.control.member_control import MemberControl, Survival
+from lightning_gossip.control.member_control import Survival
 from lightning_gossip.control.votes import Vote, Votes, Word
 from lightning_gossip.exchange.round_buffers import Round
 from lightning_gossip.exchange.rounds import Rounds
@@ -174,15 +174,7 @@ class Mortal:
     def come(self, incarnation: int) -> None:
         """Take part as a process of its seat."""
         run, rank = self.run, self.rank
-        self.control = MemberControl(
-            lambda: run.store,
-            rank,
-            run.world_size,
-            timedelta(seconds=20),
-            self.survival,
-            incarnation,
-            clock=lambda: self.step,
-        )
+        self.control = control_of(self, incarnation)
         check = self.control.check
 
         def checking() -> None:

@@ -85,6 +85,20 @@ class Recording(LinkTransport):
         return posted
 
 
+def control_of(mortal: Any, incarnation: int) -> MemberControl:
+    """Return the control of a rank that is a thread, as that process of its seat."""
+    run, timeout = mortal.run, timedelta(seconds=20)
+    return MemberControl(
+        lambda: run.store,
+        mortal.rank,
+        run.world_size,
+        timeout,
+        mortal.survival,
+        incarnation,
+        clock=lambda: mortal.step,
+    )
+
+
 class Mortal:
     """A rank whose life can end at any point.
 
@@ -104,15 +118,7 @@ class Mortal:
     def come(self, incarnation: int) -> None:
         """Take part as a process of its seat."""
         run, rank = self.run, self.rank
-        self.control = MemberControl(
-            lambda: run.store,
-            rank,
-            run.world_size,
-            timedelta(seconds=20),
-            self.survival,
-            incarnation,
-            clock=lambda: self.step,
-        )
+        self.control = control_of(self, incarnation)
         self.links = Links(run.store, end_of_rank(rank, incarnation), timedelta(seconds=20))
         self.transport = Recording(self.links, self.control, run.shared_memory)
         self.transport.received = {}

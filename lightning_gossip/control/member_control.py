@@ -10,7 +10,7 @@ from torch.distributed import Store
 from typing_extensions import override
 
 from lightning_gossip.control.meeting import Meeting
-from lightning_gossip.control.members import JOINED, JOINING, LEFT, Change
+from lightning_gossip.control.members import JOINED, JOINING, Change
 from lightning_gossip.control.run import HEARTBEAT, LOOK
 from lightning_gossip.control.watching import LOST_AFTER, Survival, WatchingControl
 
@@ -187,18 +187,11 @@ class MemberControl(WatchingControl):
             if self._store.check([OVER]):
                 raise RunOver(self._store.get(OVER).decode())
 
-    def rest(self, seconds: float) -> None:
-        """Wait for so long, or until this object is closed."""
-        self._closing.wait(seconds)
-
     def _look_for_donor(self) -> int | None:
         self.check_over()
         change = self._log.last_change(self.rank)
-        return change.by if change is not None and (change.kind, change.incarnation) == self._being_taken_in else None
-
-    @property
-    def _being_taken_in(self) -> tuple[str, int]:
-        return JOINING, self.incarnation
+        taken_in = change is not None and (change.kind, change.incarnation) == (JOINING, self.incarnation)
+        return change.by if change is not None and taken_in else None
 
     def take_in(self) -> Change | None:
         """Append that the :attr:`guest` is joining; return the entry, or None where it is no more to be taken in.
@@ -210,15 +203,6 @@ class MemberControl(WatchingControl):
             return None
         with self._reaching_store():
             return self._log.append(self._store, JOINING, *guest, self._clock(), f"from rank {self.rank}")
-
-    def send_away(self, entry: Change, cause: str) -> None:
-        """Append that the one taken in by ``entry`` is not joining after all: it will ask again."""
-        with self._reaching_store():
-            self._log.append(self._store, LEFT, entry.seat, entry.incarnation, self._clock(), cause)
-
-    def step_of(self, entry: Change) -> int:
-        """Return from which step ``entry``, which this rank has appended, holds."""
-        return self._log.step_of(entry.number)
 
     @property
     def donor(self) -> int:

@@ -335,13 +335,17 @@ class Control(Stoppable):
 
     def _look(self, store: Store, beats: bool) -> None:
         """Look at the store, on the thread's own connection; give a sign of life where ``beats``."""
-        if beats:
-            store.add(f"alive/{self.rank}", 1)
+        self._beat(store, beats)
         if self.stopped is None and store.check([_STOP]):
             self._receive(store.get(_STOP))
         if store.check([_END]):
             self._end_asked_at = int(store.get(_END))
         self.calls.look(store)
+
+    def _beat(self, store: Store, beats: bool) -> None:
+        """Give a sign of life, where ``beats``."""
+        if beats:
+            store.add(f"alive/{self.rank}", 1)
 
     def _receive(self, word: bytes) -> None:
         self.stopped = Stop(**json.loads(word))

@@ -145,9 +145,7 @@ class WatchingControl(Control):
             self._log.await_horizon(step, LOOK)
             self.check()
         members = self._log.at(step)
-        if self.incarnation and self._log.incarnation_at(step, self.rank) != self.incarnation:
-            return tuple(rank for rank in members if rank != self.rank)
-        return members
+        return self._less_those_before(step, members) if self.incarnation else members
 
     def all_at(self, step: int) -> tuple[int, ...]:
         """Return the ranks that take part in what all do at ``step``, ascending: those that join, too.
@@ -156,10 +154,13 @@ class WatchingControl(Control):
             RunStopped: as :meth:`members_at`.
         """
         self.members_at(step)
-        members = self._log.all_at(step)
-        if self._log.incarnation_at(step, self.rank) != self.incarnation:
-            return tuple(rank for rank in members if rank != self.rank)
-        return members
+        return self._less_those_before(step, self._log.all_at(step))
+
+    def _less_those_before(self, step: int, members: tuple[int, ...]) -> tuple[int, ...]:
+        """Return ``members`` of ``step``, without this rank where another process of it is meant."""
+        if self._log.incarnation_at(step, self.rank) == self.incarnation:
+            return members
+        return tuple(rank for rank in members if rank != self.rank)
 
     @override
     def incarnation_at(self, step: int, rank: int) -> int:
@@ -303,13 +304,11 @@ class WatchingControl(Control):
     @override
     def _look(self, store: Store, beats: bool) -> None:
         if self._joins:
-            if beats:
-                store.add(f"alive/{self.rank}", 1)
-            self._log.read(store)
-            return
-        super()._look(store, beats)
+            self._beat(store, beats)
+        else:
+            super()._look(store, beats)
         self._log.read(store)
-        if self.declared is not None:
+        if self._joins or self.declared is not None:
             return
         others = [rank for rank in self._log.present if rank != self.rank]
         for rank in self._next([rank for rank in sorted(others) if self._shares_host(store, rank)]):

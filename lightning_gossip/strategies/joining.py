@@ -6,6 +6,7 @@ collectives go to a group of its own; what the others agreed on when they began,
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 from collections.abc import Mapping
@@ -17,7 +18,6 @@ from torch.distributed import Store
 from torch.utils._pytree import tree_map_only
 
 from lightning_gossip.control.member_control import MemberControl
-from lightning_gossip.control.run import LOOK
 from lightning_gossip.strategies.lightning_names import MisconfigurationException
 from lightning_gossip.transport import handover
 from lightning_gossip.transport.link import Link
@@ -82,13 +82,14 @@ class Joiner:
         Raises:
             RunStopped, RunOver: where they end before they have.
         """
-        while self._beginning is None:
-            self._beginning = Beginning.read(self._store)
-            if self._beginning is None:
-                self.control.check_over()
-                self.control.check()
-                self.control.rest(LOOK / 4)
+        if self._beginning is None:
+            self._beginning = self.control.poll(self._read_beginning, math.inf)
+        assert self._beginning is not None  # there is no deadline
         return self._beginning
+
+    def _read_beginning(self) -> Beginning | None:
+        self.control.check_over()
+        return Beginning.read(self._store)
 
     def broadcast(self, own: Any) -> Any:
         """Return what the others' next broadcast gave; ``own``, where they had no more."""
@@ -122,24 +123,13 @@ class Joiner:
         """
         self.control.ask()
         self.donor = self.control.await_donor()
-        link = handover.guests_link(
-            self._store, self.donor, self.control.rank, self.control.incarnation, self.control.timeout
-        )
         try:
-            future = handover.fetch(link)
-            while not future.done():
-                self.control.check()
-                if self.control.is_lost(self.donor) or self.control.declared is not None:
-                    return None
-                self.control.rest(0.002)
-            if isinstance(future.exception(), (pickle.UnpicklingError, AttributeError)):
-                raise MisconfigurationException(
-                    "a checkpoint of this training holds objects that do not travel: a joiner takes tensors, numbers,"
-                    f" strings and containers of them only, as `torch.load(weights_only=True)`: {future.exception()}"
-                )
-            return None if future.exception() is not None else future.result()
-        finally:
-            link.close()
+            return handover.state_of(self.donor, self.control, self._store)
+        except (pickle.UnpicklingError, AttributeError) as error:
+            raise MisconfigurationException(
+                "a checkpoint of this training holds objects that do not travel: a joiner takes tensors, numbers,"
+                f" strings and containers of them only, as `torch.load(weights_only=True)`: {error}"
+            ) from error
 
 
 class Donor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from lightning_gossip.control.members import Change
 from lightning_gossip.control.stop import SeatLost
 from lightning_gossip.strategies import lightning_members
 from lightning_gossip.strategies.joining import Beginning, Donor, Joiner
-from lightning_gossip.strategies.lightning_names import MisconfigurationException, pl
+from lightning_gossip.strategies.lightning_names import pl
 from lightning_gossip.strategies.meeting import TIMEOUT
 from lightning_gossip.strategies.surviving import SurvivingStrategy
 
@@ -80,18 +81,19 @@ class ReturningStrategy(SurvivingStrategy):
 
     # -- joining, and taking in -----------------------------------------------------------------------------------
 
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """Return by name what a process has to have in common with those that it joins."""
-        return {}
 
+    @abstractmethod
     def state_to_join(self) -> dict[str, Any]:
         """Return what one that joins takes from this rank, between two steps: its whole checkpoint."""
-        raise MisconfigurationException(f"{type(self).__name__} takes nobody in")
 
+    @abstractmethod
     def take_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """Take over what :meth:`state_to_join` returned on the donor; return the checkpoint that Lightning loads."""
-        raise MisconfigurationException(f"{type(self).__name__} does not join")
 
+    @abstractmethod
     def align(self, clock: int) -> None:
         """Set the exchange clock to that of the others, before the first step."""
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import math
+import pickle
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import Store
 
+from lightning_gossip.control.member_control import MemberControl
 from lightning_gossip.transport.link import Header, Kind, Link, LinkError, gloo_device
 
 _PIECE = 64 * 2**20
@@ -26,11 +30,6 @@ class TornState(LinkError):
 def donors_link(store: Store, donor: int, seat: int, incarnation: int, timeout: timedelta) -> Link:
     """Return a donor's end of the link on which it serves the process that comes to ``seat``."""
     return Link(store, gloo_device(), f"donor{donor}", f"guest{seat}.{incarnation}", timeout)
-
-
-def guests_link(store: Store, donor: int, seat: int, incarnation: int, timeout: timedelta) -> Link:
-    """Return the other end."""
-    return Link(store, gloo_device(), f"guest{seat}.{incarnation}", f"donor{donor}", timeout)
 
 
 def serve(link: Link, step: int, state: Callable[[], dict[str, Any]]) -> Future[None]:
@@ -50,13 +49,37 @@ def serve(link: Link, step: int, state: Callable[[], dict[str, Any]]) -> Future[
     return link.submit(send)
 
 
-def fetch(link: Link) -> Future[dict[str, Any]]:
-    """Receive a state; its tensors are on the CPU.
+def state_of(donor: int, control: MemberControl, store: Store) -> dict[str, Any] | None:
+    """Return the state that ``donor`` serves this process, its tensors on the CPU.
 
-    The future raises:
-        TornState: if it is not whole.
-        LinkError, RuntimeError: if the donor is gone, or something else arrived.
+    Args:
+        donor: a rank, which has taken this process in.
+        control: of this process.
+        store: of the run, on a connection that nobody blocks.
+
+    Returns:
+        The state; None where the donor is lost, or what came was not whole.
+
+    Raises:
+        RunStopped: if the run ends.
+        pickle.UnpicklingError, AttributeError: if it holds what :func:`torch.load` refuses with ``weights_only``.
     """
+    guest = f"guest{control.rank}.{control.incarnation}"
+    link = Link(store, gloo_device(), guest, f"donor{donor}", control.timeout)
+    try:
+        future = _fetch(link)
+        lost = partial(control.is_lost, donor)
+        done = control.poll(lambda: True if future.done() else False if lost() else None, math.inf, longest=0.002)
+        failure = future.exception() if done else None
+        if isinstance(failure, (pickle.UnpicklingError, AttributeError)):
+            raise failure
+        return future.result() if done and failure is None else None
+    finally:
+        link.close()
+
+
+def _fetch(link: Link) -> Future[dict[str, Any]]:
+    """Receive a state; the future raises ``TornState`` or ``LinkError`` where that does not come whole."""
 
     def receive() -> dict[str, Any]:
         header = link.receive_header()

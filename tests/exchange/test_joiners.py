@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from joiners import OF_A_DONOR, OF_A_JOINER, Returns, check
+from joiners import OF_A_DONOR, OF_A_JOINER, Returns, check, let_all_come_soon
 from survivors import AT_A_MEETING, IN_A_STEP
 
-from lightning_gossip.control import joining, member_control, run, stop, watching
 from lightning_gossip.rules.mixing import ElasticMixing, MixingRule, PullMixing, PushMixing
 from lightning_gossip.rules.schedule import Schedule
 from lightning_gossip.transport import link_transport
@@ -22,14 +20,8 @@ SEEDS = 16
 
 
 @pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let everything that the run does by time come ten times as soon."""
-    for module in (run, stop, watching, member_control, joining, link_transport):
-        monkeypatch.setattr(module, "LOOK", 0.02, raising=False)
-        if hasattr(module, "HEARTBEAT"):
-            monkeypatch.setattr(module, "HEARTBEAT", 0.1)
-    monkeypatch.setattr(watching, "LEAD", 0.2)
-    return iter(())
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_all_come_soon(monkeypatch, link_transport)
 
 
 def of_four(dooms: dict[int, tuple[int, str]], returns: dict[int, list[Any]], **options: Any) -> Returns:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from joiners import let_all_come_soon
 from round_joiners import OF_A_DONOR, OF_A_JOINER, Returns, check
 from round_survivors import OF_AN_ALL_REDUCE
 
-from lightning_gossip.control import joining, member_control, run, stop, votes, watching
+from lightning_gossip.control import votes
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.transport import all_reduce, halves, voted_all_reduce
 
@@ -24,14 +24,8 @@ WAYS = [(1, 0, 1), (4, 0, 1), (4, 3, 1), (4, 3, 4), (3, 1, 2)]
 
 
 @pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let everything that the run does by time come ten times as soon."""
-    for module in (run, stop, watching, member_control, joining, votes, all_reduce, halves, voted_all_reduce):
-        monkeypatch.setattr(module, "LOOK", 0.02, raising=False)
-        if hasattr(module, "HEARTBEAT"):
-            monkeypatch.setattr(module, "HEARTBEAT", 0.1)
-    monkeypatch.setattr(watching, "LEAD", 0.2)
-    return iter(())
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_all_come_soon(monkeypatch, votes, all_reduce, halves, voted_all_reduce)
 
 
 def of_four(dooms: dict[int, tuple[int, str]], returns: dict[int, list[Any]], **options: Any) -> Returns:

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from joiners import let_all_come_soon
 from shards import Shards, until
 from test_lost_workers import SIZE, Killed, Run, Worker
 
-from lightning_gossip.control import joining, member_control, run
 from lightning_gossip.control.joining import claim_seat
 from lightning_gossip.control.member_control import RunOver, Survival
 from lightning_gossip.parameter_server.protocol import ProtocolError, Setup
@@ -33,13 +33,8 @@ AT_HOME = 8
 
 
 @pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let everything that the run does by time come ten times as soon."""
-    for module in (run, member_control, joining):
-        monkeypatch.setattr(module, "LOOK", 0.02)
-        monkeypatch.setattr(module, "HEARTBEAT", 0.1)
-    monkeypatch.setattr(member_control, "LEAD", 0.2)
-    return iter(())
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_all_come_soon(monkeypatch)
 
 
 class Life(Worker):
@@ -81,9 +76,8 @@ class Life(Worker):
         """Take part from a member's state on."""
         self.control.ask()
         donor = self.control.await_donor()
-        link = handover.guests_link(self.run.store, donor, self.rank, self.control.incarnation, TIMEOUT)
-        self.gifts.append(link)
-        state = handover.fetch(link).result(10)
+        state = handover.state_of(donor, self.control, self.run.store)
+        assert state is not None, "its donor is there, and what it gives is whole"
         self.control.take_place(state["position"])
         self.client.load_state_dict(state["client"])
         self.run.points.get((self.rank, self.life), _nothing)(self, "fetched")

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_surviving_downpour as surviving_downpour
 import torch
-from forked import Linear, fit, regression
+from forked import fit, regression
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from test_joining import OnceOnly, Pace
 from test_surviving import run, stop_for
 from test_surviving_downpour import (
-    LR,
     Resumed,
     Shards,
     downpour,
@@ -25,7 +25,6 @@ from test_surviving_downpour import (
     running_shards,
     until,
 )
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_gossip.parameter_server.client import DownpourClient
@@ -36,24 +35,13 @@ from lightning_gossip.strategies import checkpoint as files
 pytestmark = pytest.mark.faults
 
 
-class Constant(Linear):
-    """The gradient is the same wherever the parameters are: what each process makes is written down as it makes it."""
+class Constant(surviving_downpour.Constant):
+    """What each process makes is written down as it makes it."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x = batch[0]
-        made = -LR * np.append(x.sum(0).numpy(), len(x))
+    @property
+    def maker(self) -> str:
         strategy: Any = self.trainer.strategy
-        incarnation = getattr(strategy.control, "incarnation", 0)
-        with open(self.folder / f"made_{self.global_rank}.{incarnation}", "ab") as file:
-            file.write(made.tobytes())
-        return self.layer(x).sum()
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=LR)
+        return f"{self.global_rank}.{getattr(strategy.control, 'incarnation', 0)}"
 
 
 def constant(folder: Path) -> Constant:
