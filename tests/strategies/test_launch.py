@@ -55,7 +55,9 @@ def test_names_that_start_the_program_again_fit_and_test(ended: Ended) -> None:
     assert ended.code == 0, ended.printed
     for strategy, steps in (("gossip", 24), ("elastic_gossip", 24), ("downpour", 24)):
         ranks = ended.results(strategy)
-        assert [rank["step"] for rank in ranks] == [steps] * 4, "the clock goes on in the second fit"
+        made = [rank["step"] for rank in ranks]
+        assert sum(made) == 4 * steps, "the clock goes on in the second fit"
+        assert strategy == "downpour" or made == [steps] * 4, "where batches are not dealt as workers have need of them"
         for rank in ranks:
             assert rank["state"] == ranks[0]["state"], "all hold the consensus model"
             assert rank["accuracy"] == ranks[0]["accuracy"]

@@ -38,7 +38,7 @@ last = int(sys.argv[2])
 timeout = timedelta(seconds=60)
 for number in range(last):
     train(number, ElasticGossipStrategy(timeout=timeout, probability=0.5))
-final = DownpourStrategy(timeout=timeout) if sys.argv[3] == "downpour" else \\
+final = DownpourStrategy(timeout=timeout, dealt=False) if sys.argv[3] == "downpour" else \\
     ElasticGossipStrategy(timeout=timeout, probability=0.01)
 begin = time.monotonic()
 try:

@@ -439,9 +439,13 @@ def test_hyperparameters_hold_every_argument() -> None:
         "evaluate": "consensus",
         "timeout": 300.0,
         "shared_memory": True,
+        "asynchronous": False,
         "min_replicas": None,
+        "restarts": 0,
         "lost_after": 30.0,
         "nonfinite": "error",
+        "dealt": None,
+        "epoch_ends": "all",
         "process_group_backend": None,
         "start_method": "popen",
     }
