@@ -12,10 +12,13 @@ INSTALLED := $(VENV)/.installed
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-quick test-long lint types clean
+.PHONY: demo demo-faults test test-quick test-long lint types clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/iris.py --devices 4 --strategy elastic-gossip
+
+demo-faults: $(INSTALLED)
+	$(BIN)/python examples/faults.py
 
 test: test-quick
 	$(BIN)/python -m pytest -m "processes or slow" -n logical --maxprocesses 4 --dist load

@@ -50,7 +50,9 @@ class Recorder(Callback):
         self.seen["state"] = {name: value.clone() for name, value in pl_module.state_dict().items()}
         self.seen["step"] = getattr(trainer.strategy, "step", None)
         self.seen["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        torch.save(self.seen, self.folder / f"rank_{trainer.global_rank}.pt")
+        whole = self.folder / f"rank_{trainer.global_rank}.pt"
+        torch.save(self.seen, part := whole.with_suffix(".part"))
+        part.rename(whole)  # whoever dies on the way leaves none
 
 
 def recorded(module: pl.LightningModule) -> dict[str, Any]:

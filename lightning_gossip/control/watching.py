@@ -240,7 +240,7 @@ class WatchingControl(Control):
             if change.kind == LOST and self.stopped is None:
                 cause = f"this rank was declared lost by rank {change.by} ({change.cause}), and the others went on"
                 self.stopped = Stop("lost", -1, self._clock(), f"rank {self.rank} ends: {cause}")
-        elif self.rank == next(iter(present), -1) and change.kind != JOINING:
+        elif self.rank == next(iter(present), -1) and change.kind != JOINING and not self._joins:
             log.warning("%s; %d of %d go on", change, len(present), self.world_size)
         if len(present) < self._survival.min_replicas and self.stopped is None and not self._joins:
             # each can tell by itself, so nobody has to be told: all read the same log

@@ -196,9 +196,6 @@ class ReplicaStrategy(DealingStrategy):
             meet = partial(self._meet, "the dealing of the data")
             lightning_members.deal_anew(trainer, meet, self.dealt_among, self._note_dealing)
 
-    def _note_dealing(self) -> None:
-        self._dealt = self.members if self._joiner is None else self._joiner.dealt
-
     def _refuse_unequal_lengths(self, lengths: list[float]) -> None:
         if self.process_group_backend == "nccl" and self.world_size > 1:
             raise lightning_compat.MisconfigurationException(

@@ -150,6 +150,10 @@ class DealingStrategy(CheckpointedStrategy):
             self._dealing.take(loader)
         return loader
 
+    @override
+    def _lengths(self) -> tuple[int | None, ...]:
+        return () if self._dealing is not None and self._dealing.active else super()._lengths()
+
     # -- meetings in a step ---------------------------------------------------------------------------------------
 
     @override

@@ -18,6 +18,7 @@ from torch.distributed import Store
 from torch.utils._pytree import tree_map_only
 
 from lightning_gossip.control.member_control import MemberControl
+from lightning_gossip.strategies.joined_epoch import Stand
 from lightning_gossip.strategies.lightning_names import MisconfigurationException
 from lightning_gossip.transport import handover
 from lightning_gossip.transport.link import Link
@@ -72,8 +73,8 @@ class Joiner:
         self._beginning: Beginning | None = None
         self._broadcasts = 0
         self.donor = -1
-        self.dealt: tuple[int, ...] = ()
-        """Among whom the donor's data is dealt."""
+        self.stand: Stand | None = None
+        """Where the donor stands in its epoch."""
 
     @property
     def beginning(self) -> Beginning:

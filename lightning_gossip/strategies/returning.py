@@ -15,7 +15,8 @@ from lightning_gossip.control.joining import claim_seat
 from lightning_gossip.control.member_control import MemberControl, RunOver, Survival
 from lightning_gossip.control.members import Change
 from lightning_gossip.control.stop import SeatLost
-from lightning_gossip.strategies import lightning_members
+from lightning_gossip.strategies import lightning_dealing, lightning_members
+from lightning_gossip.strategies.joined_epoch import Stand, TrainingData, place_among
 from lightning_gossip.strategies.joining import Beginning, Donor, Joiner
 from lightning_gossip.strategies.lightning_names import pl
 from lightning_gossip.strategies.meeting import TIMEOUT
@@ -38,15 +39,14 @@ class ReturningStrategy(SurvivingStrategy):
         self._joiner: Joiner | None = None  # from its coming to a seat that was lost to its first step
         self._donor: Donor | None = None
         self._beginning = Beginning()  # what was agreed on, up to the first step
+        self._data = TrainingData()
         self._has_begun = False  # whether this rank has begun its first step
         super().__init__(**launch)
 
     @property
     @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        members = self.members if self._joiner is None else self._joiner.dealt
-        index = members.index(self.global_rank) if self.global_rank in members else self.global_rank % len(members)
-        return {"num_replicas": len(members), "rank": index}
+    def is_global_zero(self) -> bool:
+        return self._joiner is None and super().is_global_zero
 
     def dealt_among(self) -> object:
         """Return what tells among whom data is dealt that is loaded now: equal on all where it is the same."""
@@ -67,7 +67,7 @@ class ReturningStrategy(SurvivingStrategy):
         self._joiner = None
         if incarnation > 0:
             self._joiner = Joiner(control, self._group_store)
-            self._joiner.dealt = self._members = (*control.members, self.global_rank)
+            self._members = (*control.members, self.global_rank)
             lightning_members.be_no_rank_zero(self.global_rank)
             os.environ.update(self._joiner.beginning.environment)
             self._group.be_alone(f"of {self.global_rank}.{incarnation}", self._group_store, self._timeout or TIMEOUT)
@@ -115,7 +115,8 @@ class ReturningStrategy(SurvivingStrategy):
         else:
             raise RuntimeError("the seat was lost before it was joined")
         joiner.control.take_place(state["position"])
-        joiner.dealt = tuple(state["dealt"])
+        joiner.stand = Stand(state["taken"], tuple(state["lengths"]))
+        self._dealt = self._members = place_among(self.global_rank, state["dealt"])
         joiner.beginning.gathered.update(state["gathered"])
         return self.take_state(state)
 
@@ -161,7 +162,12 @@ class ReturningStrategy(SurvivingStrategy):
         finally:
             self._serving = False
         state |= {"position": control.position(), "dealt": list(self._dealt), "gathered": self._beginning.gathered}
+        state |= {"taken": lightning_members.batches_taken(self._module.trainer), "lengths": list(self._lengths())}
         self._donor.serve((entry.seat, entry.incarnation), self.step, state)
+
+    def _lengths(self) -> tuple[int | None, ...]:
+        """Return how many batches each loader of training has, where that is known and holds for this epoch."""
+        return self._data.lengths()
 
     def _tell_over(self) -> None:
         """Tell those that come from now on that training is over."""
@@ -171,6 +177,25 @@ class ReturningStrategy(SurvivingStrategy):
     def _what_is_left(self) -> str:
         """Return in words what a training has left, for those that come when it is over."""
         return "no checkpoint was saved"
+
+    # -- data -----------------------------------------------------------------------------------------------------
+
+    @override
+    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        super().barrier(name, *args, **kwargs)
+        if name == lightning_dealing.LOADING:
+            self._data.begin_loading()
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        loader = super().process_dataloader(dataloader)
+        if self._trainer is None or not self._trainer.training:
+            return loader
+        return self._data.take(loader, None if self._joiner is None else self._joiner.stand)
+
+    def _note_dealing(self) -> None:
+        """Called when the training's data was dealt."""
+        self._dealt = self.members
 
     # -- meetings, of which a joiner has none -----------------------------------------------------------------------
 
@@ -212,8 +237,9 @@ class ReturningStrategy(SurvivingStrategy):
         if self._donor is not None:
             self._donor.close()
         self._donor = self._joiner = None
+        self._data.begin_loading()
         super().teardown()
 
     @override
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_joiner": None, "_donor": None}
+        return super().__getstate__() | {"_joiner": None, "_donor": None, "_data": TrainingData()}
