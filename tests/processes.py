@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import traceback
 from collections.abc import Callable
@@ -32,6 +33,7 @@ def run_processes(
             result = ("raised", traceback.format_exc())
         torch.save(result, folder / f"process_{rank}.pt")
 
+    gc.collect()  # or the ranks would destroy what earlier tests left, with threads that they do not have
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=become, args=(rank,)) for rank in range(world_size)]
     for process in ranks:

@@ -108,6 +108,10 @@ class Network:
                 else:
                     _run(*bucket, "pfifo_fast")
 
+    def set_link(self, rank: int, up: bool) -> None:
+        """Cut the link of ``rank``, or join it again: what is sent meanwhile is lost, and nobody is told."""
+        _run("ip", "-n", self._switch, "link", "set", f"rank{rank}", "up" if up else "down")
+
     def start(self, rank: int, command: Sequence[str], env: Mapping[str, str], **popen: Any) -> subprocess.Popen[bytes]:
         """Start a process in the namespace of ``rank``; it dies with this one, and with the network."""
         # a session of its own: Ctrl-C in a terminal goes to this process, which ends the others in order

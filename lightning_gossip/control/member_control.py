@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_gossip.control.meeting import Meeting
 from lightning_gossip.control.members import JOINED, JOINING, Change
 from lightning_gossip.control.run import HEARTBEAT, LOOK
+from lightning_gossip.control.store import value_of
 from lightning_gossip.control.watching import LOST_AFTER, Survival, WatchingControl
 
 __all__ = ["LOST_AFTER", "MemberControl", "RunOver", "Survival"]
@@ -130,8 +131,8 @@ class MemberControl(WatchingControl):
 
         def look() -> bytes | None:
             nonlocal looked, again
-            if self._store.check([word]):
-                return self._store.get(word)
+            if (found := value_of(self._store, word)) is not None:
+                return found
             if looked < self._log.length or time.monotonic() > again:
                 self._log.read(self._store)
                 looked, again = self._log.length, time.monotonic() + self._look_up

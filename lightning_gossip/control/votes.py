@@ -33,6 +33,7 @@ from torch.distributed import Store
 
 from lightning_gossip.control.member_control import MemberControl
 from lightning_gossip.control.run import LOOK
+from lightning_gossip.control.store import value_of
 
 _ENDED = 2.0
 """Seconds between looks whether one that is waited for has ended without a word."""
@@ -113,8 +114,8 @@ class Vote:
 
     def look(self) -> Word | None:
         """Return the word, if there is one."""
-        key = f"{self._key}/word"
-        return Word.decoded(self._store.get(key)) if self._store.check([key]) else None
+        found = value_of(self._store, f"{self._key}/word")
+        return None if found is None else Word.decoded(found)
 
     def say_no(self, why: str) -> Word:
         """Say that this rank has not what it takes; return the word that holds."""

@@ -7,6 +7,7 @@ KeyboardInterrupt: before callbacks, loggers and checkpoints have ended.
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import math
 import os
@@ -156,6 +157,8 @@ class ReplicaMultiProcessingLauncher(_MultiProcessingLauncher):
     @override
     def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         launch = self._launch_members if self.survives else super().launch
+        if self._start_method == "fork":
+            gc.collect()  # or ranks would destroy what an earlier run left, with threads that they do not have
         try:
             return launch(function, *args, trainer=trainer, **kwargs)
         except KeyboardInterrupt:

@@ -269,3 +269,22 @@ def test_replicas_are_launched_and_summed_up(tmp_path: Path) -> None:
         assert scalars(logged, "test_accuracy") == [(10, pytest.approx(accuracy))]
         assert scalars(logged, "consensus/test_accuracy") == [(10, pytest.approx(summary["consensus_test_accuracy"]))]
     assert summary["strategy_arguments"]["period"] == 2
+
+
+@pytest.mark.long
+@pytest.mark.faults
+def test_ranks_are_killed_and_come_back(tmp_path: Path) -> None:
+    """`make demo-faults`."""
+    command = [sys.executable, str(EXAMPLES / "faults.py"), "--log-dir", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+    assert ended.returncode == 0, ended.stderr
+    _, _, events = ended.stdout.partition("What happened:\n")
+    told = [re.sub(r" at step [\d,]+", "", line.strip()) for line in events.splitlines()]
+    assert told == [
+        "rank 2 lost (its process is gone); 3 of 4 go on",
+        "rank 2 joined from rank 0; 4 of 4 go on",
+        "rank 0 lost (its process is gone); 3 of 4 go on",
+        "rank 1 takes over the duties of rank 0",
+        "rank 0 joined from rank 1; 4 of 4 go on",
+    ]
+    assert len(re.findall(r"replica of rank \d", ended.stdout)) == 4

@@ -147,7 +147,7 @@ def test_outer_steps_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> N
     assert strategy_of(monkeypatch=monkeypatch).outer is None
 
 
-@pytest.mark.parametrize("strategy", ["diloco", "elastic-gossip"])
+@pytest.mark.parametrize("strategy", ["diloco", pytest.param("elastic-gossip", marks=pytest.mark.long)])
 def test_a_run_from_the_command_line(tmp_path: Path, strategy: str) -> None:
     (tmp_path / "books").mkdir()
     books(tmp_path / "books")

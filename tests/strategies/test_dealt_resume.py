@@ -35,8 +35,14 @@ def saver(folder: Path, every: int) -> ModelCheckpoint:
     return ModelCheckpoint(folder / "saved", filename="{step}", every_n_train_steps=every, save_top_k=-1)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("before", "after"), [(4, 4), (4, 2), (2, 4)])
+@pytest.mark.parametrize(
+    ("before", "after", "workers"),
+    [
+        (4, 2, 0),
+        (2, 4, 2),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in ((4, 4, 0), (4, 4, 2), (4, 2, 2), (2, 4, 0))),
+    ],
+)
 def test_a_resume_trains_what_was_not(tmp_path: Path, before: int, after: int, workers: int) -> None:
     callbacks = [saver(tmp_path, 15), AtSaves()]
     module = Walk(240, SLOW, num_workers=workers)
@@ -165,8 +171,15 @@ def members(name: str, **kwargs: Any) -> Any:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("name", ["downpour", "elastic", "push", "local"])
-@pytest.mark.parametrize("victim", [2, 0])
+@pytest.mark.parametrize(
+    ("name", "victim"),
+    [
+        ("downpour", 2),
+        ("elastic", 0),
+        *(pytest.param(name, 2, marks=pytest.mark.long) for name in ("elastic", "push", "local")),
+        *(pytest.param(name, 0, marks=pytest.mark.long) for name in ("downpour", "push", "local")),
+    ],
+)
 def test_a_lost_rank_loses_what_it_held_and_no_more(tmp_path: Path, name: str, victim: int) -> None:
     for rank in range(4):
         torch.save(None, tmp_path / f"rank_{rank}.pt")

@@ -128,7 +128,7 @@ class Rows(Linear):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("epoch_ends", ["all", "first"])
+@pytest.mark.parametrize("epoch_ends", ["all", pytest.param("first", marks=pytest.mark.long)])
 @pytest.mark.parametrize("rows", [240, 193], ids=["equal with three and with four", "unequal"])
 def test_a_joiner_goes_as_far_as_its_donor(tmp_path: Path, rows: int, epoch_ends: Any) -> None:
     seen = run(

@@ -122,13 +122,21 @@ CASES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("rank", [2, 0])
+@pytest.mark.parametrize(
+    ("rank", "case"),
+    [
+        (2, "elastic, delayed"),
+        (2, "asynchronous"),
+        (0, "elastic"),
+        *(
+            pytest.param(2, case, marks=pytest.mark.long)
+            for case in ("elastic", "elastic, outer step", "pull over links")
+        ),
+    ],
+)
 def test_a_rank_that_is_killed_comes_back_as_its_donor_is(
     tmp_path: Path, rank: int, case: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if rank == 0 and case not in ("elastic", "elastic, delayed"):
-        pytest.skip("rank 0 comes back as any other; two cases are enough")
     monkeypatch.setattr(run_folder, "_handed_on", {})
     options = {"start_method": "fork", "timeout": timedelta(seconds=60), "min_replicas": 1, "restarts": 1}
     strategy = CASES[case](lost_after=timedelta(seconds=20), **options)

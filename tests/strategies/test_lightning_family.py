@@ -136,9 +136,14 @@ def test_a_trainer_of_the_other_says_what_to_do() -> None:
     "part",
     [
         "test_strategies.py",
-        "test_evaluation_window.py",
-        "test_downpour.py",
-        "test_checkpoint.py::test_a_resumed_run_equals_an_unbroken_one_bit_for_bit",
+        *(
+            pytest.param(part, marks=pytest.mark.long)
+            for part in (
+                "test_evaluation_window.py",
+                "test_downpour.py",
+                "test_checkpoint.py::test_a_resumed_run_equals_an_unbroken_one_bit_for_bit",
+            )
+        ),
     ],
 )
 def test_a_part_of_the_suite_holds_under_the_other_name(part: str) -> None:

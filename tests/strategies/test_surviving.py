@@ -129,8 +129,14 @@ AT_OTHER_POINTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("point", AT_OTHER_POINTS)
+@pytest.mark.parametrize(
+    ("point", "rank"),
+    [
+        pytest.param(point, rank, marks=() if rank == 2 * (index % 2) else pytest.mark.long)
+        for index, point in enumerate(AT_OTHER_POINTS)
+        for rank in (0, 2)
+    ],
+)
 def test_a_death_at(tmp_path: Path, point: str, rank: int) -> None:
     fault = Fault(rank, **AT_OTHER_POINTS[point])
     left = tuple(k for k in range(4) if k != rank)
