@@ -1,0 +1,216 @@
+"""A storm of faults over 8 small ranks: what is left of their work, and how soon the others, and the lost, go on.
+
+    python -m benchmarks.faults.storm                    # needs root, iproute2; 10 minutes a run
+    python -m benchmarks.faults.storm --schemes gossip --minutes 3
+    python -m benchmarks.faults.storm --table            # what is there; --plot draws it
+
+125 faults an hour, scaled to the run: a rank's process is killed and started again, stopped for two seconds, or cut off
+for longer than it may be silent, each rank in a network namespace of its own, the store in a further one. The same
+storm hits elastic gossip with members, asynchronous and by step (its ranks are started, and started again, by this
+program), and Lightning's DDP under ``torchrun --max-restarts`` from its last checkpoint; each stands beside a run of its
+own without faults. Rows in ``results/faults_storm.csv`` are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import RESULTS, ROOT
+from benchmarks.faults import storm_report as report
+from benchmarks.faults.storm_report import Fault, Step
+from benchmarks.shared.namespaces import INTERFACE, Network, exiting
+from benchmarks.shared.options import listed, make_parser, one_of
+from lightning_gossip.control.store import VARIABLE
+
+SCHEMES = ("asynchronous", "gossip", "ddp")
+FAULTS_AN_HOUR = 125
+
+STOPPED, CUT, LOST_AFTER = 2.0, 8.0, 5.0
+"""Seconds: of a stop, of a cut, and without a sign of life after which a rank is lost."""
+
+CALM = 20.0
+"""Seconds without faults, at the beginning once all train, and at the end."""
+
+PORT = 29500
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run.
+
+    Attributes:
+        scheme: one of :data:`SCHEMES`.
+        ranks: their number.
+        seconds: of training.
+        pace: of a step, in seconds.
+        faults: how many.
+        seed: of the faults.
+    """
+
+    scheme: str
+    ranks: int
+    seconds: float
+    pace: float
+    faults: int
+    seed: int
+
+    def storm(self) -> list[Fault]:
+        """Return the faults, by seconds from when all train; no two of them at once at one rank."""
+        draw = random.Random(self.seed)
+        span = (self.seconds - 2 * CALM) / max(1, self.faults)
+        kinds = [("kill", "stop", "cut")[number % 3] for number in range(self.faults)]
+        draw.shuffle(kinds)
+        faults, last = [], -1
+        for number, kind in enumerate(kinds):
+            rank = draw.choice([rank for rank in range(self.ranks) if rank != last])
+            last = rank
+            faults.append(Fault(CALM + span * (number + 0.8 * draw.random()), kind, rank))
+        return faults
+
+
+class Run:
+    """Processes of one run, in its network, and the faults that hit them."""
+
+    def __init__(self, plan: Plan, network: Network, folder: Path) -> None:
+        self._plan, self._network, self._folder = plan, network, folder
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._output = (folder / "output").open("ab")
+        self._environment = dict(os.environ) | {
+            "GLOO_SOCKET_IFNAME": INTERFACE,
+            "OMP_NUM_THREADS": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "MASTER_ADDR": network.address(plan.ranks),
+            "MASTER_PORT": str(PORT),
+            VARIABLE: "True",
+        }
+        self.happened: list[Fault] = []
+
+    def begin(self) -> float:
+        """Start all; return when every rank has made a step, in seconds of the clock.
+
+        Raises:
+            RuntimeError: if they do not.
+        """
+        if self._plan.scheme != "ddp":
+            store = [sys.executable, "-m", "lightning_gossip", "store", "--port", str(PORT)]
+            self._network.start(self._plan.ranks, store, self._environment, stdout=subprocess.DEVNULL)
+            for rank in range(self._plan.ranks):
+                self._start(rank)
+        else:
+            self._start(0)
+        deadline = time.monotonic() + 180
+        while len({step.rank for step in report.steps_in(self._folder)}) < self._plan.ranks:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"not all ranks train within 180 s; see {self._folder / 'output'}")
+            time.sleep(0.1)
+        return time.time()
+
+    def _start(self, rank: int) -> None:
+        plan = self._plan
+        options = [str(self._folder), "--scheme", plan.scheme, "--ranks", f"{plan.ranks}", "--pace", f"{plan.pace}"]
+        options += ["--lost-after", f"{LOST_AFTER}"]
+        module = ["-m", "benchmarks.faults.storm_rank", *options]
+        environment = self._environment | {"LOCAL_RANK": str(rank)}
+        if plan.scheme == "ddp":
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={plan.ranks}"]
+            module = [*torchrun, "--max-restarts=1000", "--monitor-interval=0.1", *module]
+            own = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", VARIABLE, "GLOO_SOCKET_IFNAME")
+            environment = {name: value for name, value in environment.items() if name not in own}
+            environment["GLOO_SOCKET_IFNAME"] = "lo"
+        self._processes[rank] = self._network.start(
+            rank, [sys.executable, *module], environment, cwd=ROOT, stdout=self._output, stderr=self._output
+        )
+
+    def hit(self, fault: Fault) -> None:
+        """Let ``fault`` happen now; a rank of torchrun's that is to be cut off is stopped for as long."""
+        self.happened.append(Fault(time.time(), fault.kind, fault.rank))
+        pid = self._pid(fault.rank)
+        if pid is None:
+            return  # it is starting
+        if fault.kind == "kill":
+            os.kill(pid, signal.SIGKILL)
+            if self._plan.scheme != "ddp":
+                self._processes[fault.rank].wait()
+                self._start(fault.rank)
+        elif fault.kind == "cut" and self._plan.scheme != "ddp":
+            self._network.set_link(fault.rank, up=False)
+            time.sleep(CUT)
+            self._network.set_link(fault.rank, up=True)
+        else:
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(STOPPED if fault.kind == "stop" else CUT)
+            os.kill(pid, signal.SIGCONT)
+
+    def _pid(self, rank: int) -> int | None:
+        """Return the process of a rank, by the last one that has written down a step; None where it has ended."""
+        last = max((path for path in (self._folder / "steps").glob(f"{rank}_*")), key=lambda p: p.name, default=None)
+        pid = int(last.name.rpartition("_")[2]) if last is not None else 0
+        return pid if pid and Path(f"/proc/{pid}/stat").exists() else None
+
+
+def run(plan: Plan, folder: Path) -> tuple[list[Step], list[Fault], float, float]:
+    """Train through the storm; return all steps, the faults, and when it began and ended, in seconds of the clock.
+
+    Raises:
+        RuntimeError: if the ranks do not start.
+        NetworkUnavailable: without root, or what it takes.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "steps").mkdir(parents=True)
+    with Network(plan.ranks + 1) as network:
+        running = Run(plan, network, folder)
+        began = running.begin()
+        for fault in plan.storm() if plan.faults else ():
+            time.sleep(max(0.0, began + fault.when - time.time()))
+            running.hit(fault)
+        time.sleep(max(0.0, began + plan.seconds - time.time()))
+        ended = time.time()
+        network.stop(grace=0)  # what they do at an end is no part of this
+    return report.steps_in(folder), running.happened, began, ended
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__spec__, __doc__)
+    add = parser.add_argument
+    add("--schemes", type=listed(one_of(SCHEMES)), default=list(SCHEMES), help=f"some of {','.join(SCHEMES)}")
+    add("--ranks", type=int, default=8)
+    add("--minutes", type=float, default=10.0, help="of a run")
+    add("--pace", type=float, default=0.1, help="seconds that a step takes at least")
+    add("--seed", type=int, default=1, help="of the faults")
+    add("--work-dir", type=Path, default=ROOT / "logs" / "storm", help="what the ranks write")
+    add("--results", type=Path, default=RESULTS, help="folder of the rows")
+    add("--table", action="store_true", help="print what is there, and run nothing")
+    add("--plot", action="store_true", help="draw what is there, and run nothing")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse_arguments()
+    faults = round(FAULTS_AN_HOUR / 60 * args.minutes)
+    if not (args.table or args.plot):
+        for scheme in args.schemes:
+            for count in (0, faults):
+                plan = Plan(scheme, args.ranks, 60 * args.minutes, args.pace, count, args.seed)
+                if not report.is_there(args.results, plan.scheme, count, args.minutes):
+                    with exiting():
+                        steps, happened, began, ended = run(plan, args.work_dir / f"{scheme}_{count}")
+                    report.keep(
+                        args.results, plan.scheme, args.minutes, count, args.ranks, steps, happened, began, ended
+                    )
+    if args.plot:
+        report.draw_all(args.results)
+    report.show_table(args.results)
+
+
+if __name__ == "__main__":
+    main()
