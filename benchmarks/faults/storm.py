@@ -7,8 +7,8 @@
 125 faults an hour, scaled to the run: a rank's process is killed and started again, stopped for two seconds, or cut off
 for longer than it may be silent, each rank in a network namespace of its own, the store in a further one. The same
 storm hits elastic gossip with members, asynchronous and by step (its ranks are started, and started again, by this
-program), and Lightning's DDP under ``torchrun --max-restarts`` from its last checkpoint; each stands beside a run of its
-own without faults. Rows in ``results/faults_storm.csv`` are not run again.
+program), and Lightning's DDP under ``torchrun --max-restarts`` from its last checkpoint; each stands beside a run of
+its own without faults. Rows in ``results/faults_storm.csv`` are not run again.
 """
 
 from __future__ import annotations

@@ -1,0 +1,63 @@
+"""The storm of faults: its schedule, and its numbers by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faults import storm_report as report
+from benchmarks.faults.storm import CALM, Plan
+from benchmarks.faults.storm_report import Fault, Step
+
+
+def test_a_storm_is_the_same_for_all_schemes_and_leaves_time_at_both_ends() -> None:
+    storms = [Plan(scheme, 8, 600, 0.1, 21, 1).storm() for scheme in ("asynchronous", "gossip", "ddp")]
+    assert storms[0] == storms[1] == storms[2] != Plan("ddp", 8, 600, 0.1, 21, 2).storm()
+    times = [fault.when for fault in storms[0]]
+    assert times == sorted(times)
+    assert times[0] >= CALM
+    assert times[-1] <= 600 - CALM
+    assert sorted(fault.kind for fault in storms[0]) == ["cut"] * 7 + ["kill"] * 7 + ["stop"] * 7
+    assert all(one.rank != other.rank for one, other in zip(storms[0], storms[0][1:], strict=False))
+
+
+def steps(rank: int, times: list[float], process: str = "a", first: int = 1, loss: float | None = None) -> list[Step]:
+    return [Step(when, rank, process, first + k, loss) for k, when in enumerate(times)]
+
+
+def test_a_rank_is_not_charged_for_its_own_faults_but_the_others_are() -> None:
+    whole = [k / 2 for k in range(1, 21)]  # to 10 s
+    killed = [*steps(1, [0.5, 1.0, 1.5]), *steps(1, [4.5, 5.0], "b", 4, loss=0.25)]
+    made = sorted([*steps(0, whole, loss=0.75), *killed], key=lambda step: step.when)
+    found = report.numbers("gossip", 2, made, [Fault(1.6, "kill", 1)], 0.0, 10.0)
+    assert found["live_s"] == pytest.approx(2 * 10 - 2.9)
+    assert found["steps"] == 25
+    assert found["next_step_s"] == found["next_step_max_s"] == pytest.approx(0.4)
+    assert found["back_s"] == found["back_max_s"] == pytest.approx(2.9)
+    assert found["loss"] == 0.5
+
+
+def test_what_ddp_makes_twice_counts_once() -> None:
+    again = [*steps(0, [1.0, 2.0, 3.0]), *steps(0, [5.0, 6.0, 7.0], "b", 2)]
+    found = report.numbers("ddp", 1, again, [], 0.0, 8.0)
+    assert found["steps"] == 4
+
+
+def test_rows_are_kept_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = steps(0, [k / 2 for k in range(1, 21)], loss=0.5)
+    fault = Fault(2.0, "stop", 0)
+    report.keep(tmp_path, "gossip", 1.0, 0, 1, made, [], 0.0, 10.0)
+    report.keep(tmp_path, "gossip", 1.0, 1, 1, made[:10], [fault], 0.0, 10.0)
+    assert report.is_there(tmp_path, "gossip", 1, 1.0)
+    assert not report.is_there(tmp_path, "ddp", 1, 1.0)
+    report.show_table(tmp_path)
+    assert "0.526" in capsys.readouterr().out, "10 of 19 steps: it was stopped for half a second"
+    report.draw_all(tmp_path)
+    assert (tmp_path / "faults_storm.png").stat().st_size > 10_000
+
+
+def test_what_is_half_written_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / "3_17.0_99").write_text("1.5,20,0.25\n1.6,21,\n1.7")
+    assert report.steps_in(tmp_path) == [Step(1.5, 3, "3_17.0_99", 20, 0.25), Step(1.6, 3, "3_17.0_99", 21, None)]
