@@ -38,7 +38,10 @@ LEAD = 2.0
 """Seconds of training, about, for which a member knows beforehand who takes part."""
 
 _WATCHED = 3
-"""Members whose heartbeat each watches, and of its host, whose process: so many neighbours lost at once are noticed."""
+"""Members whose heartbeat each watches, and of its host, whose process: so many neighbours lost at once are noticed.
+
+At every look it is the next one's process, with every heartbeat all of them.
+"""
 
 _WORD = 0.7
 """Seconds for which the log may still say why a link broke: two looks of whoever shares a host with the other end."""
@@ -310,15 +313,16 @@ class WatchingControl(Control):
         self._log.read(store)
         if self._joins or self.declared is not None:
             return
-        others = [rank for rank in self._log.present if rank != self.rank]
-        for rank in self._next([rank for rank in sorted(others) if self._shares_host(store, rank)]):
+        others = sorted(rank for rank in self._log.present if rank != self.rank)
+        near = self._next([rank for rank in others if self._shares_host(store, rank)])
+        for rank in near if beats else near[:1]:  # once the next one is lost, the one after it is the next
             self._declare_gone(store, rank)
         step = self._clock()
         if beats:
-            self._declare_silent(store, self._watch, self._next(sorted(others)))
+            self._declare_silent(store, self._watch, self._next(others))
             store.set(f"clock/{self._name(self.rank)}", str(step))
-        if self.rank in self._log.whole:
-            self._look_for_guests(store)
+            if self.rank in self._log.whole:
+                self._look_for_guests(store)
         lead = self._pace.lead(step)
         if self._log.horizon < step + max(1, lead // 2) or self._hurry.is_set():
             self._hurry.clear()

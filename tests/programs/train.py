@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=0, help="seconds; 0 keeps the named strategy's default")
     parser.add_argument("--probability", type=float, default=1.0)
     parser.add_argument("--min-replicas", type=int)
+    parser.add_argument("--restarts", type=int, default=0)
     parser.add_argument("--lost-after", type=float, default=30, help="seconds")
     parser.add_argument("--start-method", default="popen")
     parser.add_argument("--start-seconds", type=float, help="for all ranks to come; the package's own by default")
@@ -109,6 +110,7 @@ def train(name: str, args: argparse.Namespace) -> None:
             timeout=timedelta(seconds=args.timeout),
             probability=args.probability,
             min_replicas=args.min_replicas,
+            restarts=args.restarts,
             lost_after=timedelta(seconds=args.lost_after),
             start_method=args.start_method,
         )

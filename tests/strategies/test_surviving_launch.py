@@ -175,6 +175,27 @@ def test_one_that_a_shell_starts_again_joins_and_a_second_one_is_refused(tmp_pat
     check(Ended(tmp_path, 0, "".join(printed)), (1, 2, 0))
 
 
+@pytest.mark.parametrize("start_method", ["popen", "spawn"])
+def test_the_launcher_starts_a_killed_rank_again(tmp_path: Path, start_method: str) -> None:
+    def kill(process: Process, out: Path) -> None:
+        for rank in range(4):
+            wait_for(process, out / f"pid_{rank}")
+        time.sleep(1)
+        os.kill(int((out / "pid_2").read_text()), signal.SIGKILL)
+
+    arguments = ["--start-method", start_method, "--fault", "slow:0:0", "--restarts", 1, "--epochs", 40]
+    ended = run(tmp_path, *arguments, after=kill)
+    assert ended.code == 0, ended.printed
+    told = ended.printed
+    assert told.count("rank 2: its process is started again") == 1, told
+    assert "rank 2 lost at step" in told
+    assert "rank 2 joined at step" in told
+    [checkpoint] = tmp_path.rglob("*.ckpt")
+    assert sorted(torch.load(checkpoint, weights_only=True)[files.KEY]["ranks"]) == [0, 1, 2, 3]
+    if start_method == "popen":
+        assert len(ended.results()) == 4
+
+
 SEVERAL_TRAINERS = """
 import sys
 from datetime import timedelta
