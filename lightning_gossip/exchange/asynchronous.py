@@ -325,7 +325,7 @@ class AsynchronousExchange:
             self._proposal = self._outer.propose(standing.tensors, self._proposed), self._proposed
         if partners is None:
             return
-        asked = asking.first(self._schedule, self.step, self.rank, self._control.whole, self.world_size)
+        asked = asking.first(self._schedule, self.step, self.rank, self._whole(), self.world_size)
         if asked < 0:
             return
         asks, was_alone = self._rounds.begin(partners.counts.agreed, partners.under_way)
@@ -341,8 +341,10 @@ class AsynchronousExchange:
             buffer.pack(self._standing.tensors)
 
     def _another(self, step: int, tried: set[int], silent: set[int]) -> int:
-        members = self._control.whole
-        return asking.another(self._schedule, step, self.rank, members, tried, silent, self.world_size)
+        return asking.another(self._schedule, step, self.rank, self._whole(), tried, silent, self.world_size)
+
+    def _whole(self) -> tuple[int, ...]:
+        return tuple(sorted(self._control.whole))
 
     @torch.no_grad()
     def _apply(self) -> None:

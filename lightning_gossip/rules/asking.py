@@ -58,7 +58,7 @@ def first(schedule: Schedule, step: int, rank: int, members: Sequence[int], worl
     Args:
         schedule: of the run; belongs to the calling thread.
         step: the rank's own.
-        rank: a member.
+        rank: of who asks: nobody, where it is no member, because it is lost and has not seen it yet.
         members: ranks that take part, ascending.
         world_size: number of ranks, of which a schedule that can not serve as few members is drawn among all.
 
@@ -68,6 +68,8 @@ def first(schedule: Schedule, step: int, rank: int, members: Sequence[int], worl
     if len(members) == world_size or not schedule.serves(len(members)):
         chosen = int(schedule.choices(step, world_size)[rank])
         return chosen if chosen in members else -1
+    if rank not in members:
+        return -1
     chosen = int(schedule.choices(step, len(members))[members.index(rank)])
     return members[chosen] if chosen >= 0 else -1
 
@@ -87,7 +89,7 @@ def another(
     ``without``: ranks that are not asked either.
     """
     peers = schedule.peers
-    if not isinstance(peers, Peers) or len(tried) >= TRIES:
+    if not isinstance(peers, Peers) or len(tried) >= TRIES or rank not in members:
         return -1
     among = list(members) if schedule.serves(len(members)) else list(range(world_size))
     weights = _weights(peers, schedule.seed, among.index(rank), len(among))

@@ -57,6 +57,13 @@ class Fixed:
         return [1, 0, *[-1] * (world_size - 2)]
 
 
+@pytest.mark.parametrize("peers", ["matching", "uniform", "weighted", "ring"])
+def test_who_is_lost_and_has_not_seen_it_asks_nobody(peers: str) -> None:
+    schedule = Schedule(peers, seed=1)
+    assert first(schedule, 5, 2, (0, 1, 3, 4, 5), 8) == -1
+    assert another(schedule, 5, 2, (0, 1, 3, 4, 5), (0,), (), 8) == -1
+
+
 def test_an_object_of_the_user_s_is_asked_once_a_round() -> None:
     schedule = Schedule(Fixed())
     assert first(schedule, 1, 0, ALL, 8) == 1
