@@ -138,7 +138,7 @@ class Returning(Mortal):
         clock = self.control.clock_to_join(self.control.tell_joined(donor))
         # which meetings it comes to follows from the donor's step: it makes no step before one that it has passed
         own = min([clock, *(m - 1 for m in state["meetings"]), self.run.steps - 1])
-        self.step = self.stay.began_after = max(own, state["step"])
+        self.step = self.stay.began_after = self.life.steps = max(own, state["step"])
         exchange.align(self.step)
         self.doom = (self.step + self.doom[0], self.doom[1])
         self.at("joined")
@@ -248,7 +248,9 @@ def check(run: Returns) -> None:
     ended = [stay for stay in run.stays if stay.life.theta is not None]
     assert ended, "nobody came to the end"
     for stay in ended:
-        assert stay.life.steps == run.steps
+        assert stay.life.steps == run.steps, (
+            f"rank {stay.rank}.{stay.incarnation} ended at {stay.life.steps}, taken at {stay.taken_at}"
+        )
         assert stay.life.longest < run.longest, f"rank {stay.rank} stood still for {stay.life.longest:.2f} s"
     replayed = replay(run)
     for stay in ended:

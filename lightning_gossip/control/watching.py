@@ -321,8 +321,8 @@ class WatchingControl(Control):
         if beats:
             self._declare_silent(store, self._watch, self._next(others))
             store.set(f"clock/{self._name(self.rank)}", str(step))
-            if self.rank in self._log.whole:
-                self._look_for_guests(store)
+        if len(others) + 1 < self.world_size and self.rank in self._log.whole:
+            self._look_for_guests(store)
         lead = self._pace.lead(step)
         if self._log.horizon < step + max(1, lead // 2) or self._hurry.is_set():
             self._hurry.clear()

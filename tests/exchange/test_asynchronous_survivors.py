@@ -24,7 +24,7 @@ from lightning_gossip.rules.mixing import ElasticMixing, MixingRule, PullMixing,
 from lightning_gossip.rules.schedule import Schedule
 from lightning_gossip.transport.link import Link
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 RULES: list[MixingRule] = [ElasticMixing(0.5), ElasticMixing(0.3), PullMixing(), PushMixing()]
 SEEDS = 12

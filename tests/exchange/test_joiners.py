@@ -13,7 +13,7 @@ from lightning_gossip.rules.mixing import ElasticMixing, MixingRule, PullMixing,
 from lightning_gossip.rules.schedule import Schedule
 from lightning_gossip.transport import link_transport
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 SEEDS = 16
 """Of the random walk; eighty times as many by ``--long``."""

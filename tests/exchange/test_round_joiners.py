@@ -14,7 +14,7 @@ from lightning_gossip.control import votes
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.transport import all_reduce, halves, voted_all_reduce
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 SEEDS = 10
 """Of the random walk; eighty times as many by ``--long``."""

@@ -11,7 +11,7 @@ from round_survivors import OF_AN_ALL_REDUCE, Run, check
 from lightning_gossip.control.stop import RunStopped
 from lightning_gossip.rules.outer import OuterStep
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 SEEDS = 25
 """Of the random walk."""

@@ -11,7 +11,7 @@ from survivors import AT_A_MEETING, IN_A_STEP, Run, break_link, check
 from lightning_gossip.rules.mixing import ElasticMixing, MixingRule, PullMixing, PushMixing
 from lightning_gossip.rules.schedule import Schedule
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 SEEDS = 60
 """Of the random walk; thirty times as many by ``--long``."""

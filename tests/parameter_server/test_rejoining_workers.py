@@ -246,7 +246,8 @@ def test_a_worker_comes_back_under_its_next_number(rank: int, options: dict[str,
             assert shard.pushes[joiner.number] > 0
             assert sum(shard.pushes.values()) == shard.version
         leads = [lead for lead, before in zip(seen["leads"], [None, *seen["leads"]], strict=False) if lead != before]
-        assert leads == ([0, 1] if rank == 0 else [0]), "who comes back takes no duties away"
+        # worker 3 may come when worker 0 has died already
+        assert leads in ([[0, 1], [1]] if rank == 0 else [[0]]), "who comes back takes no duties away"
         assert joiner.began_at is not None
         assert np.any(joiner.began_at), "it began with what the server held"
 
