@@ -1,12 +1,12 @@
 # `make demo` and `make test` set up everything they need; a second call installs nothing again.
 # `make test-quick` runs what starts no process of its own, in one or two minutes; `make test` begins with it;
-# `make test-long` runs what trains for minutes, and further cases of a kind. Twice as many tests run at a time as there
-# are cores, up to four: many wait. Those of processes are handed out in their order, by `load`: what forks comes first.
+# `make test-long` runs what trains for minutes, and further cases of a kind. One more test runs at a time than
+# there are cores, up to four: many wait. Those of processes are handed out in their order, by `load`: what forks comes first.
 # The first of these that runs, is at least 3.11 and can make virtual environments; `make PYTHON=…` names another.
 CANDIDATES := python3.11 python3.12 python3.13 python3.14 python3 python
 SUITS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in $(CANDIDATES); do $$python -c '$(SUITS)' 2>/dev/null && echo $$python && break; done)
-WORKERS = $(shell expr 2 '*' $$(nproc))
+WORKERS = $(shell expr 1 + $$(nproc))
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

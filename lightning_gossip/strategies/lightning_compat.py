@@ -12,8 +12,8 @@ import logging
 import math
 import os
 import subprocess
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch.distributed import Store, distributed_c10d
@@ -77,7 +77,29 @@ def save_for_requeue(trainer: pl.Trainer) -> None:
     """Save the checkpoint from which Lightning goes on in a requeued job; called on all ranks."""
     for logger in trainer.loggers:
         logger.finalize("finished")
-    trainer.save_checkpoint(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
+    with _as_in_last_hook(trainer):
+        trainer.save_checkpoint(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
+
+
+@contextmanager
+def _as_in_last_hook(trainer: pl.Trainer) -> Iterator[None]:
+    """At an epoch's last batch, count as in its hook ``on_train_batch_end``.
+
+    Lightning ends that epoch where it resumes from such a save; from one made after the hook, without a validation, it
+    would train one batch more.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    trackers: list[Any] = [loop.batch_progress.current, loop.batch_progress.total]
+    shift = int(loop.batch_progress.is_last_batch and trackers[0].completed == trackers[0].processed)
+    for tracker in trackers:
+        tracker.completed -= shift
+    loop._batches_that_stepped -= shift
+    try:
+        yield
+    finally:
+        for tracker in trackers:
+            tracker.completed += shift
+        loop._batches_that_stepped += shift
 
 
 def requeue_slurm_job() -> None:
