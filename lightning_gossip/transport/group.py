@@ -153,6 +153,9 @@ class DefaultGroup:
         )
         dist.set_timeout(timeout)
         self._sound = True
+        if has_lost():  # while there was no group yet that could have been woken
+            self.spoil()
+            raise RuntimeError("one of those that have met was lost while their group was made")
 
     @contextlib.contextmanager
     def collective(self) -> Iterator[None]:
