@@ -74,9 +74,8 @@ def deal_in(
 
     Which of its batches this rank has trained is known where they come in order: so they do.
     """
-    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    dealt = DealtBatches(getattr(loader, name), placed, share, iterate)
-    vars(loader)[name] = dealt  # a loader lets nobody set it
+    dealt = DealtBatches(source_of(loader), placed, share, iterate)
+    put_source(loader, dealt)
     if hasattr(loader, "in_order"):
         loader.in_order = True
     return dealt
@@ -84,13 +83,23 @@ def deal_in(
 
 def take_out(loader: DataLoader[Any], dealt: DealtBatches) -> None:
     """Undo :func:`deal_in`."""
+    put_source(loader, dealt.batches)
+
+
+def source_of(loader: DataLoader[Any]) -> Any:
+    """Return what a loader takes its batches from: its batch sampler, or its sampler where it makes no batches."""
+    return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+
+
+def put_source(loader: DataLoader[Any], source: Any) -> None:
+    """Let a loader take its batches from ``source``, in place of :func:`source_of`."""
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    vars(loader)[name] = dealt.batches
+    vars(loader)[name] = source  # a loader lets nobody set it
 
 
 def number_of_batches(loader: DataLoader[Any]) -> int:
     """Return how many batches a loader makes of its sampler's samples."""
-    batches: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    batches = source_of(loader)
     try:
         return len(batches)
     except (TypeError, NotImplementedError):

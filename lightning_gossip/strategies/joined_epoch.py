@@ -13,6 +13,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_gossip.strategies.dealt_batches import put_source, source_of
+
 
 @dataclass(frozen=True)
 class Stand:
@@ -58,13 +60,13 @@ class TrainingData:
 
     def __init__(self) -> None:
         self._lengths: list[int | None] = []
-        self._changed: list[tuple[DataLoader[Any], str, Any]] = []
+        self._changed: list[tuple[DataLoader[Any], Any]] = []
 
     def begin_loading(self) -> None:
         """Called before loaders are looked at anew; gives those back as they were that were looked at before."""
         self._lengths.clear()
-        for loader, name, own in self._changed:
-            vars(loader)[name] = own
+        for loader, own in self._changed:
+            put_source(loader, own)
         self._changed.clear()
 
     def take(self, loader: Any, donors: Stand | None) -> Any:
@@ -80,10 +82,9 @@ class TrainingData:
     def _from(self, loader: Any, taken: int, length: int) -> Any:
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             return RestOfEpoch(loader, taken, length)
-        name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        own = getattr(loader, name)
-        self._changed.append((loader, name, own))
-        vars(loader)[name] = RestOfEpoch(own, taken, length)  # a loader lets nobody set it
+        own = source_of(loader)
+        self._changed.append((loader, own))
+        put_source(loader, RestOfEpoch(own, taken, length))
         return loader
 
     def lengths(self) -> tuple[int | None, ...]:

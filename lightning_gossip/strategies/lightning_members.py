@@ -94,12 +94,6 @@ def _makes_last_step(trainer: pl.Trainer) -> bool:
     return trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
 
 
-def batches_taken(trainer: pl.Trainer) -> int:
-    """Return how many batches of its epoch a rank has begun."""
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    return int(progress.ready)
-
-
 def dumped(trainer: pl.Trainer) -> dict[str, Any]:
     """Return this rank's whole checkpoint, as Lightning makes it, less what nobody needs to go on."""
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)

@@ -15,7 +15,7 @@ from lightning_gossip.control.joining import claim_seat
 from lightning_gossip.control.member_control import MemberControl, RunOver, Survival
 from lightning_gossip.control.members import Change
 from lightning_gossip.control.stop import SeatLost
-from lightning_gossip.strategies import lightning_dealing, lightning_members
+from lightning_gossip.strategies import lightning_counts, lightning_dealing, lightning_members
 from lightning_gossip.strategies.joined_epoch import Stand, TrainingData, place_among
 from lightning_gossip.strategies.joining import Beginning, Donor, Joiner
 from lightning_gossip.strategies.lightning_names import pl
@@ -162,7 +162,7 @@ class ReturningStrategy(SurvivingStrategy):
         finally:
             self._serving = False
         state |= {"position": control.position(), "dealt": list(self._dealt), "gathered": self._beginning.gathered}
-        state |= {"taken": lightning_members.batches_taken(self._module.trainer), "lengths": list(self._lengths())}
+        state |= {"taken": lightning_counts.counts_of(self._module.trainer).batches, "lengths": list(self._lengths())}
         self._donor.serve((entry.seat, entry.incarnation), self.step, state)
 
     def _lengths(self) -> tuple[int | None, ...]:
