@@ -28,7 +28,7 @@ from pathlib import Path
 from benchmarks import RESULTS, ROOT
 from benchmarks.faults import storm_report as report
 from benchmarks.faults.storm_report import Fault, Step
-from benchmarks.shared.namespaces import INTERFACE, Network, exiting
+from benchmarks.shared.namespaces import ENVIRONMENT, Network, exiting
 from benchmarks.shared.options import listed, make_parser, one_of
 from lightning_gossip.control.store import VARIABLE
 
@@ -85,10 +85,8 @@ class Run:
         self._plan, self._network, self._folder = plan, network, folder
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._output = (folder / "output").open("ab")
-        self._environment = dict(os.environ) | {
-            "GLOO_SOCKET_IFNAME": INTERFACE,
-            "OMP_NUM_THREADS": "1",
-            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        self._environment = dict(os.environ) | ENVIRONMENT
+        self._environment |= {
             "MASTER_ADDR": network.address(plan.ranks),
             "MASTER_PORT": str(PORT),
             VARIABLE: "True",

@@ -29,7 +29,7 @@ from pathlib import Path
 from benchmarks import RESULTS, ROOT
 from benchmarks.network import report, torchft_loop
 from benchmarks.network.schemes import FILES, TORCHFT
-from benchmarks.shared.namespaces import INTERFACE, Network, exiting
+from benchmarks.shared.namespaces import ENVIRONMENT, Network, exiting
 from benchmarks.shared.options import make_parser
 from benchmarks.shared.ranks import environment, watch
 from benchmarks.shared.rows import find, read, rounds_missing
@@ -38,12 +38,6 @@ RANKS = 4
 RATES = (200.0, 1000.0, 50.0)
 PORT = 29500
 """Of rank 0; nobody else is in its namespace."""
-OWN_ENVIRONMENT = {
-    "GLOO_SOCKET_IFNAME": INTERFACE,
-    "OMP_NUM_THREADS": "1",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns that these addresses have no names
-    "RUST_LOG": "error",  # torchft's manager describes every round
-}
 STALL_FACTOR = 3.0
 """How many times as long a step takes that stalls."""
 
@@ -64,7 +58,7 @@ def measure(kind: str, rate: float, factor: float, rounds: Sequence[int], out: P
             network.start(
                 rank,
                 [sys.executable, "-m", "benchmarks.network.rank", str(out), *options],
-                os.environ | environment(rank, RANKS, 1, network.address(0), PORT) | OWN_ENVIRONMENT,
+                os.environ | environment(rank, RANKS, 1, network.address(0), PORT) | ENVIRONMENT,
                 cwd=ROOT,
             )
             for rank in range(RANKS)

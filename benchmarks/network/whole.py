@@ -24,9 +24,9 @@ from typing import Any
 from image_data import SOURCES, DataNotFoundError, prepare
 
 from benchmarks import RESULTS, ROOT
-from benchmarks.network.__main__ import OWN_ENVIRONMENT, PORT, RANKS, positive
+from benchmarks.network.__main__ import PORT, RANKS, positive
 from benchmarks.network.whole_setups import NAMES
-from benchmarks.shared.namespaces import Network, exiting
+from benchmarks.shared.namespaces import ENVIRONMENT, Network, exiting
 from benchmarks.shared.options import at_least, make_parser
 from benchmarks.shared.ranks import environment, watch
 from benchmarks.shared.rows import Row, append, find, read
@@ -56,7 +56,7 @@ def measure(options: dict[str, Any], rate: float, data_dir: Path | None) -> dict
             network.start(
                 rank,
                 command,
-                os.environ | environment(rank, RANKS, 1, network.address(0), PORT) | OWN_ENVIRONMENT,
+                os.environ | environment(rank, RANKS, 1, network.address(0), PORT) | ENVIRONMENT,
                 cwd=ROOT,
             )
             for rank in range(RANKS)

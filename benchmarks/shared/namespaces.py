@@ -29,6 +29,14 @@ from typing import Any
 INTERFACE = "eth0"
 """Of every rank, in its namespace."""
 
+ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": INTERFACE,
+    "OMP_NUM_THREADS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns that these addresses have no names
+    "RUST_LOG": "error",  # torchft's manager describes every round
+}
+"""Of every rank, besides what tells it its place."""
+
 LATENCY_MS = 50
 """How much a bucket's queue holds, in time at its rate, before it drops."""
 
