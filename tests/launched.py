@@ -208,9 +208,11 @@ def assert_nothing_is_left(session: int, out: Path, linger: float, printed: str)
             files.load_replica(files.AtomicCheckpointIO(), path, entry["save_id"], rank, True)
 
 
-def wait_for(process: Process, path: Path) -> None:
+def wait_for(process: Process | subprocess.Popen[str], path: Path, other_than: str = "") -> str:
+    """Return what a program's rank writes into a file, once it is there and not ``other_than``."""
     deadline = time.monotonic() + 60
-    while not path.exists():
+    while (text := path.read_text() if path.exists() else "") in ("", other_than):
         assert process.poll() is None, "the program has ended"
         assert time.monotonic() < deadline, "the program did not start"
         time.sleep(0.05)
+    return text

@@ -171,13 +171,31 @@ class MemberControl(WatchingControl):
             self._store.set(f"join/{number}", f"{self.rank}.{self.incarnation}")
 
     def await_donor(self) -> int:
-        """Wait until a member has taken this process in, for as long as there is one; return its rank.
+        """Wait until a member has taken this process in, and return its rank.
 
         Raises:
-            RunStopped: as :meth:`check`; also where nobody is left who could.
+            RunStopped, RunOver: as :meth:`await_members`.
+        """
+        return self.await_members(self._look_for_donor)
+
+    def await_members(self, look: Callable[[], T | None]) -> T:
+        """Call ``look`` until it finds what members bring about, for as long as there is one; return that.
+
+        Before it joins a rank watches nobody, and may come to be alone: here it declares lost who has ended, or is
+        silent.
+
+        Raises:
+            RunStopped: as :meth:`check`; also where nobody is left who could take in this process.
             RunOver: if training is over.
         """
-        while (found := self.poll(self._look_for_donor, time.monotonic() + self._look_up)) is None:
+
+        def find() -> T | None:
+            self.check_over()
+            return look()
+
+        while (found := self.poll(find, time.monotonic() + self._look_up)) is None:
+            with self._reaching_store():
+                self._declare_late(lambda rank: True)
             if not self._log.whole:
                 self.stop("error", f"nobody is left who could take in rank {self.rank}")
         return found
@@ -189,7 +207,6 @@ class MemberControl(WatchingControl):
                 raise RunOver(self._store.get(OVER).decode())
 
     def _look_for_donor(self) -> int | None:
-        self.check_over()
         change = self._log.last_change(self.rank)
         taken_in = change is not None and (change.kind, change.incarnation) == (JOINING, self.incarnation)
         return change.by if change is not None and taken_in else None

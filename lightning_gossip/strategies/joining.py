@@ -6,7 +6,6 @@ collectives go to a group of its own; what the others agreed on when they began,
 
 from __future__ import annotations
 
-import math
 import os
 import pickle
 from collections.abc import Mapping
@@ -46,7 +45,9 @@ class Beginning:
     environment: dict[str, str] = field(default_factory=dict)
 
     def publish(self, store: Store) -> None:
-        """Let those that come later read it."""
+        """Let those that come later read it. Each rank calls this, for any of them may be the last that is left."""
+        if store.check([_KEY]):
+            return
         self.environment = {name: value for name, value in os.environ.items() if name.startswith(_HANDED_ON)}
         store.set(_KEY, pickle.dumps(self).decode("latin-1"))
 
@@ -84,13 +85,8 @@ class Joiner:
             RunStopped, RunOver: where they end before they have.
         """
         if self._beginning is None:
-            self._beginning = self.control.poll(self._read_beginning, math.inf)
-        assert self._beginning is not None  # there is no deadline
+            self._beginning = self.control.await_members(lambda: Beginning.read(self._store))
         return self._beginning
-
-    def _read_beginning(self) -> Beginning | None:
-        self.control.check_over()
-        return Beginning.read(self._store)
 
     def broadcast(self, own: Any) -> Any:
         """Return what the others' next broadcast gave; ``own``, where they had no more."""

@@ -137,7 +137,7 @@ class ReturningStrategy(SurvivingStrategy):
             self.become_whole(control, joiner.donor)
             self._beginning = joiner.beginning
             self._joiner = None
-        elif self.is_global_zero:
+        else:
             self._beginning.identity = self.identity()
             self._beginning.publish(self._group_store)
 
@@ -170,8 +170,8 @@ class ReturningStrategy(SurvivingStrategy):
         return self._data.lengths()
 
     def _tell_over(self) -> None:
-        """Tell those that come from now on that training is over."""
-        if (control := self._member_control) is not None and self.is_global_zero:
+        """Tell those that come from now on that training is over. Each rank does, for the others may be lost."""
+        if (control := self._member_control) is not None and self._joiner is None:
             control.tell_over(self._what_is_left())
 
     def _what_is_left(self) -> str:

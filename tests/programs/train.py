@@ -47,11 +47,14 @@ class Blobs(pl.LightningModule):
 
 
 class Fault(Callback):
-    """Does something to one rank at one batch, and records how each rank ended."""
+    """Does something to one rank at one batch, and records who trains, and how each rank ended.
+
+    ``paced`` is slow until the test has seen what it waits for and writes the file "enough"."""
 
     def __init__(self, kind: str, rank: int, batch: int, out: Path) -> None:
         self.kind, self.rank, self.batch, self.out = kind, rank, batch, out
         self.done = False
+        self.training = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         (self.out / f"pid_{trainer.global_rank}").write_text(str(os.getpid()))
@@ -59,8 +62,13 @@ class Fault(Callback):
             raise ValueError("boom in setup")
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if not self.training:
+            self.training = True
+            (self.out / f"training_{trainer.global_rank}").write_text(str(os.getpid()))
         if self.kind == "slow":
             time.sleep(0.05)
+        if self.kind == "paced" and not (self.out / "enough").exists():
+            time.sleep(0.3)
         if trainer.global_rank != self.rank or trainer.global_step < self.batch or self.done:
             return  # a count may skip some: where batches are dealt, ranks count on from the one that has most
         self.done = True

@@ -38,10 +38,10 @@ class Pace(Callback):
 class OnceOnly(Fault):
     """A fault that hits the first process of a rank only."""
 
-    def _hook(self, trainer: pl.Trainer, *arguments: Any) -> None:
+    def _hook(self, trainer: pl.Trainer, *arguments: Any, **named: Any) -> None:
         strategy: Any = trainer.strategy
         if strategy.control.incarnation == 0:
-            super()._hook(trainer, *arguments)
+            super()._hook(trainer, *arguments, **named)
 
 
 class Rich(pl.LightningModule):
@@ -207,6 +207,30 @@ def test_who_was_declared_lost_joins_anew(tmp_path: Path, caplog: pytest.LogCapt
     assert set(seen[0]["members"][-1]) == {0, 1, 2, 3}
     changes = seen[0]["changes"]
     assert [change.split(" at ")[0] for change in changes] == ["rank 2 lost", "rank 2 joining", "rank 2 joined"]
+
+
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_start", "on_train_batch_start"])
+def test_the_first_rank_comes_back_whenever_it_was_lost_before_its_first_step(tmp_path: Path, hook: str) -> None:
+    """What those that join have to know is told by whoever is left."""
+    fault = OnceOnly(0, hook=hook, epoch=0)
+    seen = run(
+        tmp_path, Pace(), fault, lost=(), strategy=surviving(restarts=1), train=DataLoader(regression(960), 4)
+    )
+    assert len(seen) == 4
+    for other in seen:
+        torch.testing.assert_close(other["state"], seen[0]["state"], rtol=0, atol=0)
+        assert set(other["members"][-1]) == {0, 1, 2, 3}
+    assert [change.split(" at ")[0] for change in seen[1]["changes"]] == ["rank 0 lost", "rank 0 joining", "rank 0 joined"]
+
+
+def test_who_comes_when_the_others_are_through_is_told_so_whoever_is_left(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 2 sleeps while the others come to the end, at which rank 0 is lost before it tells."""
+    asleep = Fault(2, hook="on_train_batch_end", batch=2, act=stop_for(12))
+    killed = Fault(0, hook="on_train_end", epoch=4)
+    run(tmp_path, asleep, killed, lost=(0, 2), strategy=surviving(lost_after=3))
+    assert "rank 2: the training is over; no checkpoint was saved" in capfd.readouterr().err
 
 
 def test_a_torn_state_is_asked_for_again(

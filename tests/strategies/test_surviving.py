@@ -55,7 +55,7 @@ class Fault(Callback):
         self.done = False
         setattr(self, hook, self._hook)
 
-    def _hook(self, trainer: pl.Trainer, *arguments: Any) -> None:
+    def _hook(self, trainer: pl.Trainer, *arguments: Any, **named: Any) -> None:
         here = trainer.current_epoch == self.epoch and not trainer.sanity_checking
         if here and not self.done and (self.batch is None or arguments[-1] == self.batch):
             self.done = True

@@ -84,11 +84,12 @@ def test_too_few_end_the_run_and_name_the_last_checkpoint(tmp_path: Path) -> Non
 @pytest.mark.parametrize("start_method", ["spawn"])
 def test_the_process_that_spawns_is_killed(tmp_path: Path, start_method: str) -> None:
     def kill(process: Process, out: Path) -> None:
-        wait_for(process, out / "pid_3")
-        time.sleep(1)
+        for rank in range(4):
+            wait_for(process, out / f"training_{rank}")
         os.kill(process.pid, signal.SIGKILL)
+        (out / "enough").touch()
 
-    ended = run(tmp_path, "--start-method", start_method, "--fault", "slow:0:0", after=kill)
+    ended = run(tmp_path, "--start-method", start_method, "--fault", "paced:0:0", after=kill)
     assert ended.code == -signal.SIGKILL
     [checkpoint] = tmp_path.rglob("*.ckpt")
     assert checkpoint.name == "epoch=2-step=24.ckpt", "the ranks came to the end"
@@ -101,12 +102,12 @@ def command_of(pid: int) -> str:
 
 def test_the_store_is_killed(tmp_path: Path) -> None:
     def kill(process: Process, out: Path) -> None:
-        wait_for(process, out / "pid_3")
-        time.sleep(1)
+        for rank in range(4):
+            wait_for(process, out / f"training_{rank}")
         [store] = [pid for pid in members(process.pid) if "lightning_gossip" in command_of(pid).split("runpy")[-1]]
         os.kill(store, signal.SIGKILL)
 
-    ended = run(tmp_path, "--fault", "slow:0:0", after=kill)
+    ended = run(tmp_path, "--fault", "paced:0:0", after=kill)
     assert ended.code == 1, ended.printed
     assert len(ended.endings()) == 4
     assert all("the run's store is gone" in ending["text"] for ending in ended.endings().values())
@@ -149,7 +150,7 @@ def test_one_that_a_shell_starts_again_joins_and_a_second_one_is_refused(tmp_pat
     port = free_port()
     store = [sys.executable, "-m", "lightning_gossip", "store", "--port", str(port)]
     environment = {**LEAN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), VARIABLE: "True"}
-    arguments = ["--timeout", 60, "--min-replicas", 1, "--epochs", 9, "--fault", "slow:0:0", "--devices", 3]
+    arguments = ["--timeout", 60, "--min-replicas", 1, "--epochs", 40, "--fault", "paced:0:0", "--devices", 3]
     command = [sys.executable, str(PROGRAMS / "train.py"), str(tmp_path), *map(str, arguments)]
 
     def start(rank: int) -> subprocess.Popen[str]:
@@ -158,18 +159,17 @@ def test_one_that_a_shell_starts_again_joins_and_a_second_one_is_refused(tmp_pat
 
     with subprocess.Popen(store, stdout=subprocess.DEVNULL) as server:
         ranks = [start(rank) for rank in range(3)]
-        for _ in range(600):
-            if (tmp_path / "pid_0").exists():
-                break
-            time.sleep(0.1)
-        time.sleep(2)
+        first, *_ = [wait_for(ranks[rank], tmp_path / f"training_{rank}") for rank in range(3)]
         ranks[0].kill()
         ranks.append(start(0))
         second = start(1)
-        printed = [process.communicate(timeout=150)[0] for process in (*ranks, second)]
+        refused = second.communicate(timeout=60)[0]
+        wait_for(ranks[1], tmp_path / "training_0", other_than=first)
+        (tmp_path / "enough").touch()
+        printed = [process.communicate(timeout=150)[0] for process in ranks]
         assert [process.returncode for process in ranks] == [-signal.SIGKILL, 0, 0, 0], printed
         assert second.returncode == 1
-        assert "rank 1 is there already, as process" in printed[-1]
+        assert "rank 1 is there already, as process" in refused
         assert server.wait(10) == 0
     assert "rank 0 joined at step" in printed[1], printed[1]
     check(Ended(tmp_path, 0, "".join(printed)), (1, 2, 0))
@@ -178,12 +178,12 @@ def test_one_that_a_shell_starts_again_joins_and_a_second_one_is_refused(tmp_pat
 @pytest.mark.parametrize("start_method", ["popen", "spawn"])
 def test_the_launcher_starts_a_killed_rank_again(tmp_path: Path, start_method: str) -> None:
     def kill(process: Process, out: Path) -> None:
-        for rank in range(4):
-            wait_for(process, out / f"pid_{rank}")
-        time.sleep(1)
-        os.kill(int((out / "pid_2").read_text()), signal.SIGKILL)
+        *_, killed, _ = [wait_for(process, out / f"training_{rank}") for rank in range(4)]
+        os.kill(int(killed), signal.SIGKILL)
+        wait_for(process, out / "training_2", other_than=killed)
+        (out / "enough").touch()
 
-    arguments = ["--start-method", start_method, "--fault", "slow:0:0", "--restarts", 1, "--epochs", 40]
+    arguments = ["--start-method", start_method, "--fault", "paced:0:0", "--restarts", 1, "--epochs", 40]
     ended = run(tmp_path, *arguments, after=kill)
     assert ended.code == 0, ended.printed
     told = ended.printed
