@@ -55,7 +55,7 @@ class MemberControl(WatchingControl):
         """
         deadline = time.monotonic() + seconds
         missing = list(range(self.world_size))
-        with self._reaching_store():
+        with self.reaching_store():
             while missing:
                 missing = [
                     rank for rank in missing if not self.is_lost(rank) and not self._store.check([f"process/{rank}.0"])
@@ -79,7 +79,7 @@ class MemberControl(WatchingControl):
         self._claim_or_follow(reason, follow)
         self._meetings += 1
         key = f"meet/{self._meetings}"
-        with self._reaching_store():
+        with self.reaching_store():
             self._announce(key, ending)
             look = self._ended(f"{key}/go", f"{key}/count", lambda: self._end_meeting(key))
             found = self._await(look, self._meetings, reason)
@@ -113,7 +113,7 @@ class MemberControl(WatchingControl):
             RunStopped: as :meth:`check`.
         """
         key = f"meet/{meeting.number}"
-        with self._reaching_store():
+        with self.reaching_store():
             self._store.set(f"{key}/vote/{self.rank}", str(int(succeeded)))
             look = self._ended(f"{key}/verdict", f"{key}/votes", lambda: self._end_vote(key, meeting))
             while (found := self.poll(look, time.monotonic() + self._look_up)) is None:
@@ -166,7 +166,7 @@ class MemberControl(WatchingControl):
 
     def ask(self) -> None:
         """Ask for a donor, for this process that has come to a seat which was lost."""
-        with self._reaching_store():
+        with self.reaching_store():
             number = self._store.add("joins", 1)
             self._store.set(f"join/{number}", f"{self.rank}.{self.incarnation}")
 
@@ -193,16 +193,16 @@ class MemberControl(WatchingControl):
             self.check_over()
             return look()
 
-        while (found := self.poll(find, time.monotonic() + self._look_up)) is None:
-            with self._reaching_store():
+        with self.reaching_store():
+            while (found := self.poll(find, time.monotonic() + self._look_up)) is None:
                 self._declare_late(lambda rank: True)
-            if not self._log.whole:
-                self.stop("error", f"nobody is left who could take in rank {self.rank}")
+                if not self._log.whole:
+                    self.stop("error", f"nobody is left who could take in rank {self.rank}")
         return found
 
     def check_over(self) -> None:
         """Raise :class:`RunOver` if training is over."""
-        with self._reaching_store():
+        with self.reaching_store():
             if self._store.check([OVER]):
                 raise RunOver(self._store.get(OVER).decode())
 
@@ -219,7 +219,7 @@ class MemberControl(WatchingControl):
         guest, self.guest = self.guest, None
         if guest is None:
             return None
-        with self._reaching_store():
+        with self.reaching_store():
             return self._log.append(self._store, JOINING, *guest, self._clock(), f"from rank {self.rank}")
 
     @property
@@ -250,7 +250,7 @@ class MemberControl(WatchingControl):
                 return self._store.compare_set(key, "", otherwise).decode()
             return None
 
-        with self._reaching_store():
+        with self.reaching_store():
             if rank == self.rank:
                 return self._store.compare_set(key, "", own()).decode()
             while (found := self.poll(look, time.monotonic() + self._look_up)) is None:
@@ -259,7 +259,7 @@ class MemberControl(WatchingControl):
 
     def hold(self, number: int) -> None:
         """Let the first ``number`` entries of the log hold at every step; on all members, between the same two."""
-        with self._reaching_store():
+        with self.reaching_store():
             self._log.fold(self._store, number)
 
     def position(self) -> dict[str, Any]:
@@ -269,7 +269,7 @@ class MemberControl(WatchingControl):
 
     def take_place(self, position: Mapping[str, Any]) -> None:
         """Come to the next meeting that the donor comes to, and answer what is called for from now on."""
-        with self._reaching_store():
+        with self.reaching_store():
             self._log.fold(self._store, int(position["folded"]))
         self._meetings = int(position["meetings"])
         self._waits.update(position["waits"])
@@ -282,7 +282,7 @@ class MemberControl(WatchingControl):
         Raises:
             RunStopped: as :meth:`check`; also where it was declared lost meanwhile.
         """
-        with self._reaching_store():
+        with self.reaching_store():
             cause = f"from rank {donor}"
             entry = self._log.append(self._store, JOINED, self.rank, self.incarnation, self._clock(), cause)
         self.check()
@@ -313,14 +313,14 @@ class MemberControl(WatchingControl):
         def look() -> list[int]:
             return [int(self._store.get(key)) for key in keys if self._store.check([key])]
 
-        with self._reaching_store():
+        with self.reaching_store():
             first = look()
             found = self.poll(lambda: now if (now := look()) != first else None, time.monotonic() + 1.5 * HEARTBEAT)
         return max(found or first, default=0)
 
     def tell_over(self, what: str) -> None:
         """Tell those that come from now on that training is over, and ``what`` is left of it."""
-        with self._reaching_store():
+        with self.reaching_store():
             self._store.set(OVER, what)
 
     @override

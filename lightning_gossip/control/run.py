@@ -150,7 +150,7 @@ class Control(Stoppable):
         self._claim_or_follow(reason, follow)
         self._meetings += 1
         key = f"meet/{self._meetings}"
-        with self._reaching_store():
+        with self.reaching_store():
             self._announce(key, ending)
             if self._store.add(f"{key}/count", 1) == self.world_size:
                 clock = max(self._whereabouts(rank)[1] for rank in range(self.world_size))
@@ -188,7 +188,7 @@ class Control(Stoppable):
         """
         if self.world_size == 1:
             return self.rank, reason
-        with self._reaching_store():
+        with self.reaching_store():
             word = self._store.compare_set(f"meet/{self._meetings + 1}/reason", "", f"{self.rank}|{reason}").decode()
         rank, _, first = word.partition("|")
         return int(rank), first
@@ -210,7 +210,7 @@ class Control(Stoppable):
         if self.world_size > 1:
             self._waits[reason] += 1
             arrivals = f"await/{reason}/{self._waits[reason]}"
-            with self._reaching_store():
+            with self.reaching_store():
                 self._store.set(f"{arrivals}/{self._name(self.rank)}", "1")
                 self.calls.lookout.tell(self._store, reason)
             while (called := self._await_call(reason, arrivals, ending)) != reason:
@@ -227,7 +227,7 @@ class Control(Stoppable):
                 return self._store.get(key).decode().partition("|")[2]
             return reason if self._store.check([f"{arrivals}/{self._name(rank)}" for rank in self.members]) else None
 
-        with self._reaching_store():
+        with self.reaching_store():
             if ending:
                 self._store.set(_END, str(meeting))
             self._store.set(f"at/{self._name(self.rank)}", f"{meeting}:{self._clock()}")
@@ -244,7 +244,7 @@ class Control(Stoppable):
         Raises:
             RunStopped: as :meth:`check`.
         """
-        with self._reaching_store():
+        with self.reaching_store():
             meeting, clock = self._whereabouts(rank)
         return meeting > self._meetings and clock < step
 
@@ -254,11 +254,11 @@ class Control(Stoppable):
         Raises:
             RunStopped: as :meth:`check`.
         """
-        with self._reaching_store():
+        with self.reaching_store():
             self._store.set(f"meet/{self._meetings + 1}/skipped", "1")
 
     @contextmanager
-    def _reaching_store(self) -> Iterator[None]:
+    def reaching_store(self) -> Iterator[None]:
         """Tell a store that is gone as the end of the run that it is."""
         try:
             yield

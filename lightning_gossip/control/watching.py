@@ -100,7 +100,7 @@ class WatchingControl(Control):
         self.declared: Change | None = None
         """The entry that says that this rank takes part no more."""
         super().__init__(connect, rank, world_size, timeout, **options)
-        with self._reaching_store():
+        with self.reaching_store():
             self._store.set(f"process/{self._name(rank)}", self._process)
 
     # -- who is there -------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class WatchingControl(Control):
         Raises:
             RunStopped: as :meth:`check`; also where too few are left.
         """
-        with self._reaching_store():
+        with self.reaching_store():
             deadline = time.monotonic() + _WORD
             while not self.is_lost(rank, incarnation) and self.stopped is None and time.monotonic() < deadline:
                 if self._declare_gone(self._store, rank, f": {why}" if why else ""):

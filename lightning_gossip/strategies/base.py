@@ -188,7 +188,7 @@ class ReplicaStrategy(DealingStrategy):
         self.start_training(trainer, self.control, self._connect())
         self._resume_training(trainer)
         lightning_compat.stop_broadcasting_before_batches(trainer, self._before_batch)
-        lightning_compat.run_steps_between(trainer, self._begin, self.end_step)
+        lightning_compat.run_steps_between(trainer, self._begin, self._end)
         lightning_compat.allow_skipped_steps(trainer)
         lightning_compat.share_monitored_metrics(trainer, self.broadcast)
         self._set_up_counting(trainer, self._refuse_unequal_lengths, self._after_batch)
@@ -209,9 +209,14 @@ class ReplicaStrategy(DealingStrategy):
     # -- steps --------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        if not self._has_begun:
-            self._begin_first_step()
-        self.begin_step()
+        with self.control.reaching_store():
+            if not self._has_begun:
+                self._begin_first_step()
+            self.begin_step()
+
+    def _end(self) -> None:
+        with self.control.reaching_store():
+            self.end_step()
 
     def _after_batch(self) -> None:
         self._answer_call()

@@ -112,7 +112,7 @@ class DefaultGroup:
         return self._sound and there == (meeting.members, meeting.incarnations)
 
     def follow(self, meeting: Meeting, store: Store, has_lost: Callable[[], bool], timeout: timedelta) -> None:
-        """Make the group anew, unless it fits; a collective of those that have met.
+        """Make the group anew, unless it fits; a collective of those that have met, called within :meth:`collective`.
 
         Args:
             meeting: of its members; its number is used once with ``store``.
@@ -123,9 +123,11 @@ class DefaultGroup:
         Raises:
             RuntimeError: if one of them is lost meanwhile.
         """
-        if self.fits(meeting):
-            return
-        self._make(str(meeting.number), meeting.members, meeting.incarnations, store, has_lost, timeout)
+        if not self.fits(meeting):
+            self._make(str(meeting.number), meeting.members, meeting.incarnations, store, has_lost, timeout)
+        if has_lost():  # while no wait in this group was under way, or while there was no group yet: nothing to wake
+            self.spoil()
+            raise RuntimeError("one of those that have met was lost before their collective began")
 
     def be_alone(self, name: str, store: Store, timeout: timedelta) -> None:
         """Make a group of this process, of that ``name``, which is used once with ``store``."""
@@ -153,9 +155,6 @@ class DefaultGroup:
         )
         dist.set_timeout(timeout)
         self._sound = True
-        if has_lost():  # while there was no group yet that could have been woken
-            self.spoil()
-            raise RuntimeError("one of those that have met was lost while their group was made")
 
     @contextlib.contextmanager
     def collective(self) -> Iterator[None]:

@@ -213,14 +213,16 @@ def test_who_was_declared_lost_joins_anew(tmp_path: Path, caplog: pytest.LogCapt
 def test_the_first_rank_comes_back_whenever_it_was_lost_before_its_first_step(tmp_path: Path, hook: str) -> None:
     """What those that join have to know is told by whoever is left."""
     fault = OnceOnly(0, hook=hook, epoch=0)
-    seen = run(
-        tmp_path, Pace(), fault, lost=(), strategy=surviving(restarts=1), train=DataLoader(regression(960), 4)
-    )
+    seen = run(tmp_path, Pace(), fault, lost=(), strategy=surviving(restarts=1), train=DataLoader(regression(960), 4))
     assert len(seen) == 4
     for other in seen:
         torch.testing.assert_close(other["state"], seen[0]["state"], rtol=0, atol=0)
         assert set(other["members"][-1]) == {0, 1, 2, 3}
-    assert [change.split(" at ")[0] for change in seen[1]["changes"]] == ["rank 0 lost", "rank 0 joining", "rank 0 joined"]
+    assert [change.split(" at ")[0] for change in seen[1]["changes"]] == [
+        "rank 0 lost",
+        "rank 0 joining",
+        "rank 0 joined",
+    ]
 
 
 def test_who_comes_when_the_others_are_through_is_told_so_whoever_is_left(

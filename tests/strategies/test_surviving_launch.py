@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,7 +109,8 @@ def test_the_store_is_killed(tmp_path: Path) -> None:
     ended = run(tmp_path, "--fault", "paced:0:0", after=kill)
     assert ended.code == 1, ended.printed
     assert len(ended.endings()) == 4
-    assert all("the run's store is gone" in ending["text"] for ending in ended.endings().values())
+    texts = [ending["text"] for ending in ended.endings().values()]
+    assert all("the run's store is gone" in text for text in texts), texts
 
 
 def test_sigterm_on_the_launching_process_ends_the_run(tmp_path: Path) -> None:
