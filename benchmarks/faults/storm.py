@@ -6,9 +6,10 @@
 
 125 faults an hour, scaled to the run: a rank's process is killed and started again, stopped for two seconds, or cut off
 for longer than it may be silent, each rank in a network namespace of its own, the store in a further one. The same
-storm hits elastic gossip with members, asynchronous and by step (its ranks are started, and started again, by this
-program), and Lightning's DDP under ``torchrun --max-restarts`` from its last checkpoint; each stands beside a run of
-its own without faults. Rows in ``results/faults_storm.csv`` are not run again.
+storm hits elastic gossip with members, asynchronous and by step, torchft 0.2's LocalSGD in a loop of its own (optional:
+``pip install torchft==0.2.0``), and Lightning's DDP under ``torchrun --max-restarts`` from its last checkpoint; each
+stands beside a run of its own without faults. What killed ranks are started again by is this program, and for DDP
+torchrun. Rows in ``results/faults_storm.csv`` are not run again.
 """
 
 from __future__ import annotations
@@ -21,27 +22,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.faults import storm_report as report
+from benchmarks.faults.storm_leaks import Holding, Watch
 from benchmarks.faults.storm_report import Fault, Step
+from benchmarks.faults.storm_schemes import DEFAULT, LOST_AFTER, SCHEMES, Launch, is_installed, launch_of
 from benchmarks.shared.namespaces import ENVIRONMENT, Network, exiting
 from benchmarks.shared.options import listed, make_parser, one_of
-from lightning_gossip.control.store import VARIABLE
 
-SCHEMES = ("asynchronous", "gossip", "ddp")
 FAULTS_AN_HOUR = 125
 
-STOPPED, CUT, LOST_AFTER = 2.0, 8.0, 5.0
-"""Seconds: of a stop, of a cut, and without a sign of life after which a rank is lost."""
+STOPPED, CUT = 2.0, LOST_AFTER + 3
+"""Seconds: of a stop, and of a cut."""
 
 CALM = 20.0
 """Seconds without faults, at the beginning once all train, and at the end."""
-
-PORT = 29500
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,9 @@ class Run:
 
     def __init__(self, plan: Plan, network: Network, folder: Path) -> None:
         self._plan, self._network, self._folder = plan, network, folder
+        self._launch: Launch = launch_of(plan.scheme, plan.ranks, plan.pace, folder, network.address(plan.ranks))
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._output = (folder / "output").open("ab")
-        self._environment = dict(os.environ) | ENVIRONMENT
-        self._environment |= {
-            "MASTER_ADDR": network.address(plan.ranks),
-            "MASTER_PORT": str(PORT),
-            VARIABLE: "True",
-        }
         self.happened: list[Fault] = []
 
     def begin(self) -> float:
@@ -99,13 +94,10 @@ class Run:
         Raises:
             RuntimeError: if they do not.
         """
-        if self._plan.scheme != "ddp":
-            store = [sys.executable, "-m", "lightning_gossip", "store", "--port", str(PORT)]
-            self._network.start(self._plan.ranks, store, self._environment, stdout=subprocess.DEVNULL)
-            for rank in range(self._plan.ranks):
-                self._start(rank)
-        else:
-            self._start(0)
+        if self._launch.server is not None:
+            self._start_process(self._plan.ranks, self._launch.server, {})
+        for rank in self._launch.started:
+            self._start(rank)
         deadline = time.monotonic() + 180
         while len({step.rank for step in report.steps_in(self._folder)}) < self._plan.ranks:
             if time.monotonic() > deadline:
@@ -114,33 +106,28 @@ class Run:
         return time.time()
 
     def _start(self, rank: int) -> None:
-        plan = self._plan
-        options = [str(self._folder), "--scheme", plan.scheme, "--ranks", f"{plan.ranks}", "--pace", f"{plan.pace}"]
-        options += ["--lost-after", f"{LOST_AFTER}"]
-        module = ["-m", "benchmarks.faults.storm_rank", *options]
-        environment = self._environment | {"LOCAL_RANK": str(rank)}
-        if plan.scheme == "ddp":
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={plan.ranks}"]
-            module = [*torchrun, "--max-restarts=1000", "--monitor-interval=0.1", *module]
-            own = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", VARIABLE, "GLOO_SOCKET_IFNAME")
-            environment = {name: value for name, value in environment.items() if name not in own}
-            environment["GLOO_SOCKET_IFNAME"] = "lo"
-        self._processes[rank] = self._network.start(
-            rank, [sys.executable, *module], environment, cwd=ROOT, stdout=self._output, stderr=self._output
-        )
+        environment = {"LOCAL_RANK": str(rank)} | self._launch.environment
+        self._processes[rank] = self._start_process(rank, self._launch.command, environment)
+
+    def _start_process(
+        self, place: int, module: Sequence[str], environment: Mapping[str, str]
+    ) -> subprocess.Popen[bytes]:
+        output: Any = {"stdout": self._output, "stderr": self._output}
+        whole = dict(os.environ) | ENVIRONMENT | environment
+        return self._network.start(place, [sys.executable, "-m", *module], whole, cwd=ROOT, **output)
 
     def hit(self, fault: Fault) -> None:
-        """Let ``fault`` happen now; a rank of torchrun's that is to be cut off is stopped for as long."""
+        """Let ``fault`` happen now; one that is to be cut off, and shares its links, is stopped for as long."""
         self.happened.append(Fault(time.time(), fault.kind, fault.rank))
         pid = self._pid(fault.rank)
         if pid is None:
             return  # it is starting
         if fault.kind == "kill":
             os.kill(pid, signal.SIGKILL)
-            if self._plan.scheme != "ddp":
+            if self._launch.are_apart:
                 self._processes[fault.rank].wait()
                 self._start(fault.rank)
-        elif fault.kind == "cut" and self._plan.scheme != "ddp":
+        elif fault.kind == "cut" and self._launch.are_apart:
             self._network.set_link(fault.rank, up=False)
             time.sleep(CUT)
             self._network.set_link(fault.rank, up=True)
@@ -156,8 +143,31 @@ class Run:
         return pid if pid and Path(f"/proc/{pid}/stat").exists() else None
 
 
-def run(plan: Plan, folder: Path) -> tuple[list[Step], list[Fault], float, float]:
-    """Train through the storm; return all steps, the faults, and when it began and ended, in seconds of the clock.
+@dataclass(frozen=True)
+class Seen:
+    """What a run was.
+
+    Attributes:
+        steps: that were made.
+        faults: that happened, by seconds of the clock.
+        began, ended: in seconds of the clock.
+        held: once a minute, where a store's run was watched.
+    """
+
+    steps: list[Step]
+    faults: list[Fault]
+    began: float
+    ended: float
+    held: list[Holding]
+
+
+def run(plan: Plan, folder: Path, watched: bool = False) -> Seen:
+    """Train through the storm.
+
+    Args:
+        plan: what happens.
+        folder: in which ranks write; emptied first.
+        watched: whether to look at what the processes hold; of schemes that have a store.
 
     Raises:
         RuntimeError: if the ranks do not start.
@@ -168,19 +178,27 @@ def run(plan: Plan, folder: Path) -> tuple[list[Step], list[Fault], float, float
     with Network(plan.ranks + 1) as network:
         running = Run(plan, network, folder)
         began = running.begin()
+        watch = Watch(network, plan.ranks)
+
+        def wait(until: float) -> None:
+            while (left := until - time.time()) > 0:
+                if watched:
+                    watch.look()
+                time.sleep(max(0.0, min(1.0, left)))
+
         for fault in plan.storm() if plan.faults else ():
-            time.sleep(max(0.0, began + fault.when - time.time()))
+            wait(began + fault.when)
             running.hit(fault)
-        time.sleep(max(0.0, began + plan.seconds - time.time()))
+        wait(began + plan.seconds)
         ended = time.time()
         network.stop(grace=0)  # what they do at an end is no part of this
-    return report.steps_in(folder), running.happened, began, ended
+    return Seen(report.steps_in(folder), running.happened, began, ended, watch.seen)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__spec__, __doc__)
     add = parser.add_argument
-    add("--schemes", type=listed(one_of(SCHEMES)), default=list(SCHEMES), help=f"some of {','.join(SCHEMES)}")
+    add("--schemes", type=listed(one_of(SCHEMES)), default=list(DEFAULT), help=f"some of {','.join(SCHEMES)}")
     add("--ranks", type=int, default=8)
     add("--minutes", type=float, default=10.0, help="of a run")
     add("--pace", type=float, default=0.1, help="seconds that a step takes at least")
@@ -195,16 +213,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main() -> None:
     args = parse_arguments()
     faults = round(FAULTS_AN_HOUR / 60 * args.minutes)
+    if "torchft" in args.schemes and not is_installed():
+        sys.exit("torchft is not installed (pip install torchft==0.2.0)")
     if not (args.table or args.plot):
         for scheme in args.schemes:
             for count in (0, faults):
                 plan = Plan(scheme, args.ranks, 60 * args.minutes, args.pace, count, args.seed)
                 if not report.is_there(args.results, plan.scheme, count, args.minutes):
                     with exiting():
-                        steps, happened, began, ended = run(plan, args.work_dir / f"{scheme}_{count}")
-                    report.keep(
-                        args.results, plan.scheme, args.minutes, count, args.ranks, steps, happened, began, ended
-                    )
+                        seen = run(plan, args.work_dir / f"{scheme}_{count}")
+                    made = (seen.steps, seen.faults, seen.began, seen.ended)
+                    report.keep(args.results, plan.scheme, args.minutes, count, args.ranks, *made)
     if args.plot:
         report.draw_all(args.results)
     report.show_table(args.results)

@@ -120,6 +120,10 @@ class Network:
         """Cut the link of ``rank``, or join it again: what is sent meanwhile is lost, and nobody is told."""
         _run("ip", "-n", self._switch, "link", "set", f"rank{rank}", "up" if up else "down")
 
+    def processes(self, rank: int) -> list[int]:
+        """Return the processes that run in the namespace of ``rank``."""
+        return [int(pid) for pid in _run("ip", "netns", "pids", self._of(rank)).split()]
+
     def start(self, rank: int, command: Sequence[str], env: Mapping[str, str], **popen: Any) -> subprocess.Popen[bytes]:
         """Start a process in the namespace of ``rank``; it dies with this one, and with the network."""
         # a session of its own: Ctrl-C in a terminal goes to this process, which ends the others in order

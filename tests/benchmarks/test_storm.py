@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from benchmarks.faults import storm_report as report
-from benchmarks.faults.storm import CALM, Plan
+from benchmarks.faults.storm import CALM, Plan, run
+from benchmarks.faults.storm_leaks import Holding, growth
 from benchmarks.faults.storm_report import Fault, Step
+from benchmarks.faults.storm_schemes import SCHEMES, launch_of
+from benchmarks.shared.namespaces import NetworkUnavailable, check_requirements
 
 
 def test_a_storm_is_the_same_for_all_schemes_and_leaves_time_at_both_ends() -> None:
@@ -61,3 +65,41 @@ def test_what_is_half_written_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "steps").mkdir()
     (tmp_path / "steps" / "3_17.0_99").write_text("1.5,20,0.25\n1.6,21,\n1.7")
     assert report.steps_in(tmp_path) == [Step(1.5, 3, "3_17.0_99", 20, 0.25), Step(1.6, 3, "3_17.0_99", 21, None)]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_all_ranks_are_started_one_way_or_the_other(scheme: str, tmp_path: Path) -> None:
+    launch = launch_of(scheme, 8, 0.1, tmp_path, "10.0.0.9")
+    assert launch.started == ((0,) if scheme == "ddp" else tuple(range(8)))
+    assert launch.are_apart == (launch.server is not None) == (scheme != "ddp")
+    assert str(tmp_path) in launch.command
+
+
+def test_what_grows_is_seen_and_what_only_began_is_not() -> None:
+    seen = [Holding(60.0 * k, 9, 100.0 if k < 3 else 250.0, 40, 12, 500 + k, 7) for k in range(40)]
+    found = growth(seen)
+    assert found == {"processes": 0, "memory_mib": 0, "descriptors": 0, "threads": 0, "keys": 20, "files": 0}
+
+
+@pytest.mark.long
+@pytest.mark.processes
+@pytest.mark.timeout(5000)
+@pytest.mark.parametrize("scheme", ["asynchronous", "gossip"])
+def test_an_hour_of_storm_leaves_nothing_behind(scheme: str, tmp_path: Path) -> None:
+    """125 faults; MINUTES in the environment makes it shorter."""
+    try:
+        check_requirements()
+    except NetworkUnavailable as error:
+        pytest.skip(str(error))
+    minutes = float(os.environ.get("MINUTES", "60"))
+    seen = run(Plan(scheme, 8, 60 * minutes, 0.1, round(125 * minutes / 60), 3), tmp_path / "run", watched=True)
+    found = growth(seen.held)
+    assert found["processes"] == 0, seen.held
+    assert found["memory_mib"] < 10, seen.held
+    assert found["descriptors"] <= 4, seen.held
+    assert found["threads"] <= 2, seen.held
+    assert found["keys"] <= 10 * len(seen.faults), seen.held
+    assert found["files"] <= 0, seen.held
+    made = report.numbers(scheme, 8, seen.steps, seen.faults, seen.began, seen.ended)
+    done, live = made["steps"], made["live_s"]
+    assert done and live and done > 0.9 * live / 0.11, made
