@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--period", type=int, default=4)
+    parser.add_argument("--asynchronous", action="store_true", help="at each rank's own pace: nobody waits")
     parser.add_argument("--folder", type=Path, default=Path("runs/plain_loop"))
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
@@ -50,7 +51,7 @@ def main() -> None:
     sampler: DistributedSampler = DistributedSampler(data)
     loader = DataLoader(data, 16, sampler=sampler)
 
-    with Gossip(model, alpha=0.5, period=args.period) as gossip:
+    with Gossip(model, alpha=0.5, period=args.period, asynchronous=args.asynchronous) as gossip:
         first = 0
         if args.resume:
             saved = torch.load(file)

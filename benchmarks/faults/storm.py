@@ -113,7 +113,7 @@ class Run:
         self, place: int, module: Sequence[str], environment: Mapping[str, str]
     ) -> subprocess.Popen[bytes]:
         output: Any = {"stdout": self._output, "stderr": self._output}
-        whole = dict(os.environ) | ENVIRONMENT | environment
+        whole = {**os.environ, **ENVIRONMENT, **environment}
         return self._network.start(place, [sys.executable, "-m", *module], whole, cwd=ROOT, **output)
 
     def hit(self, fault: Fault) -> None:

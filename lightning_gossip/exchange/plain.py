@@ -40,6 +40,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import PrefixStore, Store, distributed_c10d
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_gossip.arguments import (
     check_choice,
@@ -50,6 +51,7 @@ from lightning_gossip.arguments import (
 )
 from lightning_gossip.control.run import Control
 from lightning_gossip.control.stop import RunStopped
+from lightning_gossip.exchange.asynchronous import AsynchronousExchange
 from lightning_gossip.exchange.clock import Exchange
 from lightning_gossip.exchange.consensus import Consensus
 from lightning_gossip.exchange.models import check_models_agree, over, rank_zeros, shared_parameters, take
@@ -76,6 +78,8 @@ class Gossip:
         variant: ``"elastic"`` (arXiv:1812.02407), or gossiping SGD's ``"pull"`` or ``"push"`` (arXiv:1611.04581).
         alpha: of elastic gossip, in (0, 1].
         probability, period, peers, delay, wire_dtype, seed, shared_memory: as of the strategies.
+        asynchronous: whether ranks exchange at their own pace, and nobody waits for a partner but at meetings; on the
+            CPU, with ``delay=0``.
         timeout: how long an exchange may take, and how long a rank waits elsewhere for one without a sign of life.
         outer_lr, outer_momentum: of elastic gossip's outer step; 1 and 0 for none.
         nonfinite: what becomes of a replica that is not finite: ``"error"`` ends its rank, ``"heal"`` gives it a
@@ -98,6 +102,7 @@ class Gossip:
         period: int = 1,
         peers: str | Peers | Chooser = "matching",
         delay: int = 0,
+        asynchronous: bool = False,
         wire_dtype: torch.dtype | str | None = None,
         seed: int = 0,
         timeout: timedelta = timedelta(minutes=5),
@@ -115,6 +120,8 @@ class Gossip:
             raise ValueError(f"`outer_lr` and `outer_momentum` are for elastic gossip; got `variant={variant!r}`")
         schedule = Schedule(peers, probability, period, seed)
         check_integer("delay", delay, low=0, high=period - 1, why="at most period - 1")
+        if check_choice("asynchronous", asynchronous, (True, False)):
+            _check_asynchronous(delay, module)
         dtype = check_wire_dtype("wire_dtype", wire_dtype)
         shared_memory = check_choice("shared_memory", shared_memory, (True, False))
         check_timeout("timeout", timeout)
@@ -127,26 +134,25 @@ class Gossip:
             raise ValueError("`process_group` must be one that this rank is a member of")
         schedule.check_world_size(world_size)
         self._module = module
-        self._exchange: Exchange | None = None
+        self._exchange: Exchange | AsynchronousExchange | None = None
         self._closed = False
         connect = _connections(process_group)
         self._control = control = Control(connect, rank, world_size, timeout, clock=lambda: self.steps)
         with self._telling():
-            transport = LinkTransport(
-                Links(connect(), end_of_rank(rank), timeout), control, shared_memory, pin_memory=_on_gpu(module)
-            )
-            self._exchange = exchange = Exchange(
-                rank,
-                world_size,
-                schedule,
-                rule,
-                transport,
-                lambda: shared_parameters(module),
-                delay=delay,
-                wire_dtype=dtype,
-                outer=None if outer.is_plain else outer,
-                nonfinite=nonfinite,
-            )
+            place = (rank, world_size, schedule, rule)
+            options: dict[str, Any] = {"wire_dtype": dtype, "nonfinite": nonfinite}
+            options["outer"] = None if outer.is_plain else outer
+            exchange: Exchange | AsynchronousExchange
+            if asynchronous:
+                exchange = AsynchronousExchange(
+                    *place, control, connect(), lambda: shared_parameters(module), **options
+                )
+            else:
+                transport = LinkTransport(
+                    Links(connect(), end_of_rank(rank), timeout), control, shared_memory, pin_memory=_on_gpu(module)
+                )
+                exchange = Exchange(*place, transport, lambda: shared_parameters(module), delay=delay, **options)
+            self._exchange = exchange
             exchange.on_heal = on_heal
             self._meet("the start")
             with over(process_group):
@@ -162,7 +168,7 @@ class Gossip:
 
     @property
     def stats(self) -> ExchangeStats:
-        """Counts and times of this rank's exchanges."""
+        """Counts and times of this rank's exchanges; an ``AsynchronousStats`` where they are asynchronous."""
         return self._running.stats
 
     @contextmanager
@@ -172,14 +178,29 @@ class Gossip:
         Put one optimizer update in it: forward, backward and ``optimizer.step()`` of a batch, or of the last batch
         where gradients are accumulated over several.
 
+        With ``asynchronous=True`` partners copy the parameters up to the first update by an optimizer within; call
+        :meth:`shut` before parameters are changed in another way.
+
         Raises:
             PartnerLost, NotFinite: see :meth:`Exchange.end`.
             RunStopped: if some rank stopped.
         """
         self._control.check()
         self._running.begin()
-        yield
+        if isinstance(self._exchange, AsynchronousExchange):
+            before_updates = register_optimizer_step_pre_hook(lambda *_: self.shut())
+            try:
+                yield
+            finally:
+                before_updates.remove()
+        else:
+            yield
         self._running.end()
+
+    def shut(self) -> None:
+        """Let no partner copy the parameters until the step ends: something is about to change them."""
+        if isinstance(exchange := self._running, AsynchronousExchange):
+            exchange.shut()
 
     # -- together -------------------------------------------------------------------------------------------------
 
@@ -277,7 +298,7 @@ class Gossip:
     # -- parts ----------------------------------------------------------------------------------------------------
 
     @property
-    def _running(self) -> Exchange:
+    def _running(self) -> Exchange | AsynchronousExchange:
         if self._exchange is None or self._closed:
             raise RuntimeError("this Gossip is closed")
         return self._exchange
@@ -286,6 +307,8 @@ class Gossip:
         exchange = self._running
         exchange.arrive()
         meeting = self._control.meet(reason)
+        if isinstance(exchange, AsynchronousExchange):
+            return  # each rank goes by a clock of its own
         exchange.align(meeting.clock)
         if meeting.skipped:
             exchange.reset_links(meeting.number)
@@ -295,6 +318,13 @@ class Gossip:
         consensus = Consensus(self._module)
         with over(self._group):
             return consensus, consensus.build()
+
+
+def _check_asynchronous(delay: int, module: nn.Module) -> None:
+    if delay:
+        raise ValueError(f"`delay` must be 0 with `asynchronous=True`, got {delay}: nobody waits for an exchange")
+    if _on_gpu(module):
+        raise ValueError("`asynchronous=True` runs on the CPU; the module is on a GPU")
 
 
 def _rule(variant: str, alpha: float) -> MixingRule:

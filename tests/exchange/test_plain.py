@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from asynchronous_replay import replay
 from forked import Linear, fit, regression
 from lightning.fabric import Fabric
 from processes import run_processes
@@ -17,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gossip import ElasticGossipStrategy, Gossip, GossipStrategy, ReplicaFabricStrategy
+from lightning_gossip.rules.mixing import ElasticMixing, PullMixing
 
 RANKS, EPOCHS = 4, 3
 
@@ -183,6 +187,71 @@ def test_ranks_with_unequal_numbers_of_batches_meet_at_an_epochs_end(tmp_path: P
     assert run_processes(tmp_path, 2, body) == [8, 8]
 
 
+class Theta(nn.Module):
+    """One parameter of five numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+
+
+LR = 0.1
+
+
+def goal(rank: int, step: int) -> Tensor:
+    return torch.arange(5, dtype=torch.float64) * (rank + 1) + step % 7
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["optimizer", "by hand"])
+@pytest.mark.parametrize("variant", ["elastic", "pull"])
+def test_asynchronous_gossip_equals_its_replay_whoever_is_slow(tmp_path: Path, variant: Any, by_hand: bool) -> None:
+    """Also over a consensus in the middle; the mean moves by the optimizers alone where pairs are symmetric."""
+    steps = (60, 90, 40, 70)
+
+    def body(rank: int) -> Any:
+        model = Theta()
+        optimizer = torch.optim.SGD(model.parameters(), LR)
+        updates = torch.zeros(5, dtype=torch.float64)
+        with Gossip(model, variant, alpha=0.4, peers="uniform", period=2, asynchronous=True) as gossip:
+            exchange: Any = gossip._running
+            exchange.records = []
+            for step in range(1, steps[rank] + 1):
+                with gossip.step():
+                    time.sleep(0.001 * (1 + rank))
+                    model.theta.grad = model.theta.detach() - goal(rank, step)
+                    updates -= LR * model.theta.grad
+                    if by_hand:
+                        gossip.shut()
+                        with torch.no_grad():
+                            model.theta -= LR * model.theta.grad
+                    else:
+                        optimizer.step()
+                if step == steps[rank] // 2:
+                    with gossip.consensus():
+                        pass
+            gossip.adopt_consensus()
+            counts = gossip.stats
+        return exchange.records, model.theta.detach(), updates, counts
+
+    ranks = run_processes(tmp_path, RANKS, body)
+    begun = dict.fromkeys(range(RANKS), np.zeros(5))
+    rule = ElasticMixing(0.4) if variant == "elastic" else PullMixing()
+    ends = replay(
+        begun,
+        dict(enumerate(steps)),
+        {rank: records for rank, (records, *_) in enumerate(ranks)},
+        lambda theta, rank, step: -LR * (theta - goal(rank, step).numpy()),
+        lambda partners: rule.weight(partners),
+    )
+    mean = np.mean(list(ends.values()), axis=0)
+    for _, adopted, _, counts in ranks:
+        np.testing.assert_allclose(adopted.numpy(), mean, rtol=0, atol=1e-12)
+        assert counts.exchanges > 5
+    if variant == "elastic":
+        moved = torch.stack([updates for _, _, updates, _ in ranks]).mean(0).numpy()
+        np.testing.assert_allclose(mean, moved, rtol=0, atol=1e-12)
+
+
 @pytest.mark.faults
 def test_the_others_are_told_what_ended_a_rank(tmp_path: Path) -> None:
     def body(rank: int) -> None:
@@ -211,6 +280,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
             ({"variant": "elastik"}, "`variant` must be one of 'elastic', 'pull', 'push'"),
             ({"variant": "pull", "outer_momentum": 0.9}, "are for elastic gossip"),
             ({"delay": 1}, "`delay` must be an integer from 0 to 0"),
+            ({"delay": 1, "period": 2, "asynchronous": True}, "`delay` must be 0 with `asynchronous=True`, got 1"),
+            ({"asynchronous": "yes"}, "`asynchronous` must be"),
             ({"alpha": 0}, "`alpha` must be"),
             ({"wire_dtype": "bf16"}, "say 'bfloat16'"),
         ]
