@@ -218,12 +218,12 @@ def test_asynchronous_gossip_equals_its_replay_whoever_is_slow(tmp_path: Path, v
             for step in range(1, steps[rank] + 1):
                 with gossip.step():
                     time.sleep(0.001 * (1 + rank))
-                    model.theta.grad = model.theta.detach() - goal(rank, step)
-                    updates -= LR * model.theta.grad
+                    gradient = model.theta.grad = model.theta.detach() - goal(rank, step)
+                    updates -= LR * gradient
                     if by_hand:
                         gossip.shut()
                         with torch.no_grad():
-                            model.theta -= LR * model.theta.grad
+                            model.theta.sub_(LR * gradient)
                     else:
                         optimizer.step()
                 if step == steps[rank] // 2:
