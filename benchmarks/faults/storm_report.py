@@ -14,6 +14,9 @@ from benchmarks.shared import plots, rows
 from benchmarks.shared.tables import show
 
 FILE, CURVES, EVENTS = "faults_storm.csv", "faults_storm_steps.csv", "faults_storm_events.csv"
+OWN_MOST = 20.0
+"""Seconds of a fault that count as its own rank's outage at most: a standstill of all is none."""
+
 EVERY = 2.0
 """Seconds from one point of a curve to the next."""
 MARKS = {"kill": "x", "stop": "s", "cut": "|"}
@@ -70,12 +73,12 @@ def numbers(
 ) -> dict[str, float | None]:
     """Return what a run has done.
 
-    ``live_s`` is the time of all ranks less what each was kept from training by its own faults; ``steps`` counts those
-    of all ranks in that time, under DDP the ones that were made twice once.
+    ``live_s`` is the time of all ranks less what each was kept from training by its own faults, :data:`OWN_MOST` seconds
+    by each at most; ``steps`` counts those of all ranks in that time, under DDP the ones that were made twice once.
     """
     within = [step for step in steps if began <= step.when <= ended]
     times = {rank: [step.when for step in within if step.rank == rank] for rank in range(ranks)}
-    outage = sum(_next(times[fault.rank], fault.when, ended) - fault.when for fault in faults)
+    outage = sum(min(OWN_MOST, _next(times[fault.rank], fault.when, ended) - fault.when) for fault in faults)
     once = (within[-1].number - within[0].number + 1) * ranks
     done = float(once if scheme == "ddp" else len(within))
     gaps, back = [], []

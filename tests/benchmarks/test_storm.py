@@ -42,6 +42,13 @@ def test_a_rank_is_not_charged_for_its_own_faults_but_the_others_are() -> None:
     assert found["loss"] == 0.5
 
 
+def test_a_standstill_of_all_is_no_outage_of_one() -> None:
+    both = sorted([*steps(0, [1.0, 80.0]), *steps(1, [1.0, 80.0])], key=lambda step: step.when)
+    found = report.numbers("ddp", 2, both, [Fault(2.0, "kill", 1)], 0.0, 100.0)
+    assert found["live_s"] == 2 * 100 - report.OWN_MOST
+    assert found["next_step_s"] == 78.0
+
+
 def test_what_ddp_makes_twice_counts_once() -> None:
     again = [*steps(0, [1.0, 2.0, 3.0]), *steps(0, [5.0, 6.0, 7.0], "b", 2)]
     found = report.numbers("ddp", 1, again, [], 0.0, 8.0)
