@@ -3,9 +3,10 @@
     python -m benchmarks.scale            # computes the rows that are missing, and draws them
     python -m benchmarks.scale --check    # compares the model with what benchmarks.network measured, and mathematics
 
-Who exchanges with whom and how replicas mix are the package's own code (model.py); time is a model of a link
-(bandwidth, latency) and of computing (even, or with stalls: a step takes 3 times as long with probability 0.1). A ring
-all-reduce stands beside it: 2·N·(n − 1)/n bytes and 2·(n − 1) latencies, under the backward pass as far as it fits.
+Who exchanges with whom and how replicas mix are the package's own code, and so is the model (`rules/simulation.py`);
+time is that of a link (bandwidth, latency) and of computing (even, or with stalls: a step takes 3 times as long with
+probability 0.1). A ring all-reduce stands beside it: 2·N·(n − 1)/n bytes and 2·(n − 1) latencies, under the backward
+pass as far as it fits.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ import torch
 
 from benchmarks import RESULTS
 from benchmarks.scale.check import check
-from benchmarks.scale.model import Clocks, Machine, Replicas, Setting, all_reduce_step, growth, simulate
 from benchmarks.shared import plots
 from benchmarks.shared.options import make_parser
 from benchmarks.shared.plots import COLOURS, Axes, Figure
 from benchmarks.shared.rows import Row, append, find, read
 from benchmarks.shared.workloads import TASKS
 from lightning_gossip.rules.mixing import ElasticMixing
+from lightning_gossip.rules.simulation import Clocks, Machine, Replicas, Setting, all_reduce_step, growth, simulate
 
 RANKS = (16, 64, 256, 1024, 4096)
 PEERS = ("matching", "uniform", "ring", "exponential")

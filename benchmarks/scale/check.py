@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.network.schemes import FILES, GOSSIP
-from benchmarks.scale.model import Clocks, Machine, Replicas, Setting, all_reduce_step, growth, simulate
 from benchmarks.shared.rows import Row, find, read
 from benchmarks.shared.workloads import TASKS
 from lightning_gossip.rules.mixing import ElasticMixing
+from lightning_gossip.rules.simulation import Clocks, Machine, Replicas, Setting, all_reduce_step, growth, simulate
 
 TOLERANCE = 0.15
 """Of the model's step time to the measured one."""

@@ -18,8 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.scale.model import Machine, all_reduce_step
 from benchmarks.text.schemes import POST_LOCAL_START, POWERSGD_START, Row
+from lightning_gossip.rules.simulation import Machine, all_reduce_step
 
 BANDWIDTH = 200e6
 """Bits a second of a rank's uplink, and of its downlink."""

@@ -1,8 +1,8 @@
 """Replicas and clocks of many ranks, moved by the package's own schedule and mixing rule.
 
 No parameters are trained and nothing is sent: replicas are short random vectors, time is computed. Whatever the number
-of ranks, who exchanges with whom, and what is made of it, come from :mod:`lightning_gossip.rules.schedule` and
-:mod:`lightning_gossip.rules.mixing`.
+of ranks, who exchanges with whom, and what is made of it, come from :mod:`~lightning_gossip.rules.schedule` and
+:mod:`~lightning_gossip.rules.mixing`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Setting:
     seed: int = 0
 
     def schedule(self) -> Schedule:
+        """Return who chooses whom."""
         return Schedule(self.peers, self.probability, self.period, self.seed)
 
 
@@ -88,6 +89,21 @@ class Machine:
     def mean_step(self) -> float:
         """Seconds of a rank's own mean step, which waits for nobody."""
         return self.compute * (1 + self.stall_probability * (self.stall_factor - 1))
+
+
+@dataclass(frozen=True)
+class Uneven(Machine):
+    """A machine whose ranks have speeds of their own.
+
+    Args:
+        speeds: of each rank, what multiplies the time of its steps.
+    """
+
+    speeds: tuple[float, ...] = ()
+
+    def step_times(self, ranks: int, rng: np.random.Generator) -> Seconds:
+        """See :meth:`Machine.step_times`."""
+        return self.compute * np.array(self.speeds)
 
 
 class Edges:
