@@ -24,15 +24,16 @@ SIMULATED_RANKS = 64
 ROUNDS = 64
 """That are simulated; the second half of them counts."""
 DIMENSION = 64
+"""Of the vectors that stand for replicas by step."""
 FINEST = 32
-"""Simulated steps that an exchange lasts, at most, where nobody waits: several of a training's are one of them then."""
+"""Steps that an exchange is simulated in, at least, where nobody waits: of more than twice as many several are one."""
 
 # A rank's own processor time for a byte, in seconds: medians of benchmarks/results/exchange.csv and exchange_outer.csv
 MIXED = 0.40e-9  # of parameters: snapshot and mixing
 CARRIED = 0.55e-9  # that travels: into the kernel, and another out of it
 REDUCED = 0.75e-9  # that DDP sends
 AVERAGED = 1.8e-9  # that a round of LocalSGD or DiLoCo sends
-TRIP = 1.3e-9  # of Downpour's round trip: 12 passes over memory beside the 6 of MIXED, and CARRIED
+TRIP = 1.3e-9  # of Downpour's round trip; counted: 12 passes over memory where MIXED has 6, and CARRIED
 
 
 @dataclass(frozen=True)
