@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-faults test test-quick test-long lint types clean
+.PHONY: demo demo-faults test test-quick test-long lint types build clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/iris.py --devices 4 --strategy elastic-gossip
@@ -37,6 +37,11 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
+build: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 $(INSTALLED): pyproject.toml
 	@test -x $(BIN)/python || test -n "$(PYTHON)" || { \
 	  echo "make needs Python 3.11 or newer with its venv and ensurepip modules (Debian: apt install python3-venv);" \
@@ -46,4 +51,4 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
