@@ -87,6 +87,10 @@ class ReplicaSubprocessLauncher(_SubprocessScriptLauncher):
         self.survives = survives
         self.left = False  # whether this process takes part no more, and its children go on
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out its processes, for who copies or pickles a strategy that has trained: they can be neither."""
+        return vars(self) | {"procs": []}
+
     @override
     def _call_children_scripts(self) -> None:
         if self.survives:

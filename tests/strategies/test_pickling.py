@@ -15,6 +15,7 @@ import pytest
 import torch
 from environments import LEAN
 from forked import Linear, fit, recorded, regression
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, MetricCollection, MetricTracker
@@ -128,3 +129,23 @@ def test_copies_of_metrics_made_in_training_pool_the_ranks(tmp_path: Path) -> No
 
     ranks = fit(tmp_path, Tracks(), strategies()[0], max_epochs=1, val=DataLoader(regression(), 8))
     assert [rank["mean"] for rank in ranks] == [0.5, 0.5]
+
+
+def test_a_strategy_that_has_started_ranks_can_be_copied_and_pickled() -> None:
+    from lightning_gossip import ElasticGossipStrategy
+    from lightning_gossip.strategies.launchers import ReplicaSubprocessLauncher
+
+    strategy = ElasticGossipStrategy(period=8, cluster_environment=LightningEnvironment())
+    strategy.parallel_devices = [torch.device("cpu")] * 2
+    strategy._configure_launcher()
+    launcher = strategy._launcher
+    assert isinstance(launcher, ReplicaSubprocessLauncher)
+    launcher.procs.append(subprocess.Popen(["true"]))  # as it does for a further rank
+    try:
+        twins: list[Any] = [copy.deepcopy(strategy), pickle.loads(pickle.dumps(strategy))]
+        for twin in twins:
+            assert twin._launcher.procs == []
+            assert twin._launcher.report.__self__ is twin
+        assert len(launcher.procs) == 1
+    finally:
+        launcher.procs[0].wait(10)
