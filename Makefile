@@ -9,11 +9,12 @@ PYTHON ?= $(shell for python in $(CANDIDATES); do $$python -c '$(SUITS)' 2>/dev/
 WORKERS = $(shell expr 1 + $$(nproc))
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 INSTALLED := $(VENV)/.installed
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-faults test test-quick test-long lint types build clean
+.PHONY: demo demo-faults test test-quick test-long test-oldest lint types build clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/iris.py --devices 4 --strategy elastic-gossip
@@ -29,6 +30,15 @@ test-quick: $(INSTALLED)
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest --long -m long
+
+# The oldest versions that are supported, without torchvision and so without the examples.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest --ignore tests/examples --ignore tests/benchmarks -n $(WORKERS) --maxprocesses 4
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[report,test]'
+	touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -51,4 +61,4 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

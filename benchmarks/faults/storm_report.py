@@ -73,8 +73,8 @@ def numbers(
 ) -> dict[str, float | None]:
     """Return what a run has done.
 
-    ``live_s`` is the time of all ranks less what each was kept from training by its own faults, :data:`OWN_MOST` seconds
-    by each at most; ``steps`` counts those of all ranks in that time, under DDP the ones that were made twice once.
+    ``live_s`` is the time of all ranks less what each was kept from training by its own faults, :data:`OWN_MOST`
+    seconds by each at most; ``steps`` counts those of all ranks in that time, under DDP what was made twice once.
     """
     within = [step for step in steps if began <= step.when <= ended]
     times = {rank: [step.when for step in within if step.rank == rank] for rank in range(ranks)}

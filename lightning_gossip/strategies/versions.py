@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
-TESTED = {"torch": ((2, 14), (2, 14)), "lightning": ((2, 6), (2, 6)), "pytorch-lightning": ((2, 6), (2, 6))}
+TESTED = {"torch": ((2, 13), (2, 14)), "lightning": ((2, 6), (2, 6)), "pytorch-lightning": ((2, 6), (2, 6))}
 """The oldest and the newest minor version of each with which the tests pass."""
 
 

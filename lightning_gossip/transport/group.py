@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store
+from torch.distributed import PrefixStore, Store, distributed_c10d
 
 from lightning_gossip.control.meeting import Meeting
 
@@ -153,7 +153,7 @@ class DefaultGroup:
             world_size=len(members),
             timeout=_CONNECT,
         )
-        dist.set_timeout(timeout)
+        _set_timeout(timeout)
         self._sound = True
 
     @contextlib.contextmanager
@@ -185,6 +185,11 @@ class DefaultGroup:
         self._sound = False
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _set_timeout(timeout: timedelta) -> None:
+    """Set the timeout of waits in the default group; torch 2.13 has no public name for that."""
+    getattr(dist, "set_timeout", distributed_c10d._set_pg_timeout)(timeout)
 
 
 def give_up(group: Any, index: int, size: int) -> None:

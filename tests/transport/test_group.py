@@ -14,6 +14,7 @@ import torch.distributed as dist
 from processes import run_processes
 
 from lightning_gossip.control.meeting import Meeting
+from lightning_gossip.transport import group as group_of_torch
 from lightning_gossip.transport.group import DefaultGroup
 
 pytestmark = [pytest.mark.processes, pytest.mark.faults]
@@ -61,7 +62,7 @@ def when_the_last_key_was_read(group: DefaultGroup, loss: Loss) -> None:
 
 
 def before_the_timeout_is_set(group: DefaultGroup, loss: Loss) -> None:
-    dist.set_timeout = loss.after(dist.set_timeout)
+    vars(group_of_torch)["_set_timeout"] = loss.after(vars(group_of_torch)["_set_timeout"])
 
 
 def within_the_collective(group: DefaultGroup, loss: Loss) -> None:
