@@ -57,7 +57,9 @@ def launch_of(scheme: str, ranks: int, pace: float, folder: Path, server: str) -
     if scheme == "ddp":
         torchrun = ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--max-restarts=1000")
         command = (*torchrun, "--monitor-interval=0.1", "-m", *rank)
-        return Launch(command, {"GLOO_SOCKET_IFNAME": "lo"}, (0,), are_apart=False)
+        # or workers that are started again find in the agent's store where those before them listened
+        fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        return Launch(command, {"GLOO_SOCKET_IFNAME": "lo"} | fresh, (0,), are_apart=False)
     at_store = {"MASTER_ADDR": server, "MASTER_PORT": f"{PORT}", VARIABLE: "True", "GLOO_SOCKET_IFNAME": INTERFACE}
     return Launch(rank, at_store, each, ("lightning_gossip", "store", "--port", f"{PORT}"))
 
