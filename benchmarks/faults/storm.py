@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from benchmarks import RESULTS, ROOT
 from benchmarks.faults import storm_report as report
 from benchmarks.faults.storm_leaks import Holding, Watch
 from benchmarks.faults.storm_report import Fault, Step
-from benchmarks.faults.storm_schemes import DEFAULT, LOST_AFTER, SCHEMES, Launch, is_installed, launch_of
+from benchmarks.faults.storm_schemes import DEFAULT, LOST_AFTER, SCHEMES, WATCHED, Launch, is_installed, launch_of
 from benchmarks.shared.namespaces import ENVIRONMENT, Network, exiting
 from benchmarks.shared.options import listed, make_parser, one_of
 
@@ -113,7 +113,7 @@ class Run:
         self, place: int, module: Sequence[str], environment: Mapping[str, str]
     ) -> subprocess.Popen[bytes]:
         output: Any = {"stdout": self._output, "stderr": self._output}
-        whole = {**os.environ, **ENVIRONMENT, **environment}
+        whole = {**os.environ, **ENVIRONMENT, "TMPDIR": str(self._folder / "temporary"), **environment}
         return self._network.start(place, [sys.executable, "-m", *module], whole, cwd=ROOT, **output)
 
     def hit(self, fault: Fault) -> None:
@@ -175,10 +175,11 @@ def run(plan: Plan, folder: Path, watched: bool = False) -> Seen:
     """
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "steps").mkdir(parents=True)
+    (folder / "temporary").mkdir()
     with Network(plan.ranks + 1) as network:
         running = Run(plan, network, folder)
         began = running.begin()
-        watch = Watch(network, plan.ranks)
+        watch = Watch(network, plan.ranks, folder / "temporary")
 
         def wait(until: float) -> None:
             while (left := until - time.time()) > 0:
@@ -205,6 +206,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--seed", type=int, default=1, help="of the faults")
     add("--work-dir", type=Path, default=ROOT / "logs" / "storm", help="what the ranks write")
     add("--results", type=Path, default=RESULTS, help="folder of the rows")
+    add("--watch", action="store_true", help="what the processes of a gossip's run hold, once a minute, gets rows too")
     add("--table", action="store_true", help="print what is there, and run nothing")
     add("--plot", action="store_true", help="draw what is there, and run nothing")
     return parser.parse_args(arguments)
@@ -221,7 +223,9 @@ def main() -> None:
                 plan = Plan(scheme, args.ranks, 60 * args.minutes, args.pace, count, args.seed)
                 if not report.is_there(args.results, plan.scheme, count, args.minutes):
                     with exiting():
-                        seen = run(plan, args.work_dir / f"{scheme}_{count}")
+                        watched = args.watch and scheme in WATCHED
+                        seen = run(plan, args.work_dir / f"{scheme}_{count}", watched)
+                    report.keep_held(args.results, scheme, args.minutes, count, [asdict(held) for held in seen.held])
                     made = (seen.steps, seen.faults, seen.began, seen.ended)
                     report.keep(args.results, plan.scheme, args.minutes, count, args.ranks, *made)
     if args.plot:

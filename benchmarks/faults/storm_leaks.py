@@ -6,7 +6,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -32,7 +31,7 @@ class Holding:
         descriptors: of the rank that has most open.
         threads: of the rank that has most.
         keys: in the run's store.
-        files: in the folders for temporary files and shared memory.
+        files: in the folder for temporary files, which is the run's own.
     """
 
     second: float
@@ -50,10 +49,11 @@ class Watch:
     Args:
         network: of the run.
         place: of its store.
+        temporary: the folder for temporary files.
     """
 
-    def __init__(self, network: Network, place: int) -> None:
-        self._network, self._place = network, place
+    def __init__(self, network: Network, place: int, temporary: Path) -> None:
+        self._network, self._place, self._temporary = network, place, temporary
         self._began = self._next = time.monotonic()
         self.seen: list[Holding] = []
 
@@ -66,7 +66,6 @@ class Watch:
         processes = [pid for place in range(self._place + 1) for pid in self._network.processes(place)]
         ranks = [pid for place in range(self._place) for pid in self._network.processes(place)]
         found = [status for pid in ranks if (status := _status(pid)) is not None]
-        folders = {tempfile.gettempdir(), "/dev/shm"}
         self.seen.append(
             Holding(
                 round(now - self._began, 1),
@@ -75,7 +74,7 @@ class Watch:
                 max((descriptors for _, descriptors, _ in found), default=0),
                 max((threads for _, _, threads in found), default=0),
                 self._keys(),
-                sum(len(os.listdir(folder)) for folder in folders),
+                sum(1 for _ in self._temporary.rglob("*")),
             )
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from benchmarks.shared import plots, rows
 from benchmarks.shared.tables import show
 
 FILE, CURVES, EVENTS = "faults_storm.csv", "faults_storm_steps.csv", "faults_storm_events.csv"
+HELD = "faults_storm_held.csv"
 OWN_MOST = 20.0
 """Seconds of a fault that count as its own rank's outage at most: a standstill of all is none."""
 
@@ -135,6 +136,13 @@ def keep(
         rows.append(results / EVENTS, told)
     row: dict[str, Any] = run | {"ranks": ranks} | numbers(scheme, ranks, steps, faults, began, ended)
     rows.append(results / FILE, [row])
+
+
+def keep_held(results: Path, scheme: str, minutes: float, count: int, held: Sequence[Mapping[str, Any]]) -> None:
+    """Append what a run's processes held, a row a look."""
+    run = {"scheme": scheme, "minutes": minutes, "faults": count}
+    if held:
+        rows.append(results / HELD, [run | dict(one) for one in held])
 
 
 def show_table(results: Path) -> None:

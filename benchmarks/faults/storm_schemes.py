@@ -11,6 +11,8 @@ from lightning_gossip.control.store import VARIABLE
 
 SCHEMES = ("asynchronous", "gossip", "ddp", "torchft")
 DEFAULT = ("asynchronous", "gossip", "ddp")
+WATCHED = ("asynchronous", "gossip")
+"""Those with a store of this package's."""
 
 LOST_AFTER = 5.0
 """Seconds without a sign of life after which a rank is lost."""

@@ -90,6 +90,7 @@ def test_what_grows_is_seen_and_what_only_began_is_not() -> None:
 
 @pytest.mark.long
 @pytest.mark.processes
+@pytest.mark.faults
 @pytest.mark.timeout(5000)
 @pytest.mark.parametrize("scheme", ["asynchronous", "gossip"])
 def test_an_hour_of_storm_leaves_nothing_behind(scheme: str, tmp_path: Path) -> None:
