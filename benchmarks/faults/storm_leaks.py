@@ -58,11 +58,13 @@ class Watch:
         self.seen: list[Holding] = []
 
     def look(self) -> None:
-        """Look, if it is time."""
+        """Look, if it is time; a machine that has none for it is looked at a minute later."""
         now = time.monotonic()
         if now < self._next:
             return
         self._next += EVERY
+        if (keys := self._keys()) is None:
+            return
         processes = [pid for place in range(self._place + 1) for pid in self._network.processes(place)]
         ranks = [pid for place in range(self._place) for pid in self._network.processes(place)]
         found = [status for pid in ranks if (status := _status(pid)) is not None]
@@ -73,17 +75,21 @@ class Watch:
                 max((memory for memory, _, _ in found), default=0.0),
                 max((descriptors for _, descriptors, _ in found), default=0),
                 max((threads for _, _, threads in found), default=0),
-                self._keys(),
+                keys,
                 sum(1 for _ in self._temporary.rglob("*")),
             )
         )
 
-    def _keys(self) -> int:
+    def _keys(self) -> int | None:
         address = self._network.address(self._place)
         command = [sys.executable, "-c", _KEYS, address, str(PORT)]
         environment = dict(os.environ) | ENVIRONMENT
         with self._network.start(self._place, command, environment, stdout=subprocess.PIPE) as process:
-            output, _ = process.communicate(timeout=60)
+            try:
+                output, _ = process.communicate(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return None
         return int(output)
 
 
