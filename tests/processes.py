@@ -28,7 +28,8 @@ def run_processes(
         try:
             dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
             result = ("returned", body(rank))
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
         except BaseException:  # noqa: BLE001 - given to the caller
             result = ("raised", traceback.format_exc())
         torch.save(result, folder / f"process_{rank}.pt")

@@ -392,7 +392,16 @@ class LooksAtDisk(Recorder):
         path = self.folder / "saved" / "last.ckpt"
         if path.exists():
             time.sleep(0.02)
-            self.seen.setdefault("steps", []).append(replica_of(path, trainer.global_rank)["global_step"])
+            self.seen.setdefault("steps", []).append(self._replica(path, trainer.global_rank)["global_step"])
+
+    def _replica(self, path: Path, rank: int) -> dict[str, Any]:
+        before = path.stat().st_mtime_ns
+        try:
+            return replica_of(path, rank)
+        except FileNotFoundError:
+            if path.stat().st_mtime_ns == before:
+                raise
+            return self._replica(path, rank)  # the next one came between the two files
 
 
 def test_with_a_backlog_of_writes_the_files_of_the_checkpoint_on_disk_stay(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ def test_nobody_waits_for_one_that_is_lost(
             moment(group, loss)
         began = time.monotonic()
         if rank == 1:
-            once(2)
+            with suppress(RuntimeError):  # where rank 0 has given the group up before it was there
+                once(2)
             store.wait(["through"], LONG)
             return 0.0
         with pytest.raises(RuntimeError):
