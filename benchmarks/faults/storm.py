@@ -31,7 +31,8 @@ from benchmarks import RESULTS, ROOT
 from benchmarks.faults import storm_report as report
 from benchmarks.faults.storm_leaks import Holding, Watch
 from benchmarks.faults.storm_report import Fault, Step
-from benchmarks.faults.storm_schemes import DEFAULT, LOST_AFTER, SCHEMES, WATCHED, Launch, is_installed, launch_of
+from benchmarks.faults.storm_schemes import DEFAULT, LOST_AFTER, SCHEMES, WATCHED, Launch, launch_of
+from benchmarks.network import torchft_loop
 from benchmarks.shared.namespaces import ENVIRONMENT, Network, exiting
 from benchmarks.shared.options import listed, make_parser, one_of
 
@@ -215,8 +216,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main() -> None:
     args = parse_arguments()
     faults = round(FAULTS_AN_HOUR / 60 * args.minutes)
-    if "torchft" in args.schemes and not is_installed():
-        sys.exit("torchft is not installed (pip install torchft==0.2.0)")
+    if "torchft" in args.schemes and not torchft_loop.is_installed():
+        sys.exit(torchft_loop.MISSING)
     if not (args.table or args.plot):
         for scheme in args.schemes:
             for count in (0, faults):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,8 +63,3 @@ def launch_of(scheme: str, ranks: int, pace: float, folder: Path, server: str) -
         return Launch(command, {"GLOO_SOCKET_IFNAME": "lo"} | fresh, (0,), are_apart=False)
     at_store = {"MASTER_ADDR": server, "MASTER_PORT": f"{PORT}", VARIABLE: "True", "GLOO_SOCKET_IFNAME": INTERFACE}
     return Launch(rank, at_store, each, ("lightning_gossip", "store", "--port", f"{PORT}"))
-
-
-def is_installed() -> bool:
-    """Whether torchft is."""
-    return importlib.util.find_spec("torchft") is not None

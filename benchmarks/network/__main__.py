@@ -106,7 +106,7 @@ def run(kind: str, args: argparse.Namespace) -> None:
     setups = report.setups_of(kind)
     if kind == "outer" and not torchft_loop.is_installed():
         setups = [name for name in setups if name not in TORCHFT]
-        print("torchft is not installed (pip install torchft==0.2.0): left out", file=sys.stderr)
+        print(f"{torchft_loop.MISSING}: left out", file=sys.stderr)
     factor = {"rates": 1.0, "outer": 1.0, "stalls": STALL_FACTOR, "straggler": args.straggler}[kind]
     for rate in rates:
         here = {"rate_mbit": f"{rate:.4g}", "factor": f"{factor:.4g}", "ranks": RANKS}

@@ -21,6 +21,8 @@ from benchmarks.shared.plain_loop import PlainSetup
 from benchmarks.shared.side_by_side import Block, Plan
 from benchmarks.shared.workloads import Batch, Model
 
+MISSING = "torchft is not installed (pip install torchft==0.2.0)"
+
 OUTER: dict[str, Any] = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
 """Of torch's SGD in the outer step."""
 

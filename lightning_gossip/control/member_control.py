@@ -190,7 +190,8 @@ class MemberControl(WatchingControl):
         """
 
         def find() -> T | None:
-            self.check_over()
+            if self._store.check([OVER]):
+                raise RunOver(self._store.get(OVER).decode())
             return look()
 
         with self.reaching_store():
@@ -199,12 +200,6 @@ class MemberControl(WatchingControl):
                 if not self._log.whole:
                     self.stop("error", f"nobody is left who could take in rank {self.rank}")
         return found
-
-    def check_over(self) -> None:
-        """Raise :class:`RunOver` if training is over."""
-        with self.reaching_store():
-            if self._store.check([OVER]):
-                raise RunOver(self._store.get(OVER).decode())
 
     def _look_for_donor(self) -> int | None:
         change = self._log.last_change(self.rank)
