@@ -132,10 +132,10 @@ class Returning(Mortal):
         exchange = self.exchange_of(parameter)
         exchange.load_state_dict(state["exchange"])
         self.at("loaded")
-        self.stay.donor, self.stay.taken_at = donor, state["step"]
+        self.stay.donor, self.stay.taken_at = donor.rank, state["step"]
         self.stay.theta = parameter.detach().numpy().copy()
         self.step = state["step"]
-        clock = self.control.clock_to_join(self.control.tell_joined(donor))
+        clock = self.control.clock_to_join(self.control.tell_joined(donor.rank))
         # which meetings it comes to follows from the donor's step: it makes no step before one that it has passed
         own = min([clock, *(m - 1 for m in state["meetings"]), self.run.steps - 1])
         self.step = self.stay.began_after = self.life.steps = max(own, state["step"])

@@ -152,11 +152,11 @@ class Returning(Mortal):
         rounds = self.rounds_of(model)
         rounds.load_state_dict(state["rounds"])
         self.step = self.stay.began_after = rounds.step
-        self.stay.donor = donor, int(state["by"])
+        self.stay.donor = donor.rank, int(state["by"])
         self.stay.began_with = _whole(rounds, model)
         self.once("loaded")
         time.sleep(self.run.loading)
-        self.control.tell_joined(donor)
+        self.control.tell_joined(donor.rank)
         self.once("joined")
         if self.doom[0]:
             self.doom = (self.step + self.doom[0], self.doom[1])

@@ -203,7 +203,7 @@ class Mortal:
             announce(*args)
             self.at("after its word")
 
-        def going_on(partner: int, why: str, incarnation: int | None = None) -> bool:
+        def going_on(partner: int, why: str, incarnation: int) -> bool:
             if self.dies("after its header") or self.dies("in mid-payload"):
                 raise Killed
             return skips(partner, why, incarnation)

@@ -4,8 +4,29 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch.distributed import Store
+
+
+class Process(NamedTuple):
+    """One that came to a rank's seat: who comes to it once that one is lost is another.
+
+    Attributes:
+        rank: the seat.
+        incarnation: how many came to it before.
+    """
+
+    rank: int
+    incarnation: int
+
+    def __str__(self) -> str:
+        return f"{self.rank}.{self.incarnation}"
+
+    @classmethod
+    def of(cls, name: str) -> Process:
+        """Return whom :meth:`__str__` names."""
+        return cls(*map(int, name.split(".")))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch.distributed import Store
 from typing_extensions import override
 
-from lightning_gossip.control.meeting import Meeting
+from lightning_gossip.control.meeting import Meeting, Process
 from lightning_gossip.control.members import JOINED, JOINING, Change
 from lightning_gossip.control.run import HEARTBEAT, LOOK
 from lightning_gossip.control.store import value_of
@@ -57,9 +57,7 @@ class MemberControl(WatchingControl):
         missing = list(range(self.world_size))
         with self.reaching_store():
             while missing:
-                missing = [
-                    rank for rank in missing if not self.is_lost(rank) and not self._store.check([f"process/{rank}.0"])
-                ]
+                missing = [k for k in missing if not (self.is_lost(k, 0) or self._store.check([f"process/{k}.0"]))]
                 if time.monotonic() >= deadline:
                     for rank in missing:
                         self._declare(self._store, rank, 0, f"no process came within {seconds:g} s")
@@ -170,8 +168,8 @@ class MemberControl(WatchingControl):
             number = self._store.add("joins", 1)
             self._store.set(f"join/{number}", f"{self.rank}.{self.incarnation}")
 
-    def await_donor(self) -> int:
-        """Wait until a member has taken this process in, and return its rank.
+    def await_donor(self) -> Process:
+        """Wait until a member has taken this process in, and return it.
 
         Raises:
             RunStopped, RunOver: as :meth:`await_members`.
@@ -201,10 +199,12 @@ class MemberControl(WatchingControl):
                     self.stop("error", f"nobody is left who could take in rank {self.rank}")
         return found
 
-    def _look_for_donor(self) -> int | None:
+    def _look_for_donor(self) -> Process | None:
         change = self._log.last_change(self.rank)
-        taken_in = change is not None and (change.kind, change.incarnation) == (JOINING, self.incarnation)
-        return change.by if change is not None and taken_in else None
+        if change is None or (change.kind, change.incarnation) != (JOINING, self.incarnation):
+            return None
+        [incarnation] = self._log.incarnations_of(change.number, (change.by,))
+        return Process(change.by, incarnation)
 
     def take_in(self) -> Change | None:
         """Append that the :attr:`guest` is joining; return the entry, or None where it is no more to be taken in.

@@ -23,7 +23,7 @@ from torch.distributed import DistNetworkError, DistStoreError, Store
 
 from lightning_gossip.control.calls import Calls
 from lightning_gossip.control.lookout import Lookout
-from lightning_gossip.control.meeting import Heartbeats, Meeting
+from lightning_gossip.control.meeting import Heartbeats, Meeting, Process
 from lightning_gossip.control.stop import LOOK, Stop, Stoppable, raise_stop
 
 T = TypeVar("T")
@@ -109,12 +109,23 @@ class Control(Stoppable):
         """Return which process of ``rank`` is meant at ``step``: how many were there before it."""
         return 0
 
-    def is_lost(self, rank: int, incarnation: int | None = None) -> bool:
-        """Whether ``rank``, or that process of it, is known to take part no more, while the run goes on."""
+    def incarnation_of(self, rank: int) -> int:
+        """Return which process of ``rank`` takes part now, or was the last to, as far as this rank knows."""
+        return 0
+
+    def process_of(self, rank: int) -> Process:
+        """Return the process that takes part as ``rank`` now, or was the last to, as far as this rank knows."""
+        return Process(rank, self.incarnation_of(rank))
+
+    def is_lost(self, rank: int, incarnation: int) -> bool:
+        """Whether that process of ``rank`` is known to take part no more, while the run goes on.
+
+        It is to be named: another may have come to the rank's seat before this one asks.
+        """
         return False
 
-    def goes_on_without(self, rank: int, why: str, incarnation: int | None = None) -> bool:
-        """Whether the run goes on without ``rank``, whom this rank can not reach any more."""
+    def goes_on_without(self, rank: int, why: str, incarnation: int) -> bool:
+        """Whether the run goes on without that process of ``rank``, whom this rank can not reach any more."""
         return False
 
     def _name(self, rank: int) -> str:

@@ -115,8 +115,8 @@ class WatchingControl(Control):
     def whole(self) -> tuple[int, ...]:
         return self._log.whole
 
+    @override
     def incarnation_of(self, rank: int) -> int:
-        """Return which process of ``rank`` takes part, or was the last to: how many came before it."""
         return self.incarnation if rank == self.rank else self._log.incarnation(rank)
 
     @property
@@ -171,15 +171,17 @@ class WatchingControl(Control):
         return self._log.incarnation_at(step, rank)
 
     @override
-    def is_lost(self, rank: int, incarnation: int | None = None) -> bool:
-        """Whether the log says that ``rank``, or that process of it, takes part no more, as far as it was read."""
-        return rank not in self._log.present or incarnation not in (None, self._log.incarnation(rank))
+    def is_lost(self, rank: int, incarnation: int) -> bool:
+        """Whether the log says that this process of ``rank`` takes part no more, as far as it was read."""
+        last = self._log.incarnation(rank)
+        return incarnation < last or (incarnation == last and rank not in self._log.present)
 
     @override
     def _name(self, rank: int) -> str:
         return f"{rank}.{self.incarnation_of(rank)}"
 
-    def goes_on_without(self, rank: int, why: str, incarnation: int | None = None) -> bool:
+    @override
+    def goes_on_without(self, rank: int, why: str, incarnation: int) -> bool:
         """Return True: who can not be reached is skipped, and declared lost where its process is seen to be gone.
 
         Where it is not, whoever sees more gets a moment to say so.

@@ -98,7 +98,6 @@ class AsynchronousExchange:
             :class:`~lightning_gossip.exchange.clock.Exchange`; ``schedule`` tells whom a rank asks, at its own steps.
         control: of the run.
         store: of the run, on a connection that nobody blocks.
-        life: see :class:`~lightning_gossip.transport.doors.Doors`.
 
     Attributes:
         records: what was applied; None where nobody wants it.
@@ -119,7 +118,6 @@ class AsynchronousExchange:
         wire_dtype: torch.dtype | None = None,
         outer: OuterStep | None = None,
         nonfinite: NonFinite = "error",
-        life: Callable[[int], int] = lambda rank: 0,
     ) -> None:
         schedule.check_world_size(world_size)
         self.rank = rank
@@ -150,7 +148,7 @@ class AsynchronousExchange:
         self._rounds = asking.OwnRounds(in_pairs=all(sends))
         if world_size > 1:
             kind: type[Partners] = Pairs if all(sends) else Pulled if sends[1] else Pushed
-            self._partners = kind(control, store, self._still, lambda: self._standing, self._another, sends, life)
+            self._partners = kind(control, store, self._still, lambda: self._standing, self._another, sends)
 
     @property
     def in_flight(self) -> bool:

@@ -25,7 +25,7 @@ class Pulled(Partners):
             return
         link.send(own.header(Word.ANSWER))
         link.flush()
-        if may_go_on(link) and self._fits(visitor, own, header):
+        if may_go_on(link) and self._misfits.fits(visitor, own, header):
             self._pass(link, own, None, own.step, lambda: None)
 
 
@@ -61,7 +61,7 @@ class Pushed(Partners):
         theirs = Snapshot(standing, self._buffer(("pushed by", visitor), standing.layout))
         link.send(theirs.header(Word.ANSWER))
         link.flush()
-        if not (may_go_on(link) and self._fits(visitor, theirs, header)):
+        if not (may_go_on(link) and self._misfits.fits(visitor, theirs, header)):
             return
         self._pass(link, None, theirs.payload, theirs.step, lambda: None)
         with self._still.copying() as may, self._changed:
@@ -69,5 +69,5 @@ class Pushed(Partners):
                 return  # a meeting came between: it is as if the push came too late
             if not self._pushed:
                 self._mine = self._copy("mine")
-            if self._mine is not None and self._fits(visitor, self._mine, header):
+            if self._mine is not None and self._misfits.fits(visitor, self._mine, header):
                 self._pushed[visitor] = Received(visitor, header.step, header.extra, theirs.payload)

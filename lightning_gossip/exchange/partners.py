@@ -14,7 +14,6 @@ of a visitor's link   waits for asks; answers, with a snapshot taken while the p
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -28,17 +27,16 @@ import torch
 from torch import Tensor
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
+from lightning_gossip.control.meeting import Process
 from lightning_gossip.control.run import LOOK, Control
 from lightning_gossip.exchange.agreement import Phase, Side, Word
 from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
-from lightning_gossip.exchange.snapshots import Agreed, Received, Snapshot, Standing
+from lightning_gossip.exchange.snapshots import Agreed, Misfits, Received, Snapshot, Standing
 from lightning_gossip.exchange.spoken import pass_payloads
 from lightning_gossip.exchange.standstill import Standstill
 from lightning_gossip.transport.doors import Doors
 from lightning_gossip.transport.interface import PartnerLost
 from lightning_gossip.transport.link import Header, Link, LinkError, reason_of
-
-log = logging.getLogger(__name__)
 
 PATIENCE = 2.0
 """Seconds after which a rank withdraws an ask to which nothing was said: nobody answers more slowly but who is stopped,
@@ -66,7 +64,6 @@ class Partners(ABC):
         another: returns whom to ask next, given the step of the round, who was asked in it and who must not be; -1 for
             nobody.
         sends: whether the leader, and the asked one, send a snapshot.
-        life: see :class:`~lightning_gossip.transport.doors.Doors`.
     """
 
     def __init__(
@@ -77,7 +74,6 @@ class Partners(ABC):
         standing: Callable[[], Standing],
         another: Callable[[int, set[int], set[int]], int],
         sends: tuple[bool, bool],
-        life: Callable[[int], int] = lambda rank: 0,
     ) -> None:
         self._control = control
         self._rank = control.rank
@@ -86,19 +82,21 @@ class Partners(ABC):
         self._another = another
         self._leader_sends, self._asked_sends = sends
         self._changed = threading.Condition()  # holds all that follows
-        self._side = Side(control.rank, asks=life(control.rank) << 32)  # whoever comes back counts on
+        own = control.process_of(control.rank)
+        self._side = Side(own.rank, asks=own.incarnation << 32)  # whoever comes back counts on
         self._own: Snapshot | None = None  # of the exchange that this rank is in, or asks for
         self._theirs: Received | None = None
         self._tried: set[int] = set()
-        self._members = tuple(control.members)  # as last looked at
+        self._known: dict[int, Process] = {}  # by rank: the last one that this rank has a link with
+        self._members = set[Process]()  # as last looked at
         self._silent: set[int] = set()  # ranks that have said nothing to an ask yet, which was withdrawn
         self._asked_at = 0.0
         self.counts = Counts()
         self._failure: tuple[int, BaseException] | None = None
         self._closing = False
         self._buffers: dict[Hashable, FlatBuffer] = {}
-        self._misfits: set[int] = set()
-        self._doors = Doors(store, control.rank, control.timeout, self._let_in, life)
+        self._misfits = Misfits(own.rank)
+        self._doors = Doors(store, own, control.timeout, self._let_in)
 
     # -- from the training thread -------------------------------------------------------------------------------
 
@@ -133,8 +131,8 @@ class Partners(ABC):
             link.flush()
 
         for rank in ranks:
-            link = self._doors.to(rank)
-            self._run(link, rank, partial(hello, link))
+            link = self._doors.to(process := self._know(self._control.process_of(rank)))
+            self._run(link, process, partial(hello, link))
 
     def take(self) -> Agreed | None:
         """Return what is to be applied now, if anything; :meth:`release` it once it is."""
@@ -199,19 +197,30 @@ class Partners(ABC):
             partner, error = self._failure
             self._control.check_cause(partner)
             raise self._lost(partner, reason_of(error)) from error
-        if (members := self._control.members) != self._members:
-            for lost in set(self._members).difference(members):
+        members = set(map(self._control.process_of, self._control.members))
+        for lost in self._members - members:
+            if lost == self._known.get(lost.rank):
                 self._let_go(lost)
-            self._members = tuple(members)
+        self._members = members
         if self._side.partner >= 0 and time.monotonic() > self._asked_at + PATIENCE:
             with self._changed:
                 if time.monotonic() > self._asked_at + PATIENCE:
                     self._withdraw()
 
-    def _let_go(self, lost: int) -> None:
-        """Let go of a rank that is lost: a host that is cut off breaks no link."""
+    def _know(self, process: Process) -> Process:
+        """Return the last one at its rank; let go of the one before: what its links do tells nothing of this one."""
         with self._changed:
-            self._side = self._side.lose(lost).side
+            before = self._known.setdefault(process.rank, process)
+            if before < process:
+                self._known[process.rank] = process
+                self._let_go(before)
+            return self._known[process.rank]
+
+    def _let_go(self, lost: Process) -> None:
+        """Let go of one that is lost: a host that is cut off breaks no link."""
+        with self._changed:
+            self._silent.discard(lost.rank)
+            self._side = self._side.lose(lost.rank).side
             self._changed.notify_all()
         self._doors.part(lost)
 
@@ -226,15 +235,16 @@ class Partners(ABC):
 
     def _begin(self, partner: int, own: Snapshot) -> None:
         """Ask, with the lock held."""
+        process = self._know(self._control.process_of(partner))
         self._tried.add(partner)
         self._asked_at = time.monotonic()
         self._side = self._side.ask(partner).side
         try:
-            link = self._doors.to(partner)
+            link = self._doors.to(process)
         except (DistNetworkError, DistStoreError):  # the run's store is gone: its control ends it
             self._side = self._side.part(partner).side
             return
-        self._run(link, partner, partial(self._ask, link, partner, own, self._side.asks))
+        self._run(link, process, partial(self._ask, link, partner, own, self._side.asks))
 
     def _ask(self, link: Link, partner: int, own: Snapshot, asks: int) -> None:
         link.send(own.header(Word.ASK, asks))
@@ -278,7 +288,7 @@ class Partners(ABC):
         sends, receives = self._leader_sends, self._asked_sends
         if not leads:
             sends, receives = receives, sends
-        if not self._fits(partner, own, header):
+        if not self._misfits.fits(partner, own, header):
             with self._changed:
                 self._side = self._side.part(partner).side
                 self._go_on() if leads else self._changed.notify_all()
@@ -309,24 +319,11 @@ class Partners(ABC):
             with self._changed:
                 self.counts.bytes_sent += own.payload.nbytes
 
-    def _fits(self, partner: int, own: Snapshot, header: Header) -> bool:
-        """Whether the partner's snapshot is of the same tensors; both ends find the same."""
-        layout = own.buffer.layout
-        if (header.nbytes, header.layout) == (layout.nbytes, layout.fingerprint):
-            return True
-        if partner not in self._misfits:
-            self._misfits.add(partner)
-            log.warning(
-                "rank %d at step %d and rank %d at step %d train other parameters (%d and %d bytes): they have no"
-                " exchange until they train the same",
-                *(self._rank, own.step, partner, header.step, layout.nbytes, header.nbytes),
-            )
-        return False
-
     # -- who is asked -----------------------------------------------------------------------------------------------
 
-    def _let_in(self, visitor: int, link: Link) -> None:
-        self._run(link, visitor, partial(self._serve, visitor, link))
+    def _let_in(self, visitor: Process, link: Link) -> None:
+        self._know(visitor)
+        self._run(link, visitor, partial(self._serve, visitor.rank, link))
 
     def _serve(self, visitor: int, link: Link) -> None:
         """Answer whatever ``visitor`` asks, until its link is closed."""
@@ -361,30 +358,35 @@ class Partners(ABC):
 
     # -- links that fail --------------------------------------------------------------------------------------------
 
-    def _run(self, link: Link, partner: int, job: Callable[[], Any]) -> None:
+    def _run(self, link: Link, process: Process, job: Callable[[], Any]) -> None:
         def ended(future: Any) -> None:
             if (error := future.exception()) is not None:
-                self._fail(link, partner, error)
+                self._fail(link, process, error)
 
         link.submit(job).add_done_callback(ended)
 
-    def _fail(self, link: Link, partner: int, error: BaseException) -> None:
+    def _fail(self, link: Link, process: Process, error: BaseException) -> None:
         """Go on without a partner whose link broke, or let the training thread raise why; in the link's thread."""
-        self._doors.forget(partner, link)
-        self._doors.part(partner)
+        self._doors.forget(process, link)
+        self._doors.part(process)
+        partner = process.rank
         with self._changed:
             self._silent.discard(partner)
+            if self._known[partner] != process:
+                return  # another has come to its rank
             if self._closing or (self._side.partner != partner and partner not in self._side.waiting):
                 return  # nothing was under way: who wants something of it will see
         try:
-            goes_on = self._control.goes_on_without(partner, reason_of(error))
+            goes_on = self._control.goes_on_without(partner, reason_of(error), process.incarnation)
         except BaseException:  # noqa: BLE001 - the run has stopped: the training thread raises that
             return
         with self._changed:
+            if self._known[partner] != process:
+                return
             asked = self._side.phase is Phase.ASKING and self._side.partner == partner
             if not goes_on:
                 self._failure = (partner, error)
-            elif self._control.is_lost(partner):
+            elif self._control.is_lost(*process):
                 self._side = self._side.lose(partner).side
             else:
                 self._side = self._side.part(partner).side

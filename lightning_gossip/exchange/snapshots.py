@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from lightning_gossip.exchange.agreement import Word
 from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
 from lightning_gossip.transport.link import Header
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,3 +69,25 @@ class Agreed:
 
     own: Snapshot
     received: tuple[Received, ...]
+
+
+class Misfits:
+    """Partners of ``rank`` that train other parameters than it does: each is told of once."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._partners: set[int] = set()
+
+    def fits(self, partner: int, own: Snapshot, header: Header) -> bool:
+        """Whether the partner's snapshot is of the same tensors; both ends find the same."""
+        layout = own.buffer.layout
+        if (header.nbytes, header.layout) == (layout.nbytes, layout.fingerprint):
+            return True
+        if partner not in self._partners:
+            self._partners.add(partner)
+            log.warning(
+                "rank %d at step %d and rank %d at step %d train other parameters (%d and %d bytes): they have no"
+                " exchange until they train the same",
+                *(self._rank, own.step, partner, header.step, layout.nbytes, header.nbytes),
+            )
+        return False

@@ -119,9 +119,10 @@ class Joiner:
             RunOver: if its training is over.
         """
         self.control.ask()
-        self.donor = self.control.await_donor()
+        donor = self.control.await_donor()
+        self.donor = donor.rank
         try:
-            return handover.state_of(self.donor, self.control, self._store)
+            return handover.state_of(donor, self.control, self._store)
         except (pickle.UnpicklingError, AttributeError) as error:
             raise MisconfigurationException(
                 "a checkpoint of this training holds objects that do not travel: a joiner takes tensors, numbers,"

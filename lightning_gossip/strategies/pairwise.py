@@ -142,7 +142,6 @@ class PairwiseStrategy(ClockedStrategy[Exchange | AsynchronousExchange]):
             wire_dtype=self.wire_dtype,
             outer=self.outer,
             nonfinite=self.nonfinite,
-            life=control.incarnation_of if isinstance(control, MemberControl) else lambda rank: 0,
         )
         exchange.on_heal = self.begin_optimizers_anew
         return exchange

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
+from lightning_gossip.control.meeting import Process
 from lightning_gossip.transport.link import Link, gloo_device
 
 _SOONEST, _LATEST = 0.005, 0.1
@@ -25,53 +26,50 @@ class Doors:
 
     Args:
         store: the run's, on a connection that nobody blocks.
-        rank: of this process.
+        own: the process of this end.
         timeout: of every wait on a link.
-        on_visit: called with the rank that has opened a link, and this end of it; in a thread of this object.
-        life: returns which process has come to a rank's seat, counted from 0: who comes back has a door of its own.
+        on_visit: called with the process that has opened a link, and this end of it; in a thread of this object.
     """
 
     def __init__(
         self,
         store: Store,
-        rank: int,
+        own: Process,
         timeout: timedelta,
-        on_visit: Callable[[int, Link], None],
-        life: Callable[[int], int] = lambda rank: 0,
+        on_visit: Callable[[Process, Link], None],
     ) -> None:
         self._store = store
-        self._rank = rank
+        self._name = own
         self._timeout = timeout
         self._on_visit = on_visit
-        self._life = life
         self._device: Any = gloo_device()
         self._lock = threading.Lock()
-        self._own: dict[int, Link] = {}
-        self._visitors: dict[int, Link] = {}
+        self._own: dict[Process, Link] = {}
+        self._visitors: dict[Process, Link] = {}
         self._closing = threading.Event()
-        self._door = self._door_of(rank)
-        self._thread = threading.Thread(target=self._listen, name=f"door-{rank}", daemon=True)
+        self._door = f"door{own}"
+        self._thread = threading.Thread(target=self._listen, name=self._door, daemon=True)
         self._thread.start()
 
-    def to(self, peer: int) -> Link:
+    def to(self, peer: Process) -> Link:
         """Return this rank's link to ``peer``, on which the other answers; opened when first asked for."""
         with self._lock:
             if (link := self._own.get(peer)) is None:
-                door = self._door_of(peer)
+                door = f"door{peer}"
                 number = self._store.add(f"{door}/visits", 1)
-                link = Link(self._store, self._device, _visitor(self._rank, number), door, self._timeout)
+                link = Link(self._store, self._device, _visitor(self._name, number), door, self._timeout)
                 self._own[peer] = link
-                self._store.set(f"{door}/{number}", str(self._rank))
+                self._store.set(f"{door}/{number}", str(self._name))
             return link
 
-    def forget(self, peer: int, link: Link) -> None:
+    def forget(self, peer: Process, link: Link) -> None:
         """Give up a link that failed: the next :meth:`to` opens another."""
         with self._lock:
             for links in (self._own, self._visitors):
                 if links.get(peer) is link:
                     del links[peer]
 
-    def part(self, peer: int) -> None:
+    def part(self, peer: Process) -> None:
         """Close both links with ``peer``, whatever they wait for."""
         with self._lock:
             links = [links.pop(peer) for links in (self._own, self._visitors) if peer in links]
@@ -88,9 +86,6 @@ class Doors:
             self._visitors.clear()
         for link in links:
             link.close()
-
-    def _door_of(self, rank: int) -> str:
-        return f"door{rank}.{self._life(rank)}"
 
     def _listen(self) -> None:
         seen, missing, pause = 0, list[int](), _SOONEST
@@ -109,7 +104,7 @@ class Doors:
             return  # the run's control tells that the store is gone
 
     def _let_in(self, number: int) -> None:
-        visitor = int(self._store.get(f"{self._door}/{number}"))
+        visitor = Process.of(self._store.get(f"{self._door}/{number}").decode())
         link = Link(self._store, self._device, self._door, _visitor(visitor, number), self._timeout)
         with self._lock:
             before = self._visitors.get(visitor)
@@ -119,5 +114,5 @@ class Doors:
         self._on_visit(visitor, link)
 
 
-def _visitor(rank: int, number: int) -> str:
-    return f"visitor{rank}.{number}"
+def _visitor(process: Process, number: int) -> str:
+    return f"visitor{process}.{number}"

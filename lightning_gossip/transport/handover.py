@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import Store
 
+from lightning_gossip.control.meeting import Process
 from lightning_gossip.control.member_control import MemberControl
 from lightning_gossip.transport.link import Header, Kind, Link, LinkError, gloo_device
 
@@ -49,11 +50,11 @@ def serve(link: Link, step: int, state: Callable[[], dict[str, Any]]) -> Future[
     return link.submit(send)
 
 
-def state_of(donor: int, control: MemberControl, store: Store) -> dict[str, Any] | None:
+def state_of(donor: Process, control: MemberControl, store: Store) -> dict[str, Any] | None:
     """Return the state that ``donor`` serves this process, its tensors on the CPU.
 
     Args:
-        donor: a rank, which has taken this process in.
+        donor: who has taken this process in.
         control: of this process.
         store: of the run, on a connection that nobody blocks.
 
@@ -65,10 +66,10 @@ def state_of(donor: int, control: MemberControl, store: Store) -> dict[str, Any]
         pickle.UnpicklingError, AttributeError: if it holds what :func:`torch.load` refuses with ``weights_only``.
     """
     guest = f"guest{control.rank}.{control.incarnation}"
-    link = Link(store, gloo_device(), guest, f"donor{donor}", control.timeout)
+    link = Link(store, gloo_device(), guest, f"donor{donor.rank}", control.timeout)
     try:
         future = _fetch(link)
-        lost = partial(control.is_lost, donor)
+        lost = partial(control.is_lost, *donor)
         done = control.poll(lambda: True if future.done() else False if lost() else None, math.inf, longest=0.002)
         failure = future.exception() if done else None
         if isinstance(failure, (pickle.UnpicklingError, AttributeError)):

@@ -63,6 +63,7 @@ class LinkTransport(Transport):
         self._slot = -1  # of the outbox, where the next payload lies; -1 for none
         self._rooms = Rooms(torch.device("cpu"), pin_memory)  # 0: what is sent from no outbox; then what arrives
         self._lanes: dict[int, Lane] = {}
+        self._processes: dict[int, int] = {}  # incarnation of every partner so far, as last exchanged with
         self._rewound = 0  # how often the clock was set back
         self._left: set[int] = set()  # skipped since the last meeting; their links are closed
         self._generation = 0  # the meeting from which on links are, see `reset`
@@ -92,7 +93,7 @@ class LinkTransport(Transport):
     def _await_slot(self, outbox: Outbox) -> int:
         def free_slot() -> int | None:
             for reader in {reader for slot in range(SLOTS) for reader in outbox.readers(slot)}:
-                if self._control.is_lost(reader, self._lanes[reader].incarnation if reader in self._lanes else None):
+                if self._control.is_lost(reader, self._processes.get(reader, 0)):
                     outbox.forget(reader)
             return outbox.free_slot()
 
@@ -156,16 +157,16 @@ class LinkTransport(Transport):
     def _forget_those_before(self, partners: Mapping[int, int]) -> None:
         """Give up what lies between this rank and processes of ``partners`` (by incarnation) that were lost."""
         for partner, incarnation in partners.items():
-            if partner in self._lanes and self._lanes[partner].incarnation != incarnation:
+            if self._processes.setdefault(partner, incarnation) != incarnation:
                 self._part(partner)
-                del self._lanes[partner]
+                self._lanes.pop(partner, None)
                 self._left.discard(partner)
                 if self._outbox is not None:
                     self._outbox.forget(partner)
+                self._processes[partner] = incarnation
 
     def _part(self, partner: int) -> None:
-        lane = self._lanes.get(partner)
-        self._links.part(end_of_rank(partner, lane.incarnation if lane is not None else 0))
+        self._links.part(end_of_rank(partner, self._processes.get(partner, 0)))
 
     def _skip(self, partner: int) -> None:
         self._left.add(partner)

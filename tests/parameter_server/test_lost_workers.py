@@ -243,7 +243,7 @@ def test_a_worker_dies_in_the_midst_of_a_large_payload() -> None:
                 worker.client.end_step(large)
                 time.sleep(0.03)
                 raise Killed
-            until(lambda: worker.control.is_lost(1))
+            until(lambda: worker.control.is_lost(1, 0))
             worker.client.pull_now(large)
             first = large["a"].detach()[0]
             seen.append(bool((large["a"] == first).all()) and float(first) in (0.0, 1.0))

@@ -82,7 +82,7 @@ class Life(Worker):
         self.client.load_state_dict(state["client"])
         self.run.points.get((self.rank, self.life), _nothing)(self, "fetched")
         self.client.continue_from(state["client"]["step"])
-        clock = self.control.clock_to_join(self.control.tell_joined(donor))
+        clock = self.control.clock_to_join(self.control.tell_joined(donor.rank))
         self.client.continue_from(max(clock, self.client.step))
         self.start()
         links: Any = self.client._links
@@ -335,7 +335,7 @@ def test_the_last_one_dies_after_it_has_given_its_state() -> None:
         def holds(worker: Life, point: str) -> None:
             if point == "fetched":
                 fetched.set()
-                until(lambda: worker.control.is_lost(0))
+                until(lambda: worker.control.is_lost(0, 0))
                 time.sleep(0.3)
                 assert not any(server.finished.is_set() for server in run.server.servers)
 
@@ -358,7 +358,7 @@ def test_who_came_back_begins_another_training_where_it_leads() -> None:
 
         def live(self: Life) -> None:
             self.come_back()
-            while not self.control.is_lost(0):
+            while not self.control.is_lost(0, 0):
                 self.step()
             with torch.no_grad():
                 self.theta.fill_(7.0)
