@@ -109,11 +109,12 @@ def test_an_asynchronous_rank_turns_to_the_one_that_came_back(withdrawn: bool, m
         )
         mine: Any = exchange._partners
         try:
-            control.begin(10)
             if rank == 1:
                 mine._decide = lambda visitor, number: time.sleep(3)  # it hears, and says nothing
+                control.begin(10)
                 over.wait(10)
                 return
+            control.begin(10)
             exchange.begin()
             assert exchange.in_flight
             exchange.end()

@@ -223,9 +223,9 @@ def test_a_partner_that_is_cut_off_is_let_go_once_it_is_declared_lost() -> None:
         )
         try:
             if rank == 1:
-                control.begin(10)
                 silent: Any = exchange._partners
                 silent._decide = lambda visitor, number: time.sleep(3)  # it hears, and says nothing
+                control.begin(10)
                 cut.wait(10)
                 return
             control.begin(10)
