@@ -26,11 +26,11 @@ GOSSIP: dict[str, dict[str, Any]] = {
 }
 """Arguments of elastic gossip, ``matching``, by name."""
 ASYNCHRONOUS: dict[str, dict[str, Any]] = {
-    "asynchronous, period 1": {"period": 1, "asynchronous": True},
-    "asynchronous, period 8": {"period": 8, "asynchronous": True},
+    "asynchronous, period 1": {"period": 1, "asynchronous": True, "dealt": False},
+    "asynchronous, period 8": {"period": 8, "asynchronous": True, "dealt": False},
 }
-"""Arguments of elastic gossip that waits for nobody, by name."""
-DOWNPOUR: dict[str, Any] = {"n_push": 8, "n_pull": 8}
+"""Arguments of elastic gossip that waits for nobody, by name; every rank makes as many steps, whatever they take."""
+DOWNPOUR: dict[str, Any] = {"n_push": 8, "n_pull": 8, "dealt": False}
 OUTER: dict[str, dict[str, Any]] = {
     "LocalSGD, period 32": {"period": 32, "outer_lr": 1.0, "outer_momentum": 0.0},
     "DiLoCo, period 32": {"period": 32},

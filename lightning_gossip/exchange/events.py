@@ -24,7 +24,7 @@ from lightning_gossip.rules.simulation import Setting, Uneven
 DIMENSION = 16
 """Of the vectors that stand for replicas."""
 
-Vector = NDArray[np.float64]
+Vector = NDArray[np.floating[Any]]
 
 
 @dataclass
@@ -50,13 +50,18 @@ class Events:
         setting: peers, period and so on.
         machine: times; a rank has one exchange at a time, so that no two share its link.
         noise: standard deviation of what a step adds to each element.
+        replicas: of all ranks, changed in place; zeros of shape ``(ranks, DIMENSION)`` by default.
     """
 
-    def __init__(self, setting: Setting, machine: Uneven, noise: float = 1.0) -> None:
+    def __init__(
+        self, setting: Setting, machine: Uneven, noise: float = 1.0, replicas: Sequence[Vector] | None = None
+    ) -> None:
         self.schedule, self.alpha, self.machine, self.noise = setting.schedule(), setting.alpha, machine, noise
         self.rng = np.random.default_rng(setting.seed)
         self.members = tuple(range(len(machine.speeds)))
-        self.ranks = [Rank(Side(rank), np.zeros(DIMENSION)) for rank in self.members]
+        if replicas is None:
+            replicas = [np.zeros(DIMENSION) for _ in self.members]
+        self.ranks = [Rank(Side(rank), theta) for rank, theta in enumerate(replicas)]
         self.distances: list[float] = []
         self._events: list[tuple[float, int, Any]] = []
         self._unreplied: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -72,13 +77,21 @@ class Events:
             now, _, event = heapq.heappop(self._events)
             while looked + self.machine.compute <= now:
                 looked += self.machine.compute
-                values = np.stack([rank.theta for rank in self.ranks])
-                self.distances.append(float(np.sqrt(values.var(axis=0).mean())))
+                self.look()
             if isinstance(event, int):
                 self._end(event)
                 self._begin(now, event)
             else:
                 self._hear(now, *event)
+
+    def update(self, number: int) -> None:
+        """Make one rank's step: noise, where nothing else is trained."""
+        self.ranks[number].theta += self.noise * self.rng.standard_normal(DIMENSION)
+
+    def look(self) -> None:
+        """Note the consensus distance; called once in the time of a median step."""
+        values = np.stack([rank.theta for rank in self.ranks])
+        self.distances.append(float(np.sqrt(values.var(axis=0).mean())))
 
     def _after(self, time: float, event: Any) -> None:
         self._number += 1
@@ -99,7 +112,7 @@ class Events:
 
     def _end(self, number: int) -> None:
         rank = self.ranks[number]
-        rank.theta += self.noise * self.rng.standard_normal(DIMENSION)
+        self.update(number)
         if rank.side.phase is Phase.AGREED:
             rank.theta -= self.alpha * (rank.own - rank.theirs)
             rank.side = rank.side.applied()

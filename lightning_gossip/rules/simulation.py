@@ -162,11 +162,19 @@ class Replicas:
 
     def end(self, due: bool) -> None:
         """See :class:`Observer`."""
-        if self._noise:
-            self.values += self._noise * torch.randn(self.values.shape, generator=self._generator)
+        self.update()
         if due and self._posted is not None:
             self._mix(*self._posted)
             self._posted = None
+        self.look()
+
+    def update(self) -> None:
+        """Make every rank's step: noise, where nothing else is trained."""
+        if self._noise:
+            self.values += self._noise * torch.randn(self.values.shape, generator=self._generator)
+
+    def look(self) -> None:
+        """Note the consensus distance; called at each step's end."""
         self.distances.append(self.values.var(dim=0, correction=0).mean().sqrt().item())
 
     def _mix(self, edges: Edges, snapshots: Tensor) -> None:
