@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-_REPORT_PACKAGES = ("matplotlib", "pandas", "tbparse")
+_REPORT_PACKAGES = ("matplotlib", "pandas", "plotly", "tbparse")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "report",
         help="compare runs in plots and a table",
         description="Compare runs in PNG plots (accuracy and loss against updates and time, consensus distance, "
-        "traffic, waiting, staleness) and in a Markdown and a CSV table.",
+        "traffic, waiting, staleness), on one page with all of them (report.html), and in a Markdown and a CSV table.",
     )
     report.add_argument(
         "runs", metavar="RUN", nargs="+", type=Path, help="a version folder, or a folder that contains several"

@@ -16,8 +16,9 @@ import pandas as pd
 
 from lightning_gossip.monitoring import report_plots
 from lightning_gossip.monitoring.event_files import Run, UnreadableRunError, find_runs, read_run
+from lightning_gossip.monitoring.report_page import write_page
 
-# column of the CSV file, heading in the Markdown table, how a number is printed there
+# column of the CSV file, heading in the tables that are read, how a number is printed there
 _COLUMNS = (
     ("run", "run", "{}"),
     ("strategy", "strategy", "{}"),
@@ -36,14 +37,14 @@ _COLUMNS = (
     ("wait_seconds_per_step", "waiting in a step (ms)", "{:.3g}"),
     ("staleness", "staleness", "{:.3g}"),
 )
-_MARKDOWN_SCALE = {"bytes_sent_per_rank": 1e-6, "wait_seconds_per_step": 1e3}
+_SCALE = {"bytes_sent_per_rank": 1e-6, "wait_seconds_per_step": 1e3}
 
 
 def write_report(
     paths: Sequence[Path], out: Path, accuracy_tag: str | None = None, loss_tag: str | None = None
 ) -> list[Path]:
-    """Compare runs in PNG plots and in ``summary.csv`` and ``summary.md``; what cannot be read is named on
-    stderr.
+    """Compare runs in PNG plots, on a page with all of them (``report.html``), and in ``summary.csv`` and
+    ``summary.md``; what cannot be read is named on stderr.
 
     Args:
         paths: run folders, or folders that contain some.
@@ -63,15 +64,17 @@ def write_report(
             _complain(f"no run has the tag {tag!r}; there are: {known}")
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    for plot in report_plots.accuracy_and_loss(runs, accuracy_tag, loss_tag):
-        if plot.curves:
-            written += [report_plots.draw(plot, runs, out, against=against) for against in ("step", "seconds")]
-    written += [report_plots.draw(plot, runs, out) for plot in report_plots.network(runs) if plot.curves]
+    results = [plot for plot in report_plots.accuracy_and_loss(runs, accuracy_tag, loss_tag) if plot.curves]
+    network = [plot for plot in report_plots.network(runs) if plot.curves]
+    for plot in results:
+        written += [report_plots.draw(plot, runs, out, against=against) for against in ("step", "seconds")]
+    written += [report_plots.draw(plot, runs, out) for plot in network]
     table = pd.DataFrame([final_numbers(label, run, accuracy_tag, loss_tag) for label, run in runs.items()])
     table = table.dropna(axis="columns", how="all")
     table.to_csv(out / "summary.csv", index=False)
     (out / "summary.md").write_text(as_markdown(table))
-    return [*written, out / "summary.csv", out / "summary.md"]
+    page = write_page([*results, *network], runs, cells_of(table), out / "report.html")
+    return [*written, page, out / "summary.csv", out / "summary.md"]
 
 
 def read_runs(paths: Sequence[Path]) -> dict[str, Run]:
@@ -139,14 +142,13 @@ def _updates(logged: pd.DataFrame) -> int:
 
 def as_markdown(table: pd.DataFrame) -> str:
     """Return the table of :func:`final_numbers` in Markdown, with an explanation of its columns."""
-    columns = [column for column in _COLUMNS if column[0] in table]
+    head, *rows = cells_of(table)
+    forms = {heading: form for _, heading, form in _COLUMNS}
     lines = [
-        "| " + " | ".join(heading for _, heading, _ in columns) + " |",
-        "|" + "|".join(" --- " if form == "{}" else " ---: " for _, _, form in columns) + "|",
+        "| " + " | ".join(head) + " |",
+        "|" + "|".join(" --- " if forms[heading] == "{}" else " ---: " for heading in head) + "|",
     ]
-    for _, row in table.iterrows():
-        cells = [_cell(row[name], form, _MARKDOWN_SCALE.get(name, 1.0)) for name, _, form in columns]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     lines += [
         "",
         "Updates: up to the last one logged. Accuracy, loss, consensus distance and bytes: each rank's last value,"
@@ -156,9 +158,16 @@ def as_markdown(table: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
+def cells_of(table: pd.DataFrame) -> list[list[str]]:
+    """Return the table of :func:`final_numbers` as text: headings, then a row a run."""
+    columns = [column for column in _COLUMNS if column[0] in table]
+    rows = [[_cell(row[name], form, _SCALE.get(name, 1.0)) for name, _, form in columns] for _, row in table.iterrows()]
+    return [[heading for _, heading, _ in columns], *rows]
+
+
 def _cell(value: Any, form: str, scale: float) -> str:
     if isinstance(value, str):
-        return value.replace("|", "\\|")
+        return value
     return "–" if pd.isna(value) else form.format(value * scale)
 
 

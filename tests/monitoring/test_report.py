@@ -180,7 +180,7 @@ def test_a_report_has_every_plot_that_there_is_data_for(
         "staleness_vs_updates.png",
         "wait_seconds_vs_updates.png",
     ]
-    names = sorted([*plots, "summary.csv", "summary.md"])
+    names = sorted([*plots, "report.html", "summary.csv", "summary.md"])
     assert sorted(file.name for file in out.iterdir()) == names
     printed = capsys.readouterr()
     assert sorted(Path(line).name for line in printed.out.split()) == names
@@ -339,7 +339,7 @@ def test_missing_folders_and_missing_ranks_are_named(
 def test_a_missing_package_is_named_with_the_extra(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("report", "report_plots", "event_files"):
+    for module in ("report", "report_page", "report_plots", "event_files"):
         monkeypatch.delitem(sys.modules, f"lightning_gossip.monitoring.{module}")
     monkeypatch.setitem(sys.modules, "tbparse", None)
     assert main(["report", str(tmp_path)]) == 1
