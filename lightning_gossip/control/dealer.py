@@ -65,7 +65,7 @@ class Dealer:
         """
         key = f"deal/{self._decks}/{epoch}"
         try:
-            self._store.set(_CURRENT, str(self._decks))
+            self._tell_current()
             held = Deck.from_json(self._store.compare_set(key, "", deck.to_json()))
             if self._key not in ("", key):  # all have met since they drew from it
                 self._store.delete_key(_counter(self._key))
@@ -78,6 +78,13 @@ class Dealer:
             self._hand, self._key = Hand(held, self._control.rank), key
         self._wanted.set()
         return held
+
+    def _tell_current(self) -> None:
+        """Tell those that join which decks are the present ones; never to go back, though this rank be late."""
+        number = str(self._decks)
+        there = self._store.compare_set(_CURRENT, "", number)
+        while int(there) < int(number):
+            there = self._store.compare_set(_CURRENT, there.decode(), number)
 
     def next(self) -> int | None:
         """Return the number of the next batch, None where there is none; it is known then if it is the last.

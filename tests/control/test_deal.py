@@ -290,3 +290,21 @@ def test_epochs_leave_no_decks_behind() -> None:
         return before
 
     assert max(run_ranks(2, body)) < 25
+
+
+def test_who_joins_finds_the_present_decks_whatever_one_that_is_late_still_says() -> None:
+    store = HashStore()
+
+    def body(rank: Rank) -> list[int]:
+        late, ahead, joiner = (Dealer(lambda: store, rank.control) for _ in range(3))
+        late.shuffle()
+        for _ in range(3):
+            ahead.shuffle()
+        ahead.open(0, Deck(9, (0,)))
+        late.open(0, Deck(9, (0,)))
+        numbers = [joiner.shuffle(), joiner.shuffle()]
+        for dealer in (late, ahead, joiner):
+            dealer.close()
+        return numbers
+
+    assert run_ranks(1, body) == [[3, 4]]
