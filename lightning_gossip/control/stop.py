@@ -38,7 +38,7 @@ class Stop:
 
 
 class RunStopped(RuntimeError):
-    """Another rank stopped; :attr:`stop` says which, when and why."""
+    """Another rank stopped; ``stop`` says which, when and why."""
 
     def __init__(self, stop: Stop) -> None:
         super().__init__(str(stop))

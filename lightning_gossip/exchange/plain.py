@@ -163,7 +163,7 @@ class Gossip:
 
     @property
     def steps(self) -> int:
-        """Steps begun over the whole training: the exchange clock."""
+        """Steps begun over the whole training, by the exchange clock."""
         return self._exchange.step if self._exchange is not None else 0
 
     @property
@@ -182,7 +182,8 @@ class Gossip:
         :meth:`shut` before parameters are changed in another way.
 
         Raises:
-            PartnerLost, NotFinite: see :meth:`Exchange.end`.
+            PartnerLost: if a partner died, or was silent past the timeout.
+            NotFinite: if a replica is not finite, with ``nonfinite="error"``.
             RunStopped: if some rank stopped.
         """
         self._control.check()
@@ -215,7 +216,7 @@ class Gossip:
         Buffers that change within stay changed.
 
         Returns:
-            The consensus distance: sqrt(mean over ranks of ‖θ_i − θ̄‖²) / ‖θ̄‖.
+            sqrt(mean over ranks of ‖θ_i − θ̄‖²) / ‖θ̄‖, the consensus distance.
         """
         consensus, distance = self._build("a consensus")
         consensus.enter()

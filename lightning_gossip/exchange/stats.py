@@ -46,7 +46,7 @@ class ExchangeStats:
         partner: smallest rank exchanged with in the exchange applied in the last step, -1 for none; None where all
             exchange with all.
         partner_distance: ‖s_i − s_k‖ / ‖s_i‖ of the exchange applied in the last step, mean over its partners; None
-            where there was none, or :attr:`Exchange.measure` was off.
+            where there was none, or ``Exchange.measure`` was off.
         healed: how often this replica was not finite, and took a partner's snapshot in its place.
     """
 

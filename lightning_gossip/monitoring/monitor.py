@@ -51,7 +51,7 @@ class GossipMonitor(Callback):
     uniformly random partners the expectation of partner_distance² is 2n / (n − 1) times consensus_distance².
 
     Args:
-        every_n_steps: steps (design §1: accumulation windows, not batches) from one logged step to the next.
+        every_n_steps: steps (accumulation windows, not batches) from one logged step to the next.
 
     Raises:
         ValueError: if it is not an integer of at least 1.

@@ -26,7 +26,7 @@ GOODBYE = 5.0
 
 
 class ShardLost(RuntimeError):
-    """A shard died, stayed silent past the timeout or refused this worker; :attr:`shard` is its number."""
+    """A shard died, stayed silent past the timeout or refused this worker; ``shard`` is its number."""
 
     ends_run = True
 

@@ -1,4 +1,4 @@
-"""The outer step: what becomes of a round's drift, few exchanges and more progress (design §12).
+"""The outer step: what becomes of a round's drift, few exchanges and more progress.
 
 A replica trains for a round on its own, from a start a to θ. **DiLoCo** (Douillard et al. 2023, arXiv:2311.08105,
 Algorithm 1) takes what all replicas drifted, on the mean, for a gradient, and makes a step of SGD with Nesterov

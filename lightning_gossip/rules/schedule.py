@@ -78,7 +78,7 @@ class UniformPeers(Peers):
 
 @dataclass(frozen=True)
 class WeightedPeers(Peers):
-    """As :class:`UniformPeers`, but nearer ranks are likelier: weights 1 / (d + 1e-5)^penalty.
+    """As ``"uniform"``, but nearer ranks are likelier: weights 1 / (d + 1e-5)^penalty.
 
     ``d`` is the distance of two ranks' positions, drawn once from the seed in the unit square (the thesis' code).
 
@@ -145,7 +145,7 @@ class Schedule:
     An object of this class belongs to one thread.
 
     Args:
-        peers: a name of :data:`SELECTORS`, a :class:`Peers`, or an object of yours with the :class:`Chooser`
+        peers: a name of ``SELECTORS``, a :class:`Peers`, or an object of yours with the :class:`Chooser`
             interface, which tosses its own coins.
         probability: of a rank (``uniform``, ``weighted``) or a pair (the others) to take part in a round; in (0, 1].
         period: steps from one round to the next, at least 1.
@@ -214,7 +214,7 @@ class Schedule:
 
 
 def stability_limit(schedule: Schedule, world_size: int, draws: int = 2**18) -> float:
-    """Return the largest stable α of elastic gossip on this schedule: 2a / b (design §3).
+    """Return the largest stable α of elastic gossip on this schedule: 2a / b.
 
     With a = tr E[L] / (n - 1) and b = tr E[L²] / (n - 1), L a round's graph Laplacian, the expected squared
     consensus distance shrinks for every α below it. It is at least 2 / n: a rank has n - 1 partners at most.

@@ -75,8 +75,8 @@ class DownpourStrategy(ReplicaStrategy):
         dealt: whether workers take an epoch's batches as they have need of them, in place of even shares; None: where
             Lightning places the sampler of a map-style data set.
         epoch_ends: whether an epoch of even shares ends with the ``"first"`` rank that is through, or with ``"all"``.
-        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
-            start_method: as for Lightning's ``DDPStrategy``.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io: as for Lightning's ``DDPStrategy``.
+        precision_plugin, process_group_backend, start_method: likewise.
 
     Raises:
         ValueError: for an argument that is not allowed.
@@ -380,7 +380,7 @@ class DownpourStrategy(ReplicaStrategy):
         Floating-point buffers are the workers' mean. The shards have ended by then: rank 0 has kept the parameters.
 
         Raises:
-            RuntimeError: where the other ranks are out of reach, see :meth:`ReplicaStrategy.adopt_consensus`.
+            RuntimeError: where the other ranks are out of reach: those of ``spawn`` and ``fork`` end with ``fit``.
         """
         super().adopt_consensus()
         self._final = None

@@ -54,8 +54,8 @@ class GossipStrategy(PairwiseStrategy):
             `probability` count a rank's own steps; `delay` is 0; on the CPU.
         dealt: whether ranks take an epoch's batches as they have need of them, in place of even shares; None: not.
         epoch_ends: whether an epoch of even shares ends with the ``"first"`` rank that is through, or with ``"all"``.
-        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
-            start_method: as for Lightning's ``DDPStrategy``.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io: as for Lightning's ``DDPStrategy``.
+        precision_plugin, process_group_backend, start_method: likewise.
 
     Raises:
         ValueError: for an argument that is not allowed.

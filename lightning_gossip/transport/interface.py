@@ -13,7 +13,7 @@ from lightning_gossip.transport.link import Header
 
 
 class PartnerLost(RuntimeError):
-    """A partner died or stayed silent past the timeout; :attr:`partner` is its rank."""
+    """A partner died or stayed silent past the timeout; ``partner`` is its rank."""
 
     def __init__(self, message: str, partner: int) -> None:
         super().__init__(message)
