@@ -11,10 +11,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 INSTALLED := $(VENV)/.installed
+DOCS := $(VENV)/.installed-docs
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-faults test test-quick test-long test-oldest lint types build clean
+.PHONY: demo demo-faults test test-quick test-long test-oldest lint types docs build clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/iris.py --devices 4 --strategy elastic-gossip
@@ -46,6 +47,15 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+# The site, in build/site. A warning fails it, and so does a link that leads nowhere.
+docs: $(DOCS)
+	$(BIN)/python -m sphinx -W --keep-going --nitpicky -c docs -b html . build/site
+	@echo "build/site/index.html"
+
+$(DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
 
 build: $(INSTALLED)
 	rm -rf dist

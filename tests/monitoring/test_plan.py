@@ -32,7 +32,7 @@ from lightning_gossip.rules.simulation import TCP_SHARE
 LAN = Workload(parameters=5_000_000, ranks=8, mbit=10_000, step_ms=600)
 SLOW_LINK = Workload(parameters=2_900_000, ranks=4, mbit=200, step_ms=28.4)
 UNEVEN = Workload(parameters=5_000_000, ranks=8, mbit=10_000, step_ms=600, straggler=3)
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "plan.md"
 OPTIONS = ["--ranks", "4", "--mbit", "200", "--step-ms", "28.4"]
 
 
@@ -231,7 +231,7 @@ def test_the_command_prints_a_table_and_writes_files(
     assert rows[2] == ["DDP", "1.33", "94.5", "2,002", "0.00", "11.6"]
     assert rows[-1][4] == "-", "nothing is made up for Downpour"
     assert f"recommended: {plan.recommended.code}, because {plan.reason}." in " ".join(rest.split())
-    assert table in README.read_text(), "it shows what the command prints"
+    assert table in PAGE.read_text(), "it shows what the command prints"
     with (tmp_path / "new" / "plan.csv").open() as stream:
         written = list(csv.DictReader(stream))
     assert [row["code"] for row in written] == [scheme.code for scheme in SCHEMES]

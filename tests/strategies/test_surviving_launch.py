@@ -121,7 +121,7 @@ def test_sigterm_on_the_launching_process_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_ranks_started_one_by_one_by_a_shell_and_one_never_comes(tmp_path: Path) -> None:
-    """As README says: a store, and the variables of torch's. The run begins with those that have come."""
+    """As docs/howto/many_machines.md says: a store, and torch's variables. The run begins with those that have come."""
     port = free_port()
     store = [sys.executable, "-m", "lightning_gossip", "store", "--port", str(port)]
     environment = {**LEAN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), VARIABLE: "True"}

@@ -1,4 +1,4 @@
-"""The README's table of features says what the tests show: each row names tests that run on two or more processes."""
+"""The table in docs/lightning.md says what the tests show: each row names tests that run on two or more processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-README = TESTS.parent / "README.md"
+PAGE = TESTS.parent / "docs" / "lightning.md"
 
 FEATURES = "strategies/test_features.py"
 STRATEGIES = "strategies/test_strategies.py"
@@ -87,7 +87,7 @@ SHOWN: dict[str, list[tuple[str, str]]] = {
 
 
 def rows() -> list[str]:
-    _, _, table = README.read_text().partition("Each row has a test on two or more processes.")
+    _, _, table = PAGE.read_text().partition("Each row has a test on two or more processes.")
     lines = table.split("\n\n")[1].splitlines()
     return [re.split(r"(?<!\\)\|", line)[1].strip() for line in lines[2:]]
 
@@ -95,7 +95,7 @@ def rows() -> list[str]:
 def test_every_row_names_its_tests() -> None:
     beginnings = {row: [begin for begin in SHOWN if row.startswith(begin)] for row in rows()}
     assert all(len(found) == 1 for found in beginnings.values()), beginnings
-    assert len(beginnings) == len(SHOWN), "what is shown stands in the README"
+    assert len(beginnings) == len(SHOWN), "what is shown stands on the page"
 
 
 @pytest.mark.parametrize("row", SHOWN)
