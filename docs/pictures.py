@@ -159,7 +159,7 @@ def members() -> Figure:
     lanes.boxes("rank 2", [9.1, 10.4, 11.7])
     lanes.arrow((7.0, "rank 0"), (8.0, "rank 2"))
     lanes.note(
-        9.15,
+        9.6,
         (lanes.height["rank 0"] + lanes.height["rank 1"]) / 2,
         "(3) the state of rank 0, while it trains on",
         ARROW,
