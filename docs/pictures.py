@@ -178,7 +178,7 @@ def asynchrony() -> Figure:
     lanes.box("slow", 0, 6.6, "step: parameters stand still until its update")
     lanes.box("slow", 6.6, 7.1, "mix", MIX, size=7)
     lanes.box("slow", 7.1, 11, "step")
-    lanes.box("slow's helper", 1.7, 3.2, "copies, answers", HELPER)
+    lanes.box("slow's helper", 1.7, 3.2, "copies, answers", HELPER, size=7)
     lanes.arrow((1.35, "fast"), (1.9, "slow's helper"), "asks", side=-0.65)
     lanes.arrow((3.1, "slow's helper"), (3.8, "fast"), "answer", side=0.75)
     lanes.arrow((3.1, "slow's helper"), (6.7, "slow"), "both snapshots, for the end of its step", side=1.9)
