@@ -133,7 +133,9 @@ class RankTensorBoardLogger(TensorBoardLogger):
         if group.rank == 0:
             run_folder.publish(group, self._ordinal, self._choose())
         else:
-            self._adopt(run_folder.fetch(group, self._ordinal))
+            folder = run_folder.fetch(group, self._ordinal)
+            self._adopt(folder)
+            run_folder.hand_on(self._ordinal, folder)  # any rank may be the one that tells those who join
         self._agreed_in = group.store
 
     def _adopt(self, folder: RunFolder) -> None:

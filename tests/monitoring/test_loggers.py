@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def test_ranks_started_from_outside_learn_the_version_from_the_store(
     first = RankTensorBoardLogger(tmp_path)
     second_run_of_rank_zero = RankTensorBoardLogger(tmp_path)
     as_process(3)
-    os.environ.pop("LIGHTNING_GOSSIP_RUN_FOLDERS")  # the fixture restores it
+    handed_on = os.environ.pop("LIGHTNING_GOSSIP_RUN_FOLDERS")  # the fixture restores it
     follower = RankTensorBoardLogger(tmp_path)
     with pytest.raises(RuntimeError, match="Rank 3 does not know yet which version"):
         _ = follower.version
@@ -79,6 +80,8 @@ def test_ranks_started_from_outside_learn_the_version_from_the_store(
     assert follower.rank_dir == os.path.join(first.log_dir, "rank_3")
     # constructed while connected, as the second run of a script is
     assert RankTensorBoardLogger(tmp_path).log_dir == second_run_of_rank_zero.log_dir
+    # what rank 0 would hand on to one that joins, any rank can
+    assert json.loads(os.environ["LIGHTNING_GOSSIP_RUN_FOLDERS"]) == json.loads(handed_on)
 
 
 def test_another_machines_launching_process_gives_up_its_own_choice(
