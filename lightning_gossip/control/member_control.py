@@ -13,9 +13,9 @@ from lightning_gossip.control.meeting import Meeting, Process
 from lightning_gossip.control.members import JOINED, JOINING, Change
 from lightning_gossip.control.run import HEARTBEAT, LOOK
 from lightning_gossip.control.store import value_of
-from lightning_gossip.control.watching import LOST_AFTER, Survival, WatchingControl
+from lightning_gossip.control.watching import LOST_AFTER, Survival, WatchingControl, check_lost_after
 
-__all__ = ["LOST_AFTER", "MemberControl", "RunOver", "Survival"]
+__all__ = ["LOST_AFTER", "MemberControl", "RunOver", "Survival", "check_lost_after"]
 
 T = TypeVar("T")
 

@@ -19,11 +19,12 @@ from typing import Any, TypeVar
 from torch.distributed import DistNetworkError, DistStoreError, Store
 from typing_extensions import override
 
+from lightning_gossip.arguments import check_timeout
 from lightning_gossip.control.meeting import Heartbeats, Meeting
 from lightning_gossip.control.member_log import MemberLog
 from lightning_gossip.control.members import JOINED, JOINING, LEFT, LOST, Change, Members
 from lightning_gossip.control.process_id import host_of, is_gone, own_process
-from lightning_gossip.control.run import LOOK, Control
+from lightning_gossip.control.run import HEARTBEAT, LOOK, Control
 from lightning_gossip.control.stop import Stop
 
 T = TypeVar("T")
@@ -45,6 +46,17 @@ At every look it is the next one's process, with every heartbeat all of them.
 
 _WORD = 0.7
 """Seconds for which the log may still say why a link broke: two looks of whoever shares a host with the other end."""
+
+
+def check_lost_after(lost_after: timedelta) -> timedelta:
+    """Return ``lost_after`` if a rank may be given up that gives no sign of life for so long.
+
+    Raises:
+        ValueError: if that is too soon.
+    """
+    if (seconds := check_timeout("lost_after", lost_after).total_seconds()) <= 2 * HEARTBEAT:
+        raise ValueError(f"`lost_after` must be more than {2 * HEARTBEAT:g} s, two heartbeats, got {seconds:g} s")
+    return lost_after
 
 
 @dataclass(frozen=True)

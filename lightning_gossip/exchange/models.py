@@ -233,17 +233,23 @@ def over(group: dist.ProcessGroup | None) -> Iterator[None]:
 
 def group_size() -> int:
     """Return the number of ranks in the default group: of members, where a run goes on without those it loses."""
-    return dist.get_world_size(_group.get()) if dist.is_available() and dist.is_initialized() else 1
+    if (group := _group.get()) is not None:
+        return group.size()
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def group_rank() -> int:
     """Return this process's rank in the default group."""
-    return dist.get_rank(_group.get()) if group_size() > 1 else 0
+    if (group := _group.get()) is not None:
+        return group.rank()
+    return dist.get_rank(group) if group_size() > 1 else 0
 
 
 def collective_device() -> torch.device:
     """Return where tensors have to lie for the default group."""
-    return torch.device("cuda") if dist.get_backend(_group.get()) == "nccl" else torch.device("cpu")
+    group = _group.get()  # of torch's own making, or not
+    backend = dist.get_backend(group) if group is None else group.name()
+    return torch.device("cuda") if backend == "nccl" else torch.device("cpu")
 
 
 def broadcast_(tensor: Tensor) -> None:

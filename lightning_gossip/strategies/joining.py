@@ -12,15 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
 from torch.distributed import Store
-from torch.utils._pytree import tree_map_only
 
 from lightning_gossip.control.member_control import MemberControl
 from lightning_gossip.strategies.joined_epoch import Stand
 from lightning_gossip.strategies.lightning_names import MisconfigurationException
 from lightning_gossip.transport import handover
-from lightning_gossip.transport.link import Link
 
 _KEY = "beginning"
 _HANDED_ON = "LIGHTNING_GOSSIP_"
@@ -100,15 +97,9 @@ class Joiner:
 
     def check_identity(self, own: Mapping[str, Any]) -> None:
         """Raise ``MisconfigurationException`` if this process would train something else than the others do."""
-        theirs = self.beginning.identity
-        differing = [
-            f"{name} is {own.get(name, 'missing')!s} here but {theirs.get(name, 'missing')!s} there"
-            for name in [*theirs, *(name for name in own if name not in theirs)]
-            if own.get(name) != theirs.get(name)
-        ]
-        if differing:
+        if differing := handover.differences(own, self.beginning.identity):
             raise MisconfigurationException(
-                f"rank {self.control.rank} can not join: it differs from those that train. {'; '.join(differing[:5])}"
+                f"rank {self.control.rank} can not join: it differs from those that train. {differing}"
             )
 
     def state(self) -> dict[str, Any] | None:
@@ -130,38 +121,7 @@ class Joiner:
             ) from error
 
 
-class Donor:
-    """What a member does for one that it takes in: a copy between two steps, and the rest beside training.
-
-    Args:
-        control: of this rank.
-        store: of the run, on a connection that nobody blocks.
-    """
-
-    def __init__(self, control: MemberControl, store: Store) -> None:
-        self._control = control
-        self._store = store
-        self._links: list[Link] = []
-
-    def serve(self, guest: tuple[int, int], step: int, state: dict[str, Any]) -> None:
-        """Send ``state`` to seat and incarnation ``guest``, as it is now."""
-        copied = tree_map_only(Tensor, _on_host, state)
-        link = handover.donors_link(self._store, self._control.rank, *guest, self._control.timeout)
-        self._links.append(link)
-        handover.serve(link, step, lambda: copied).add_done_callback(lambda _: copied.clear())
-
-    def close(self) -> None:
-        """Give up what is under way."""
-        for link in self._links:
-            link.close()
-        self._links.clear()
-
-
 def identity_of(strategy: str, arguments: Mapping[str, Any], tensors: Mapping[str, str]) -> dict[str, Any]:
     """Return by name what two processes of one training have in common."""
     arguments = {f"argument `{name}`": v for name, v in arguments.items() if name not in _OF_A_PROCESS}
     return {"the strategy": strategy, **arguments, **tensors}
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)

@@ -17,10 +17,11 @@ from lightning_gossip.control.members import Change
 from lightning_gossip.control.stop import SeatLost
 from lightning_gossip.strategies import lightning_counts, lightning_dealing, lightning_members
 from lightning_gossip.strategies.joined_epoch import Stand, TrainingData, place_among
-from lightning_gossip.strategies.joining import Beginning, Donor, Joiner
+from lightning_gossip.strategies.joining import Beginning, Joiner
 from lightning_gossip.strategies.lightning_names import pl
 from lightning_gossip.strategies.meeting import TIMEOUT
 from lightning_gossip.strategies.surviving import SurvivingStrategy
+from lightning_gossip.transport.handover import Donor
 
 T = TypeVar("T")
 

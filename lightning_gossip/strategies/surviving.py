@@ -11,12 +11,11 @@ from typing import Any, TypeVar
 import numpy as np
 from typing_extensions import override
 
-from lightning_gossip.arguments import check_choice, check_integer, check_timeout
+from lightning_gossip.arguments import check_choice, check_integer
 from lightning_gossip.control import store as run_store
 from lightning_gossip.control.meeting import Meeting
-from lightning_gossip.control.member_control import LOST_AFTER, MemberControl, Survival
+from lightning_gossip.control.member_control import LOST_AFTER, MemberControl, Survival, check_lost_after
 from lightning_gossip.control.members import Change
-from lightning_gossip.control.run import HEARTBEAT
 from lightning_gossip.control.together import together
 from lightning_gossip.exchange.stats import NONFINITE, NonFinite
 from lightning_gossip.strategies import lightning_members
@@ -67,9 +66,7 @@ class SurvivingStrategy(MeetingStrategy):
             raise ValueError(
                 f"`restarts` must be 0 without `min_replicas`, got {restarts}: without it the first loss ends the run"
             )
-        self.lost_after = check_timeout("lost_after", lost_after)
-        if (seconds := lost_after.total_seconds()) <= 2 * HEARTBEAT:
-            raise ValueError(f"`lost_after` must be more than {2 * HEARTBEAT:g} s, two heartbeats, got {seconds:g} s")
+        self.lost_after = check_lost_after(lost_after)
         check_choice("nonfinite", nonfinite, (None, *NONFINITE))
         self.nonfinite: NonFinite = nonfinite or ("error" if min_replicas is None else "heal")
         if min_replicas is not None and process_group_backend == "nccl":

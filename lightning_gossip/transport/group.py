@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, distributed_c10d
+from typing_extensions import override
 
 from lightning_gossip.control.meeting import Meeting
+from lightning_gossip.transport.link import ProcessGroupGloo, gloo_device
 
 _CONNECT = timedelta(seconds=2)
 """For each of gloo's attempts to connect the members of a group: nothing else wakes it in its constructor."""
@@ -88,10 +90,10 @@ class MeetingStore(Store):
             pause = min(2 * pause, 0.02)
 
 
-class DefaultGroup:
-    """torch's default process group, made anew among those that have met wherever they are others than before.
+class MembersGroup:
+    """A process group of those that have met, made anew wherever they are others than before.
 
-    Ranks in it are dense: the index of a member among the members. One a process, for all calls of the Trainer.
+    Ranks in it are dense: the index of a member among the members.
 
     Args:
         rank: of this process: its seat.
@@ -105,6 +107,11 @@ class DefaultGroup:
         self.members: tuple[int, ...] = ()
         """Whose group it is; those that have met last."""
         self._incarnations: tuple[int, ...] = ()
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The group; None where there is none."""
+        raise NotImplementedError
 
     def fits(self, meeting: Meeting) -> bool:
         """Whether this is a group of those that have met, and none of them has given it up."""
@@ -146,15 +153,13 @@ class DefaultGroup:
         patient = MeetingStore(store, has_lost, timeout)
         self._store = patient  # torch keeps what is beneath it, and not this object: new groups ask it for their keys
         self.members, self._incarnations = members, incarnations
-        dist.init_process_group(
-            "gloo",
-            store=PrefixStore(f"group/{name}", patient),
-            rank=members.index(self._rank),
-            world_size=len(members),
-            timeout=_CONNECT,
-        )
-        _set_timeout(timeout)
+        self._open(PrefixStore(f"group/{name}", patient), members.index(self._rank), len(members))
+        _set_timeout(timeout, self.group)
         self._sound = True
+
+    def _open(self, store: Store, index: int, size: int) -> None:
+        """Make the group, of ``size``, in which this process has that ``index``."""
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def collective(self) -> Iterator[None]:
@@ -176,20 +181,79 @@ class DefaultGroup:
     def spoil(self) -> None:
         """Let every wait in the group fail, here and at its neighbours: it is made anew before it is used again."""
         self._sound = False
-        if dist.is_initialized():
-            group: Any = dist.group.WORLD
-            give_up(group._get_backend(torch.device("cpu")), dist.get_rank(), dist.get_world_size())
+        if (group := self.group) is not None:
+            of_torch: Any = group
+            give_up(of_torch._get_backend(torch.device("cpu")), group.rank(), group.size())
 
     def destroy(self) -> None:
         """Leave the group."""
         self._sound = False
+
+
+class DefaultGroup(MembersGroup):
+    """torch's default process group. One a process, for all calls of the Trainer."""
+
+    @property
+    @override
+    def group(self) -> dist.ProcessGroup | None:
+        return dist.group.WORLD if dist.is_initialized() else None
+
+    @override
+    def _open(self, store: Store, index: int, size: int) -> None:
+        dist.init_process_group("gloo", store=store, rank=index, world_size=size, timeout=_CONNECT)
+
+    @override
+    def destroy(self) -> None:
+        super().destroy()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _set_timeout(timeout: timedelta) -> None:
-    """Set the timeout of waits in the default group; torch 2.13 has no public name for that."""
-    getattr(dist, "set_timeout", distributed_c10d._set_pg_timeout)(timeout)
+class OwnGroup(MembersGroup):
+    """A group besides torch's default one, which may be there or not, and stays as it is.
+
+    torch's collectives take it as ``group``, with ``group_src`` for ranks in it; torch itself does not know it.
+    """
+
+    _group: dist.ProcessGroup | None = None
+
+    @property
+    @override
+    def group(self) -> dist.ProcessGroup | None:
+        return self._group
+
+    @override
+    def _open(self, store: Store, index: int, size: int) -> None:
+        options = ProcessGroupGloo._Options()
+        options._devices, options._timeout, options._threads = [gloo_device()], _CONNECT, 1
+        gloo = ProcessGroupGloo(store, index, size, options)
+        group: Any = dist.ProcessGroup(store, index, size)
+        group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        for device in ("cpu", "cuda"):
+            group._register_backend(torch.device(device), dist.ProcessGroup.BackendType.GLOO, gloo)
+        self._group = group
+
+    @override
+    @contextlib.contextmanager
+    def collective(self) -> Iterator[None]:
+        with super().collective():
+            try:
+                yield
+            except ValueError as error:
+                # where there is a default group, torch looks up what it would log of a failure, and does not find this
+                if isinstance(error.__context__, RuntimeError):
+                    raise error.__context__ from None
+                raise
+
+    @override
+    def destroy(self) -> None:
+        super().destroy()
+        self._group = None
+
+
+def _set_timeout(timeout: timedelta, group: dist.ProcessGroup | None) -> None:
+    """Set the timeout of waits in a group; torch 2.13 has no public name for that."""
+    getattr(dist, "set_timeout", distributed_c10d._set_pg_timeout)(timeout, group)
 
 
 def give_up(group: Any, index: int, size: int) -> None:

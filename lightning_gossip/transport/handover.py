@@ -6,7 +6,7 @@ import io
 import math
 import pickle
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import Store
+from torch.utils._pytree import tree_map_only
 
 from lightning_gossip.control.meeting import Process
 from lightning_gossip.control.member_control import MemberControl
@@ -26,6 +27,17 @@ _PIECE = 64 * 2**20
 
 class TornState(LinkError):
     """What arrived is not what was sent."""
+
+
+def differences(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Return in words in what a process that joins differs from the others, where each has something by name."""
+    names = [*theirs, *(name for name in own if name not in theirs)]
+    differing = [
+        f"{name} is {own.get(name, 'missing')!s} here but {theirs.get(name, 'missing')!s} there"
+        for name in names
+        if own.get(name) != theirs.get(name)
+    ]
+    return "; ".join(differing[:5])
 
 
 def donors_link(store: Store, donor: int, seat: int, incarnation: int, timeout: timedelta) -> Link:
@@ -48,6 +60,33 @@ def serve(link: Link, step: int, state: Callable[[], dict[str, Any]]) -> Future[
         link.flush()
 
     return link.submit(send)
+
+
+class Donor:
+    """What a member does for one that it takes in: a copy between two steps, and the rest beside training.
+
+    Args:
+        control: of this rank.
+        store: of the run, on a connection that nobody blocks.
+    """
+
+    def __init__(self, control: MemberControl, store: Store) -> None:
+        self._control = control
+        self._store = store
+        self._links: list[Link] = []
+
+    def serve(self, guest: tuple[int, int], step: int, state: dict[str, Any]) -> None:
+        """Send ``state`` to seat and incarnation ``guest``, as it is now."""
+        copied = tree_map_only(Tensor, _on_host, state)
+        link = donors_link(self._store, self._control.rank, *guest, self._control.timeout)
+        self._links.append(link)
+        serve(link, step, lambda: copied).add_done_callback(lambda _: copied.clear())
+
+    def close(self) -> None:
+        """Give up what is under way."""
+        for link in self._links:
+            link.close()
+        self._links.clear()
 
 
 def state_of(donor: Process, control: MemberControl, store: Store) -> dict[str, Any] | None:
@@ -94,6 +133,10 @@ def _fetch(link: Link) -> Future[dict[str, Any]]:
         return _unpacked(payload)
 
     return link.submit(receive)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _packed(state: dict[str, Any]) -> Tensor:
