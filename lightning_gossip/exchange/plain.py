@@ -14,13 +14,31 @@
                 evaluate(model)
         gossip.adopt_consensus()
 
+**Ranks that may be lost.** With ``min_replicas`` the others go on without one that dies, and a process that is started
+for it joins them. No process group is needed, which could not shrink: the run's store stands in a process of its own,
+``lightning-gossip store --port 29500`` on a machine that stays, and each rank is started by whatever starts it again::
+
+    store = TCPStore("stable-host", 29500)
+    with Gossip(model, min_replicas=2, store=store, rank=rank, world_size=4, state=optimizer.state_dict) as gossip:
+        if gossip.given is not None:  # this process joins: it has a donor's module and clock, and this
+            optimizer.load_state_dict(gossip.given)
+        while gossip.steps < steps:
+            with gossip.step():
+                ...
+            if gossip.steps % 500 == 0:
+                with gossip.consensus():
+                    ...
+
+Meet at certain steps by :attr:`Gossip.steps`, as here: a process that joins then comes to its donor's meetings.
+
 ======================  ============================================================================================
 called                  is
 ======================  ============================================================================================
 on one rank alone       ``step()``, which waits for the partners of that step only; ``state_dict()``
 on all ranks, at the    the constructor, ``wait_for_all()``, ``consensus()``, ``adopt_consensus()``, ``close()`` without
 same place              an exception: all meet there, and who is slow but alive is waited for
-with an exception       the ``with`` block ends: the others are told the cause, and end at their next step or meeting
+with an exception       the ``with`` block ends: the others are told the cause, and end at their next step or meeting;
+                        with ``min_replicas`` they go on
 ======================  ============================================================================================
 
 Nothing here imports Lightning; Lightning's strategies are built of the same parts.
@@ -28,42 +46,33 @@ Nothing here imports Lightning; Lightning's strategies are built of the same par
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed import PrefixStore, Store, distributed_c10d
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
+from torch.distributed import Store
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lightning_gossip.arguments import (
-    check_choice,
-    check_integer,
-    check_number,
-    check_timeout,
-    check_wire_dtype,
-)
-from lightning_gossip.control.run import Control
+from lightning_gossip.arguments import check_choice, check_timeout
+from lightning_gossip.control.meeting import Meeting
+from lightning_gossip.control.member_control import LOST_AFTER
 from lightning_gossip.control.stop import RunStopped
 from lightning_gossip.exchange.asynchronous import AsynchronousExchange
-from lightning_gossip.exchange.clock import Exchange
 from lightning_gossip.exchange.consensus import Consensus
-from lightning_gossip.exchange.models import check_models_agree, over, rank_zeros, shared_parameters, take
+from lightning_gossip.exchange.models import check_models_agree, manifest, rank_zeros, take
+from lightning_gossip.exchange.plain_runs import GroupRun, MembersRun, Seat, survival_of
+from lightning_gossip.exchange.plain_scheme import AnyExchange, Scheme
 from lightning_gossip.exchange.stats import NONFINITE, ExchangeStats, NonFinite
-from lightning_gossip.rules.mixing import ElasticMixing, MixingRule, PullMixing, PushMixing
-from lightning_gossip.rules.outer import OuterStep
-from lightning_gossip.rules.schedule import Chooser, Peers, Schedule
-from lightning_gossip.transport.link import Links
-from lightning_gossip.transport.link_transport import LinkTransport, end_of_rank
+from lightning_gossip.rules.schedule import Chooser, Peers
+from lightning_gossip.transport.handover import differences
 
-_made = itertools.count()
-"""Objects of this process, the same number on all ranks: each has keys of its own in the run's store."""
+T = TypeVar("T")
 
 
 class Gossip:
@@ -83,13 +92,27 @@ class Gossip:
         timeout: how long an exchange may take, and how long a rank waits elsewhere for one without a sign of life.
         outer_lr, outer_momentum: of elastic gossip's outer step; 1 and 0 for none.
         nonfinite: what becomes of a replica that is not finite: ``"error"`` ends its rank, ``"heal"`` gives it a
-            partner's parameters and calls ``on_heal``.
+            partner's parameters and calls ``on_heal``; None is ``"heal"`` with ``min_replicas``, and else ``"error"``.
         on_heal: called after that; an optimizer's state is to begin anew.
-        process_group: of the replicas; None for the default group, which has to be there.
+        process_group: of the replicas; None for the default group, which has to be there unless ``store`` is given.
+            With ``min_replicas`` only its store is used: ranks may be lost, but nobody can join, and where rank 0 holds
+            that store, as it does unless somebody else serves it, the run ends with rank 0.
+        min_replicas: the run begins with so many ranks at least, once all are there or ``timeout`` is over, and goes on
+            as long as so many are left; None ends it with the first that is lost.
+        lost_after: a rank that gives no sign of life for so long is lost, where there is ``min_replicas``.
+        state: returns what else a process that joins takes over, as tensors, numbers, strings and containers of them:
+            an optimizer's ``state_dict()``. Called on the donor, where its next step begins; the joiner has it in
+            :attr:`given`.
+        store: of the run, in place of a process group, where there is ``min_replicas``: a ``TCPStore`` that outlives
+            every rank. It holds one run: for several give each a ``PrefixStore`` of it.
+        rank, world_size: of this process, and how many ranks there are, with ``store``.
 
     Raises:
         ValueError: for an argument that is not allowed.
-        RuntimeError: without a process group, or if the ranks have different models.
+        RuntimeError: without a process group or store, or if the ranks have different models or, at a process that
+            joins, other arguments; if another process of this rank is there.
+        RunStopped: if fewer than ``min_replicas`` are there.
+        SystemExit: with code 0, in a process that comes to a lost rank's place when training is over.
     """
 
     def __init__(
@@ -109,55 +132,44 @@ class Gossip:
         shared_memory: bool = True,
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
-        nonfinite: NonFinite = "error",
+        nonfinite: NonFinite | None = None,
         on_heal: Callable[[], None] = lambda: None,
         process_group: dist.ProcessGroup | None = None,
+        min_replicas: int | None = None,
+        lost_after: timedelta = LOST_AFTER,
+        state: Callable[[], dict[str, Any]] = dict,
+        store: Store | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
-        if isinstance(module, DistributedDataParallel):
-            raise ValueError("`module` must not be wrapped in DDP, which averages gradients; give `module.module`")
-        rule, outer = _rule(variant, alpha), OuterStep(outer_lr, outer_momentum)
-        if not outer.is_plain and variant != "elastic":
-            raise ValueError(f"`outer_lr` and `outer_momentum` are for elastic gossip; got `variant={variant!r}`")
-        schedule = Schedule(peers, probability, period, seed)
-        check_integer("delay", delay, low=0, high=period - 1, why="at most period - 1")
-        if check_choice("asynchronous", asynchronous, (True, False)):
-            _check_asynchronous(delay, module)
-        dtype = check_wire_dtype("wire_dtype", wire_dtype)
-        shared_memory = check_choice("shared_memory", shared_memory, (True, False))
+        how = (variant, alpha, probability, period, peers, delay)
+        scheme = Scheme(*how, asynchronous, wire_dtype, seed, outer_lr, outer_momentum)
+        scheme.check_module(module)
+        check_choice("shared_memory", shared_memory, (True, False))
         check_timeout("timeout", timeout)
-        check_choice("nonfinite", nonfinite, NONFINITE)
-        if not dist.is_initialized():
-            raise RuntimeError("there is no process group: call `torch.distributed.init_process_group` first")
-        self._group = process_group
-        rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
-        if rank < 0:
-            raise ValueError("`process_group` must be one that this rank is a member of")
-        schedule.check_world_size(world_size)
-        self._module = module
-        self._exchange: Exchange | AsynchronousExchange | None = None
+        check_choice("nonfinite", nonfinite, (None, *NONFINITE))
+        survival = survival_of(min_replicas, lost_after)
+        seat = Seat.of(process_group, store, rank, world_size, survival is not None)
+        scheme.schedule.check_world_size(seat.world_size)
+        self._module, self._scheme, self._state = module, scheme, state
+        self._exchange: AnyExchange | None = None
         self._closed = False
-        connect = _connections(process_group)
-        self._control = control = Control(connect, rank, world_size, timeout, clock=lambda: self.steps)
+        self.given: dict[str, Any] | None = None
+        """What ``state`` returned on the donor, on the CPU; None in a process that was there at the beginning."""
+        self._run: GroupRun = (
+            GroupRun(seat, process_group, timeout, self._clock)
+            if survival is None
+            else MembersRun(seat, survival, timeout, self._clock)
+        )
         with self._telling():
-            place = (rank, world_size, schedule, rule)
-            options: dict[str, Any] = {"wire_dtype": dtype, "nonfinite": nonfinite}
-            options["outer"] = None if outer.is_plain else outer
-            exchange: Exchange | AsynchronousExchange
-            if asynchronous:
-                exchange = AsynchronousExchange(
-                    *place, control, connect(), lambda: shared_parameters(module), **options
-                )
+            given = self._run.come()
+            heals: NonFinite = "error" if survival is None else "heal"
+            self._exchange = scheme.exchange(module, seat, self._run, timeout, shared_memory, nonfinite or heals)
+            self._exchange.on_heal = on_heal
+            if given is None:
+                take(module, self._together("the start", lambda: _rank_zeros(module)))
             else:
-                transport = LinkTransport(
-                    Links(connect(), end_of_rank(rank), timeout), control, shared_memory, pin_memory=_on_gpu(module)
-                )
-                exchange = Exchange(*place, transport, lambda: shared_parameters(module), delay=delay, **options)
-            self._exchange = exchange
-            exchange.on_heal = on_heal
-            self._meet("the start")
-            with over(process_group):
-                check_models_agree(module)
-                take(module, rank_zeros(module))
+                self.given = self._take_over(given)
 
     # -- in training ----------------------------------------------------------------------------------------------
 
@@ -165,6 +177,14 @@ class Gossip:
     def steps(self) -> int:
         """Steps begun over the whole training, by the exchange clock."""
         return self._exchange.step if self._exchange is not None else 0
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The ranks that took part in the last meeting, by seniority: one that has joined comes last.
+
+        At any step it is the same on all ranks: loops may go by it. What one does for all is for the first of them.
+        """
+        return self._run.members
 
     @property
     def stats(self) -> ExchangeStats:
@@ -184,10 +204,13 @@ class Gossip:
         Raises:
             PartnerLost: if a partner died, or was silent past the timeout.
             NotFinite: if a replica is not finite, with ``nonfinite="error"``.
-            RunStopped: if some rank stopped.
+            RunStopped: if some rank stopped, or fewer than ``min_replicas`` are left.
+            SeatLost: if the others have declared this rank lost, and go on; a new object on that store joins them.
         """
-        self._control.check()
-        self._running.begin()
+        exchange = self._running
+        self._run.control.check()
+        self._run.between_steps(exchange.align, self._state_to_join)
+        exchange.begin()
         if isinstance(self._exchange, AsynchronousExchange):
             before_updates = register_optimizer_step_pre_hook(lambda *_: self.shut())
             try:
@@ -207,7 +230,7 @@ class Gossip:
 
     def wait_for_all(self) -> None:
         """Meet: at an epoch's end where ranks have unequal numbers of batches, whose partners skip who waits here."""
-        self._meet("an epoch's end")
+        self._met("an epoch's end")
 
     @contextmanager
     def consensus(self) -> Iterator[float]:
@@ -228,7 +251,7 @@ class Gossip:
 
     def adopt_consensus(self) -> float:
         """Make every rank's module the consensus model, and return the consensus distance; training may go on."""
-        self._meet("what is in flight")
+        self._met("what is in flight")
         self._running.settle()
         consensus, distance = self._build("the consensus that is adopted")
         consensus.adopt()
@@ -260,7 +283,8 @@ class Gossip:
             return
         with self._telling():
             self._running.settle()
-            self._meet("the end")
+            self._met("the end")
+            self._run.tell_over()
         self._release()
 
     def __enter__(self) -> Self:
@@ -286,61 +310,71 @@ class Gossip:
     def _fail(self, error: BaseException) -> None:
         if not self._closed:
             if not isinstance(error, RunStopped):
-                cause = f"{type(error).__name__}: {error}"
-                self._control.stop("error", cause, lost=getattr(error, "partner", -1))
+                self._run.tell(error)
             self._release()
 
     def _release(self) -> None:
         self._closed = True
         if self._exchange is not None:
             self._exchange.close()
-        self._control.close()
+        self._run.close()
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
     @property
-    def _running(self) -> Exchange | AsynchronousExchange:
+    def _running(self) -> AnyExchange:
         if self._exchange is None or self._closed:
             raise RuntimeError("this Gossip is closed")
         return self._exchange
 
-    def _meet(self, reason: str) -> None:
+    def _clock(self) -> int:
+        return self.steps
+
+    def _met(self, reason: str) -> Meeting:
         exchange = self._running
         exchange.arrive()
-        meeting = self._control.meet(reason)
-        if isinstance(exchange, AsynchronousExchange):
-            return  # each rank goes by a clock of its own
-        exchange.align(meeting.clock)
-        if meeting.skipped:
-            exchange.reset_links(meeting.number)
+        meeting = self._run.meet(reason)
+        if not isinstance(exchange, AsynchronousExchange):  # else each rank goes by a clock of its own
+            exchange.align(meeting.clock)
+            if meeting.skipped:
+                exchange.reset_links(meeting.number)
+        return meeting
+
+    def _together(self, reason: str, attempt: Callable[[], T]) -> T:
+        """Meet, and return what ``attempt`` does: a collective, which leaves all as it was."""
+        return self._run.together(partial(self._met, reason), attempt)
 
     def _build(self, reason: str) -> tuple[Consensus, float]:
-        self._meet(reason)
         consensus = Consensus(self._module)
-        with over(self._group):
-            return consensus, consensus.build()
+        return consensus, self._together(reason, consensus.build)
+
+    def _identity(self) -> dict[str, str]:
+        """Return by name what a process has in common with those that it joins."""
+        return self._scheme.arguments | manifest(self._module)
+
+    def _state_to_join(self) -> dict[str, Any]:
+        return {
+            "identity": self._identity(),
+            "module": self._module.state_dict(),
+            "exchange": self._running.state_to_join(),
+            "state": self._state(),
+        }
+
+    def _take_over(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Begin as the donor is; return what its loop gave.
+
+        Raises:
+            RuntimeError: if this process would train something else than the others do.
+        """
+        if differing := differences(self._identity(), given["identity"]):
+            rank = self._run.control.rank
+            raise RuntimeError(f"rank {rank} can not join: it differs from those that train. {differing}")
+        self._module.load_state_dict(given["module"])
+        self._running.load_state_dict(given["exchange"])
+        own: dict[str, Any] = given["state"]
+        return own
 
 
-def _check_asynchronous(delay: int, module: nn.Module) -> None:
-    if delay:
-        raise ValueError(f"`delay` must be 0 with `asynchronous=True`, got {delay}: nobody waits for an exchange")
-    if _on_gpu(module):
-        raise ValueError("`asynchronous=True` runs on the CPU; the module is on a GPU")
-
-
-def _rule(variant: str, alpha: float) -> MixingRule:
-    check_choice("variant", variant, ("elastic", "pull", "push"))
-    if variant == "elastic":
-        return ElasticMixing(check_number("alpha", alpha, low=0, high=1, open_low=True))
-    return PullMixing() if variant == "pull" else PushMixing()
-
-
-def _connections(group: dist.ProcessGroup | None) -> Callable[[], Store]:
-    """Return what makes connections to the store of a group, under a prefix of this object."""
-    store = distributed_c10d._get_process_group_store(group or distributed_c10d._get_default_group())
-    prefix = f"lightning_gossip/plain/{next(_made)}"
-    return lambda: PrefixStore(prefix, store.clone())
-
-
-def _on_gpu(module: nn.Module) -> bool:
-    return any(parameter.is_cuda for parameter in module.parameters())
+def _rank_zeros(module: nn.Module) -> dict[str, Tensor]:
+    check_models_agree(module)
+    return rank_zeros(module)
