@@ -3,6 +3,9 @@
 ``Trainer(strategy="gossip")`` works after ``import lightning_gossip``, in whichever order the two are imported; yet a
 process that needs no Lightning must not pay the seconds that its import takes. So where Lightning is there already, the
 names are registered at once; where it is not, when its strategies are imported. Each of its two names has a registry.
+
+``"ddp_gossip"`` is ``"gossip"``, and so on for all: for libraries that place a sampler of their own where a strategy's
+name says ``ddp`` (scvi-tools).
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from functools import partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +30,9 @@ STRATEGIES = {
     "downpour": "DownpourStrategy",
 }
 """Class by name, which is also that of its module in this room."""
+
+_PREFIXES = ("", "ddp_")
+"""Of the name; with any of them it is the same strategy."""
 
 _START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 """By suffix of the name."""
@@ -46,15 +53,16 @@ def _registry_home(family: Family) -> str:
 
 
 def _register(family: Family, module: ModuleType) -> None:
-    for name, class_name in STRATEGIES.items():
-        for suffix, start_method in _START_METHODS.items():
-            module.StrategyRegistry.register(
-                f"{name}{suffix}",
-                partial(_make, family, name),
-                description=f"{class_name} with `start_method` '{start_method}'",
-                override=True,
-                start_method=start_method,
-            )
+    for prefix, (name, class_name), (suffix, start_method) in product(
+        _PREFIXES, STRATEGIES.items(), _START_METHODS.items()
+    ):
+        module.StrategyRegistry.register(
+            f"{prefix}{name}{suffix}",
+            partial(_make, family, name),
+            description=f"{class_name} with `start_method` '{start_method}'",
+            override=True,
+            start_method=start_method,
+        )
 
 
 def _make(family: Family, name: str, **arguments: Any) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import lightning.pytorch as pl
 import pytest
 from environments import LEAN
 
-from lightning_gossip.strategies.registration import register_with_lightning
+from lightning_gossip.strategies.registration import STRATEGIES, register_with_lightning
 
 REPORT = """
 import inspect
@@ -41,6 +42,17 @@ def test_names_are_registered_in_whichever_order_the_two_are_imported(imports: s
     assert lightnings == "True True"
     assert finders == "['pytorch_lightning']"
     assert made == "ElasticGossipStrategy spawn"
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("start", ["", "_spawn", "_fork", "_notebook"])
+def test_a_name_that_says_ddp_is_the_same_strategy(name: str, start: str) -> None:
+    """For scvi-tools, which asks `"ddp" in strategy` before it places a sampler of its own."""
+    registry = pl.strategies.StrategyRegistry
+    one, other = registry.get(f"{name}{start}"), registry.get(f"ddp_{name}{start}")
+    assert type(one) is type(other)
+    assert type(one).__name__ == STRATEGIES[name]
+    assert one._start_method == other._start_method
 
 
 def waiting() -> int:
