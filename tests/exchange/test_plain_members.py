@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from plain_members import (
+from loops import (
     AS_A_DONOR,
     AT_A_CONSENSUS,
     EVERY,
