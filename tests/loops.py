@@ -97,6 +97,11 @@ class Loops:
         lives: of each rank, when each of its lives ends but the last that is None; one life without an end by default.
         ends: whether the run may end, looked at after every consensus.
         options: of :class:`Gossip`.
+
+    Attributes:
+        raises: by rank, at which step what is raised within it.
+        also: more of what ``state`` returns.
+        model: of a rank.
     """
 
     def __init__(
@@ -117,6 +122,9 @@ class Loops:
         self.stays: list[Stay] = []
         self.given: list[tuple[tuple[int, int], dict[str, Any]]] = []
         self.here = threading.local()
+        self.raises: dict[int, tuple[int, BaseException]] = {}
+        self.also: dict[str, Any] = {}
+        self.model: Callable[[int], Any] = Theta
         self._decided: dict[int, bool] = {}
         let_all_come_soon(monkeypatch, link_transport)
         # torch's hook is one for all threads
@@ -200,14 +208,14 @@ class Loops:
             stay.mixed.pop(stay.died_at, None)
 
     def _train(self, stay: Stay) -> None:
-        model = Theta(stay.rank)
+        model = self.model(stay.rank)
         optimizer = torch.optim.SGD(model.parameters(), LR, MOMENTUM)
         gossip = stay.gossip = Gossip(
             model,
             store=self.store,
             rank=stay.rank,
             world_size=self.size,
-            state=lambda: {"optimizer": optimizer.state_dict(), "from": stay.rank},
+            state=lambda: {"optimizer": optimizer.state_dict(), "from": stay.rank, **self.also},
             **self.options,
         )
         self._arm(stay, gossip)
@@ -223,6 +231,8 @@ class Loops:
                 step = gossip.steps
                 stay.began_after = step - 1 if stay.began_after < 0 else stay.began_after
                 stay.dies("posted", step)
+                if self.raises.get(stay.rank, (0,))[0] == step:
+                    raise self.raises[stay.rank][1]
                 model.theta.grad = torch.tensor(gradient(model.theta.detach().numpy(), stay.rank, step))
                 gossip.shut()
                 optimizer.step()

@@ -93,7 +93,7 @@ class Gossip:
         outer_lr, outer_momentum: of elastic gossip's outer step; 1 and 0 for none.
         nonfinite: what becomes of a replica that is not finite: ``"error"`` ends its rank, ``"heal"`` gives it a
             partner's parameters and calls ``on_heal``; None is ``"heal"`` with ``min_replicas``, and else ``"error"``.
-        on_heal: called after that; an optimizer's state is to begin anew.
+        on_heal: called after that; an optimizer's state is to begin anew: ``optimizer.state.clear``.
         process_group: of the replicas; None for the default group, which has to be there unless ``store`` is given.
             With ``min_replicas`` only its store is used: ranks may be lost, but nobody can join, and where rank 0 holds
             that store, as it does unless somebody else serves it, the run ends with rank 0.

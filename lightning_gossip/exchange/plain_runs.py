@@ -32,8 +32,8 @@ but lives: it was cut off           go on; it raises ``SeatLost`` at its next st
 from __future__ import annotations
 
 import itertools
-import pickle
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -53,7 +53,7 @@ from lightning_gossip.control.run import Control
 from lightning_gossip.control.together import together
 from lightning_gossip.exchange.models import over
 from lightning_gossip.transport.group import OwnGroup
-from lightning_gossip.transport.handover import Donor, state_of
+from lightning_gossip.transport.handover import Donor, check_travels, state_of
 
 T = TypeVar("T")
 
@@ -207,6 +207,7 @@ class MembersRun(GroupRun):
         self._store = seat.connect()
         self._group = OwnGroup(seat.rank)
         self._comes_from = -1  # its donor, from its coming to a seat that was lost to its first step
+        self._has_begun = False
         self._take_seat()
 
     def _take_seat(self) -> None:
@@ -214,11 +215,22 @@ class MembersRun(GroupRun):
 
         Raises:
             SeatTaken: if another process is there.
+            RuntimeError: if nobody tells whether there is one.
             SystemExit: if training is over.
         """
         seat = self._seat
+        seconds = (self._timeout + self._survival.lost_after).total_seconds()
+        deadline = time.monotonic() + seconds
+
+        def check() -> None:
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"rank {seat.rank} waited for {seconds:g} s for its place: a process that gives no sign of life has"
+                    " it, and none is left that could declare that one lost"
+                )
+
         try:
-            incarnation = claim_seat(self._store, seat.rank, seat.world_size, self._survival)
+            incarnation = claim_seat(self._store, seat.rank, seat.world_size, self._survival, check)
         except RunOver as over:
             raise self._too_late(over) from None
         self.control = MemberControl(
@@ -258,7 +270,6 @@ class MembersRun(GroupRun):
         Raises:
             RunStopped: if too few are there.
             SystemExit: if training is over.
-            RuntimeError: if the donor's state can not be taken over.
         """
         if self.incarnation == 0:
             self.members = self.control.begin(self._timeout.total_seconds()).members
@@ -280,11 +291,6 @@ class MembersRun(GroupRun):
             return state_of(donor, self.control, self._store)
         except RunOver as over:
             raise self._too_late(over) from None
-        except (pickle.UnpicklingError, AttributeError) as error:
-            raise RuntimeError(
-                "what `state` returns on this run's ranks holds objects that do not travel: a joiner takes tensors,"
-                f" numbers, strings and containers of them only, as `torch.load(weights_only=True)`: {error}"
-            ) from error
 
     @override
     def meet(self, reason: str) -> Meeting:
@@ -305,7 +311,14 @@ class MembersRun(GroupRun):
 
     @override
     def between_steps(self, align: Callable[[int], None], state: Callable[[], dict[str, Any]]) -> None:
-        """Become whole before the first step of one that joins; take in the one that asks, before any other."""
+        """Become whole before the first step of one that joins; take in the one that asks, before any other.
+
+        Raises:
+            ValueError: before the first step, if what ``state`` returns does not travel.
+        """
+        if not self._has_begun:
+            self._has_begun = True
+            check_travels("state", state()["state"])
         if self._comes_from >= 0:
             clock = self.control.clock_to_join(self.control.tell_joined(self._comes_from))
             self._comes_from = -1

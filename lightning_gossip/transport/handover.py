@@ -40,6 +40,21 @@ def differences(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     return "; ".join(differing[:5])
 
 
+def check_travels(name: str, state: dict[str, Any]) -> None:
+    """Raise if ``state`` could not be given to one that joins.
+
+    Raises:
+        ValueError: naming what returned it, ``name``, and what is allowed.
+    """
+    try:
+        _unpacked(_packed(state))
+    except (pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"`{name}` must return tensors, numbers, strings and containers of them, which a process that joins takes"
+            f" as `torch.load(weights_only=True)` does; got {type(state).__name__} with something else: {error}"
+        ) from error
+
+
 def donors_link(store: Store, donor: int, seat: int, incarnation: int, timeout: timedelta) -> Link:
     """Return a donor's end of the link on which it serves the process that comes to ``seat``."""
     return Link(store, gloo_device(), f"donor{donor}", f"guest{seat}.{incarnation}", timeout)

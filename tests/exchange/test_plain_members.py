@@ -13,6 +13,7 @@ from loops import (
     EVERY,
     IN_A_STEP,
     Loops,
+    Theta,
     check,
     ended,
     has_joined,
@@ -197,6 +198,43 @@ def test_a_joiner_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert "`probability` is 0.5 here but 1.0 there" in str(error)
     assert "parameter 'theta' is missing here" in str(error)
     assert sorted(stay.rank for stay in loops.stays if stay.ends_with is not None) == [0, 1]
+
+
+@pytest.mark.parametrize("error", [ValueError("boom"), SystemExit(143)])
+def test_one_that_ends_by_an_error_leaves_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    loops = Loops(monkeypatch, 3, {}, after(4 * EVERY))
+    loops.raises = {1: (15, error)}
+    loops.go()
+    [failed] = [stay for stay in loops.stays if stay.error is not None]
+    assert failed.error is error
+    assert [stay.members for stay in loops.stays if stay.ends_with is not None] == [(0, 2)] * 2
+    told = [str(change) for change in loops.stays[0].gossip._run.control.changes]
+    assert told == [f"rank 1 left at step 15 ({type(error).__name__}: {error})"]
+
+
+def test_ctrl_c_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    loops = Loops(monkeypatch, 3, {}, lambda loops: False)
+    loops.raises = {1: (15, KeyboardInterrupt())}
+    loops.go()
+    assert [type(stay.error) for stay in loops.stays] == [KeyboardInterrupt] * 3
+
+
+def test_a_state_that_does_not_travel_is_refused_at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    loops = Loops(monkeypatch, 2, {}, lambda loops: False)
+    loops.also = {"loop": loops.go}
+    loops.go()
+    texts = {str(stay.error) for stay in loops.stays}
+    assert [type(stay.error) for stay in loops.stays] == [ValueError] * 2
+    assert all("`state` must return tensors, numbers, strings" in text for text in texts)
+
+
+def test_other_models_are_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    loops = Loops(monkeypatch, 2, {}, lambda loops: False)
+    loops.model = lambda rank: Theta(rank) if rank == 0 else Theta(rank).float()
+    loops.go()
+    assert all("the ranks have different models: parameter 'theta' is" in str(stay.error) for stay in loops.stays)
 
 
 @pytest.mark.parametrize(
