@@ -25,7 +25,7 @@ from torch.distributed import HashStore
 from lightning_gossip import Gossip
 from lightning_gossip.control.stop import RunStopped
 
-pytestmark = [pytest.mark.faults]
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 
 def after(steps: int) -> Any:
@@ -161,6 +161,45 @@ def test_asynchronous_ranks_die_and_come_back(monkeypatch: pytest.MonkeyPatch, v
     ).go()
     assert len(ended(loops)) == 4
     assert_given_as_served(loops)
+
+
+SEEDS = 6
+"""Of the random walk; twenty times as many by ``--long``."""
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(k, marks=[pytest.mark.long] if k >= SEEDS else []) for k in range(20 * SEEDS)]
+)
+def test_a_random_walk(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Deaths at any point, of donors and of those that have just joined; one rank at least is never killed."""
+    rng = np.random.default_rng([7, seed])
+    size = int(rng.integers(2, 6))
+    lives: dict[int, Any] = {}
+    for rank in rng.permutation(size)[: int(rng.integers(1, size))].tolist():
+        points = [*IN_A_STEP, *AT_A_CONSENSUS, *AS_A_DONOR]
+        dooms = [(int(rng.integers(1, 60)), str(rng.choice(points)))]
+        dooms += [(0, str(rng.choice([*IN_A_STEP, *AT_A_CONSENSUS]))) for _ in range(int(rng.integers(0, 3)))]
+        lives[rank] = [*dooms, None] if rng.random() < 0.8 else dooms
+    period = int(rng.integers(1, 4))
+    scheme = {
+        "peers": str(rng.choice(["matching", "uniform", "ring"])),
+        "period": period,
+        "shared_memory": bool(rng.random() < 0.5),
+        "seed": seed,
+    }
+    check(Loops(monkeypatch, size, lives, everybody_is_settled, **scheme).go())
+
+
+def everybody_is_settled(loops: Loops) -> bool:
+    last = {stay.rank: stay for stay in loops.stays}
+    if max(stay.steps for stay in loops.stays) < 150:
+        return False
+    return all(
+        len([other for other in loops.stays if other.rank == rank]) == len(loops.lives.get(rank, (None,)))
+        if stay.died_at
+        else stay.steps >= stay.began_after + EVERY >= EVERY
+        for rank, stay in last.items()
+    )
 
 
 def test_one_that_comes_when_training_is_over_ends_in_order(
