@@ -29,7 +29,8 @@ for it joins them. No process group is needed, which could not shrink: the run's
                 with gossip.consensus():
                     ...
 
-Meet at certain steps by :attr:`Gossip.steps`, as here: a process that joins then comes to its donor's meetings.
+Meet at certain steps by :attr:`Gossip.steps`, as here: a process that joins then comes to its donor's meetings. A loop
+over epochs has the epoch in ``state``, too: who joins begins with that one, and the others wait for it at its end.
 
 ======================  ============================================================================================
 called                  is
@@ -38,7 +39,7 @@ on one rank alone       ``step()``, which waits for the partners of that step on
 on all ranks, at the    the constructor, ``wait_for_all()``, ``consensus()``, ``adopt_consensus()``, ``close()`` without
 same place              an exception: all meet there, and who is slow but alive is waited for
 with an exception       the ``with`` block ends: the others are told the cause, and end at their next step or meeting;
-                        with ``min_replicas`` they go on
+                        with ``min_replicas`` they go on, unless it is Ctrl-C, which ends the run
 ======================  ============================================================================================
 
 Nothing here imports Lightning; Lightning's strategies are built of the same parts.
@@ -78,9 +79,9 @@ T = TypeVar("T")
 class Gossip:
     """Replicas of a module that exchange by a schedule and mix by a rule, in a loop of one's own.
 
-    At construction all ranks take rank 0's parameters and buffers; where a training goes on, load each rank's own
-    afterwards, and :meth:`load_state_dict`. Payloads travel over gloo links of this object, also where the group's
-    backend is NCCL; between ranks on one host, through shared memory.
+    At construction all ranks take the parameters and buffers of rank 0, with ``min_replicas`` of the first that is
+    there; where a training goes on, load each rank's own afterwards, and :meth:`load_state_dict`. Payloads travel over
+    gloo links of this object, also where the group's backend is NCCL; between ranks on one host, through shared memory.
 
     Args:
         module: this rank's replica; not wrapped in DDP.

@@ -231,8 +231,8 @@ class MembersRun(GroupRun):
 
         try:
             incarnation = claim_seat(self._store, seat.rank, seat.world_size, self._survival, check)
-        except RunOver as over:
-            raise self._too_late(over) from None
+        except RunOver as ended:
+            raise self._too_late(ended) from None
         self.control = MemberControl(
             seat.connect,
             seat.rank,
@@ -245,8 +245,8 @@ class MembersRun(GroupRun):
         )
         self._donor = Donor(self.control, self._store)
 
-    def _too_late(self, over: RunOver) -> SystemExit:
-        print(f"rank {self._seat.rank}: {over}", file=sys.stderr)
+    def _too_late(self, ended: RunOver) -> SystemExit:
+        print(f"rank {self._seat.rank}: {ended}", file=sys.stderr)
         return SystemExit(0)
 
     def _wake(self, change: Change) -> None:
@@ -289,8 +289,8 @@ class MembersRun(GroupRun):
             donor = self.control.await_donor()
             self._comes_from = donor.rank
             return state_of(donor, self.control, self._store)
-        except RunOver as over:
-            raise self._too_late(over) from None
+        except RunOver as ended:
+            raise self._too_late(ended) from None
 
     @override
     def meet(self, reason: str) -> Meeting:
