@@ -13,6 +13,7 @@ from loops import (
     EVERY,
     IN_A_STEP,
     Loops,
+    Stay,
     Theta,
     check,
     ended,
@@ -161,6 +162,44 @@ def test_asynchronous_ranks_die_and_come_back(monkeypatch: pytest.MonkeyPatch, v
     ).go()
     assert len(ended(loops)) == 4
     assert_given_as_served(loops)
+
+
+class Epochs(Loops):
+    """Loops over epochs, which end for all at a consensus; who joins begins with its donor's epoch."""
+
+    def _train(self, stay: Stay) -> None:
+        model = Theta(stay.rank)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        epoch = 0
+        where: dict[str, Any] = {"store": self.store, "rank": stay.rank, "world_size": self.size}
+        gossip = Gossip(model, **where, **self.options, state=lambda: {"epoch": epoch})
+        stay.gossip, stay.given = gossip, gossip.given
+        epoch = (gossip.given or {"epoch": 0})["epoch"]
+        while not (epoch and self._decide(epoch)):
+            for _ in range(EVERY):
+                with gossip.step():
+                    stay.dies("posted", gossip.steps)
+                    model.theta.grad = model.theta.detach() - stay.rank
+                    optimizer.step()
+                stay.mixed[gossip.steps] = ()
+            with gossip.consensus():
+                stay.seen[epoch] = gossip.members, model.theta.detach().numpy().copy()
+            epoch += 1
+        gossip.adopt_consensus()
+        gossip.close()
+        stay.ends_with, stay.steps = model.theta.detach().numpy().copy(), gossip.steps
+
+
+def test_a_loop_over_epochs_waits_for_one_that_begins_within_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    loops = Epochs(monkeypatch, 3, {1: [(2 * EVERY + 3, "posted"), None]}, lambda loops: has_joined(loops, 1)).go()
+    stays = ended(loops)
+    assert len(stays) == 3
+    for epoch in range(max(max(stay.seen) for stay in stays) + 1):
+        seen = [stay.seen[epoch] for stay in stays if epoch in stay.seen]
+        assert all(members == seen[0][0] and np.array_equal(model, seen[0][1]) for members, model in seen)
+    first, *others = [stay.ends_with for stay in stays if stay.ends_with is not None]
+    assert all(np.array_equal(first, other) for other in others)
+    assert len({stay.steps for stay in stays}) == 1
 
 
 SEEDS = 6
