@@ -125,18 +125,23 @@ class RankTensorBoardLogger(TensorBoardLogger):
     def _agree(self) -> None:
         """Tell, or learn, where rank 0 writes: once in each process group, and without a collective."""
         group = run_folder.group_store()
-        if group is None and self._version is None and (folder := run_folder.handed_on(self._ordinal)) is not None:
-            self._adopt(folder)  # this process has joined a run
+        folder = run_folder.handed_on(self._ordinal) if group is None else None
+        own = self._root_dir, self._name, self._version
+        if folder is not None and (folder.save_dir, folder.name, folder.version) != own:
+            self._follow(folder)  # this process has joined a run, whatever it chose where it comes as rank 0
         if group is None or group.store is self._agreed_in:
             return
         run_folder.publish_host(group)
         if group.rank == 0:
             run_folder.publish(group, self._ordinal, self._choose())
         else:
-            folder = run_folder.fetch(group, self._ordinal)
-            self._adopt(folder)
-            run_folder.hand_on(self._ordinal, folder)  # any rank may be the one that tells those who join
+            self._follow(run_folder.fetch(group, self._ordinal))
         self._agreed_in = group.store
+
+    def _follow(self, folder: RunFolder) -> None:
+        """Write there, and hand it on: any rank may be the one that tells those who join."""
+        self._adopt(folder)
+        run_folder.hand_on(self._ordinal, folder)
 
     def _adopt(self, folder: RunFolder) -> None:
         """Write where rank 0 writes, whatever this rank was given."""

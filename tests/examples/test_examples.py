@@ -288,3 +288,4 @@ def test_ranks_are_killed_and_come_back(tmp_path: Path) -> None:
         "rank 0 joined from rank 1; 4 of 4 go on",
     ]
     assert len(re.findall(r"replica of rank \d", ended.stdout)) == 4
+    assert [folder.name for folder in (tmp_path / "faults").iterdir()] == ["version_0"], "one run, one folder"

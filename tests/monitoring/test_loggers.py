@@ -84,6 +84,24 @@ def test_ranks_started_from_outside_learn_the_version_from_the_store(
     assert json.loads(os.environ["LIGHTNING_GOSSIP_RUN_FOLDERS"]) == json.loads(handed_on)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_one_that_joins_writes_where_the_run_does_whichever_rank_it_comes_for(
+    as_process: AsProcess, tmp_path: Path, rank: int
+) -> None:
+    """It is started by a shell, and told of the run's folders once it has found the run."""
+    as_process(0)
+    first = RankTensorBoardLogger(tmp_path)
+    told = os.environ.pop("LIGHTNING_GOSSIP_RUN_FOLDERS")
+    as_process(rank)
+    joiner = RankTensorBoardLogger(tmp_path)
+    os.environ["LIGHTNING_GOSSIP_RUN_FOLDERS"] = told
+    assert joiner.rank_dir == os.path.join(first.log_dir, f"rank_{rank}")
+    assert not (tmp_path / "lightning_logs" / "version_1").exists()
+    second = RankTensorBoardLogger(tmp_path)
+    assert joiner.log_dir == first.log_dir, "a logger made later does not bring the old choice back"
+    assert rank or second.log_dir != first.log_dir
+
+
 def test_another_machines_launching_process_gives_up_its_own_choice(
     as_process: AsProcess, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
