@@ -18,6 +18,10 @@ _ATTEMPTS = 3
 """Where nobody is lost: a network may drop a connection once."""
 
 
+class Disagreement(RuntimeError):
+    """What an attempt has found out, on all members alike: it ends all of them, and trying again would not help."""
+
+
 def together(control: MemberControl, meet: Callable[[], Meeting], attempt: Callable[[Meeting], T]) -> T:
     """Call ``attempt`` on all members at once, again by those that are left until it has succeeded on all of them.
 
@@ -29,17 +33,23 @@ def together(control: MemberControl, meet: Callable[[], Meeting], attempt: Calla
 
     Raises:
         RunStopped: if the run ends meanwhile.
+        Disagreement: on all members alike, as ``attempt`` raised it.
         RuntimeError: what ``attempt`` raised for the third time, where nobody was lost.
     """
     unexplained = 0  # failures in a row after which nobody was lost
     while True:
         meeting = meet()
         failure: RuntimeError | None = None
+        disagreement: Disagreement | None = None
         try:
             result = attempt(meeting)
+        except Disagreement as error:
+            disagreement = error
         except RuntimeError as error:
             failure = error
         if control.agree(meeting, failure is None):
+            if disagreement is not None:
+                raise disagreement
             return result
         if control.await_loss(meeting, time.monotonic() + _WORD):
             unexplained = 0

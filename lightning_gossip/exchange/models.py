@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed import Store
 
 from lightning_gossip.control.run import Control
+from lightning_gossip.control.together import Disagreement
 from lightning_gossip.exchange.tensors import describe, digest, elements, has_mean
 
 T = TypeVar("T")
@@ -94,7 +95,7 @@ def check_models_agree(module: nn.Module) -> None:
     """Raise on every rank if a parameter or buffer of one differs from rank 0's; a collective of the default group.
 
     Raises:
-        RuntimeError: naming it, the rank, and what both have.
+        Disagreement: naming it, the rank, and what both have.
     """
     if group_size() == 1:
         return
@@ -102,7 +103,7 @@ def check_models_agree(module: nn.Module) -> None:
     digests = gathered(hashlib.sha256(repr(list(own.items())).encode()).hexdigest())
     if len(set(digests)) == 1:
         return
-    raise RuntimeError("the ranks have different models: " + "; ".join(_differences(gathered(own))))
+    raise Disagreement("the ranks have different models: " + "; ".join(_differences(gathered(own))))
 
 
 def _differences(manifests: list[Manifest]) -> list[str]:
@@ -308,11 +309,11 @@ def report_misfits(agreement: Agreement, parameters: Collection[str]) -> None:
         parameters: the names of parameters.
 
     Raises:
-        RuntimeError: on all ranks alike.
+        Disagreement: on all ranks alike.
     """
     known = [f"parameter '{name}' is {why}" for name, why in agreement.misfits.items() if name in parameters]
     if known:
-        raise RuntimeError(
+        raise Disagreement(
             f"the ranks have different models: {'; '.join(known)}. What is renamed in training (pruned, parametrized)"
             " must be so on all ranks; names in the module's `_ddp_params_and_buffers_to_ignore` stay with each rank."
         )
