@@ -27,7 +27,8 @@ class Holding:
     Attributes:
         second: from the storm's beginning.
         processes: in all namespaces.
-        memory_mib: resident, of the rank that has most.
+        memory_mib: anonymous and resident, of the rank that has most: pages of a program's files are shared, and only
+            come in when they are first used.
         descriptors: of the rank that has most open.
         threads: of the rank that has most.
         keys: in the run's store.
@@ -94,11 +95,11 @@ class Watch:
 
 
 def _status(pid: int) -> tuple[float, int, int] | None:
-    """Return resident MiB, open descriptors and threads of a process; None where it has ended."""
+    """Return anonymous resident MiB, open descriptors and threads of a process; None where it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         status = dict(line.split(":", 1) for line in lines)
-        return int(status["VmRSS"].split()[0]) / 1024, len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads"])
+        return int(status["RssAnon"].split()[0]) / 1024, len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads"])
     except (FileNotFoundError, ProcessLookupError, KeyError):
         return None
 

@@ -276,7 +276,7 @@ def run_rank(
         model: each block trains a copy of it.
         batch: this rank's data.
         rounds: their numbers.
-        report: see :data:`Report`; a step's time is the mean over the ranks, ``step_max_ms`` the slowest rank's.
+        report: see :data:`Report`; a step's time is the mean over the ranks that are through, ``step_max_ms`` the slowest one's.
         plan: how blocks are cut.
         meters: what else to measure.
         seconds: after which no further round begins, by rank 0's clock.
@@ -298,12 +298,13 @@ def run_rank(
                 for meter in meters:
                     meter.prepare()
                 setups[index].train(copy.deepcopy(model), SameBatch(batch), block)
-                if not block.values:
-                    raise RuntimeError(f"{setups[index].name!r} trained for less than {block.plan.total} steps")
                 values: list[Values] = [{}] * dist.get_world_size()
                 dist.all_gather_object(values, block.values)
+                # where nobody waits for a slow rank, it may not be through when the others are
+                if not (through := [of_rank for of_rank in values if of_rank]):
+                    raise RuntimeError(f"{setups[index].name!r} trained for less than {block.plan.total} steps")
                 if dist.get_rank() == 0:
-                    report(setups[index].name, round_, over_ranks(values))
+                    report(setups[index].name, round_, over_ranks(through))
     finally:
         dist.destroy_process_group()
 
