@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lightning_gossip.strategies.gossip import GossipStrategy
     from lightning_gossip.strategies.local_sgd import LocalSGDStrategy
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DiLoCoStrategy",

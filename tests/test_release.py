@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -73,3 +75,15 @@ def test_the_wheel_trains_and_plans(tmp_path: Path) -> None:
     command = tmp_path / "venv" / "bin" / "lightning-gossip"
     arguments = ("--parameters", "1M", "--ranks", "4", "--mbit", "200", "--step-ms", "30")
     assert "recommended: " in run(command, "plan", *arguments)
+
+
+def test_every_place_names_the_same_version() -> None:
+    import lightning_gossip
+
+    version = lightning_gossip.__version__
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        assert tomllib.load(file)["project"]["version"] == version
+    assert re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version  # type: ignore[index]
+    released = re.findall(r"^## \[(\d\S*)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released[0][0] == version
+    assert f"date-released: {released[0][1]}" in (ROOT / "CITATION.cff").read_text()

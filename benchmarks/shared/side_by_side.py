@@ -276,7 +276,8 @@ def run_rank(
         model: each block trains a copy of it.
         batch: this rank's data.
         rounds: their numbers.
-        report: see :data:`Report`; a step's time is the mean over the ranks that are through, ``step_max_ms`` the slowest one's.
+        report: see :data:`Report`; a step's time is the mean over the ranks that are through, ``step_max_ms`` the
+            slowest one's.
         plan: how blocks are cut.
         meters: what else to measure.
         seconds: after which no further round begins, by rank 0's clock.
