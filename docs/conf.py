@@ -52,7 +52,7 @@ nitpick_ignore_regex = [  # what other packages document: the build asks no netw
         "py:class",
         r"Evaluate|StartMethod|EpochEnds|NonFinite|Peers|Choices",
     ),  # aliases in signatures, as they are written
-    ("py:exc", r"PartnerLost|NotFinite|RunStopped|ShardLost"),  # by their bare names; the reference has them
+    ("py:exc", r"PartnerLost|NotFinite|RunStopped|SeatLost|ShardLost"),  # by their bare names; the reference has them
 ]
 suppress_warnings = ["myst.header"]  # the tables that benchmarks write begin with a heading of the second order
 

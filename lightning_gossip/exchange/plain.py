@@ -181,7 +181,7 @@ class Gossip:
 
     @property
     def members(self) -> tuple[int, ...]:
-        """The ranks that took part in the last meeting, by seniority: one that has joined comes last.
+        """The ranks that took part in the last meeting, by seniority; one that has joined comes last.
 
         At any step it is the same on all ranks: loops may go by it. What one does for all is for the first of them.
         """
