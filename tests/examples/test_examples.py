@@ -226,18 +226,23 @@ def test_a_resumed_run_equals_an_unbroken_one(
         monkeypatch.setattr(sys, "argv", ["mnist.py", *given])
         mnist.main()
         checkpoint = torch.load(tmp_path / "logs" / "mnist" / run_id / "checkpoints" / "last.ckpt", weights_only=True)
-        return json.loads((tmp_path / f"{run_id}.json").read_text()), checkpoint["state_dict"]
+        return json.loads((tmp_path / f"{run_id}.json").read_text()), checkpoint
 
-    whole, weights = run("whole", 2)
+    def seconds_in(checkpoint: Any) -> float:
+        [seconds] = [state["seconds"] for state in checkpoint["callbacks"].values() if "seconds" in state]
+        return float(seconds)
+
+    whole, unbroken = run("whole", 2)
     first, begun = run("parts", 1)
     capsys.readouterr()
     resumed, ended = run("parts", 2, "--resume")
     assert re.findall(r"epoch \d/\d", capsys.readouterr().out) == ["epoch 2/2"]
     assert (first["updates"], resumed["updates"], whole["updates"]) == (5, 10, 10)  # 120 - 20 images
-    assert resumed["seconds"] > first["seconds"]
+    assert first["seconds"] > seconds_in(begun) > 0
+    assert resumed["seconds"] > seconds_in(ended) > seconds_in(begun), "the parts' times add up"
     assert resumed["test_accuracy"] == whole["test_accuracy"]
-    assert all(torch.equal(ended[name], value) for name, value in weights.items())
-    assert not all(torch.equal(begun[name], value) for name, value in weights.items())
+    assert all(torch.equal(ended["state_dict"][name], value) for name, value in unbroken["state_dict"].items())
+    assert not all(torch.equal(begun["state_dict"][name], value) for name, value in unbroken["state_dict"].items())
 
     with pytest.raises(SystemExit) as refused:
         run("parts", 2)
