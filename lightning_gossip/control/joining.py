@@ -74,8 +74,8 @@ class _Claim:
         if rank in self._log.present:
             if incarnation == 0 and self._take(0):
                 return 0
-            if self._has_ended(incarnation):
-                self._log.append(store, LOST, rank, incarnation, 0, "its process is gone")
+            if cause := self._loss(incarnation):  # whoever trains may see it first, if anybody does
+                self._log.append(store, LOST, rank, incarnation, 0, cause)
                 return self.look()
             self._refuse_living(incarnation)
             return None
@@ -93,6 +93,13 @@ class _Claim:
             return False
         # this process may have been another incarnation before: the number makes it one claim
         return self._store.compare_set(key, "", self._process).decode() == self._process
+
+    def _loss(self, incarnation: int) -> str:
+        """Return why the process that holds the seat is lost; empty where it is not."""
+        if self._has_ended(incarnation):
+            return "its process is gone"
+        limit = self._survival.lost_after.total_seconds()
+        return f"no sign of life for {limit:g} s" if self._is_silent() else ""
 
     def _has_ended(self, incarnation: int) -> bool:
         name = f"{self._rank}.{incarnation}"

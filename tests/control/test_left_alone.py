@@ -62,6 +62,16 @@ def test_who_comes_to_be_alone_is_told_so(
     joiner.close()
 
 
+def test_a_seat_whose_holder_is_silent_is_claimed_though_nobody_is_left_to_declare_it_lost() -> None:
+    """Its host can not be seen, and is gone; so are all that would have watched it."""
+    store = HashStore()
+    for rank in range(3):
+        die(control_of(store, rank))
+    began = time.monotonic()
+    assert claim_seat(store, 1, 3, SURVIVAL) == 1
+    assert SURVIVAL.lost_after.total_seconds() <= time.monotonic() - began < 20
+
+
 def test_training_that_is_over_is_said_before_that() -> None:
     store = HashStore()
     members = [control_of(store, rank) for rank in range(2)]
