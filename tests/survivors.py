@@ -303,13 +303,23 @@ class Run:
 
 
 def all_at_once(count: int, run: Callable[[int], None]) -> None:
-    """Call ``run`` with each of so many ranks, in a thread each, to the end of all."""
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(count)]
+    """Call ``run`` with each of so many ranks, in a thread each, to the end of all; raise what the first one raised."""
+    errors: list[BaseException] = []
+
+    def call(rank: int) -> None:
+        try:
+            run(rank)
+        except BaseException as error:  # noqa: BLE001 - given to the test
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, args=(rank,), daemon=True) for rank in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
         assert not thread.is_alive(), "a rank hangs"
+    if errors:
+        raise errors[0]
 
 
 def break_link(monkeypatch: Any, mortals: Mapping[int, tuple[int, str]]) -> None:

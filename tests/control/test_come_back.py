@@ -137,13 +137,4 @@ def test_an_asynchronous_rank_turns_to_the_one_that_came_back(withdrawn: bool, m
             exchange.close()
             control.close()
 
-    errors: list[BaseException] = []
-
-    def run(rank: int) -> None:
-        try:
-            body(rank)
-        except BaseException as error:  # noqa: BLE001 - given to the test
-            errors.append(error)
-
-    all_at_once(2, run)
-    assert not errors, errors
+    all_at_once(2, body)
