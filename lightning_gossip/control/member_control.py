@@ -40,9 +40,9 @@ class MemberControl(WatchingControl):
 
     def __init__(self, *rest: Any, **options: Any) -> None:
         self._asked = 0  # requests to join that were read
-        self._asking: list[tuple[int, int]] = []  # seat and incarnation, of those that nobody has answered yet
-        self.guest: tuple[int, int] | None = None
-        """Seat and incarnation that this rank is to take in at the end of a step."""
+        self._asking: list[Process] = []  # that nobody has answered yet
+        self.guest: Process | None = None
+        """Whom this rank is to take in at the end of a step."""
         super().__init__(*rest, **options)
 
     # -- the beginning ------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ class MemberControl(WatchingControl):
         """Ask for a donor, for this process that has come to a seat which was lost."""
         with self.reaching_store():
             number = self._store.add("joins", 1)
-            self._store.set(f"join/{number}", f"{self.rank}.{self.incarnation}")
+            self._store.set(f"join/{number}", self._name(self.rank))
 
     def await_donor(self) -> Process:
         """Wait until a member has taken this process in, and return it.
@@ -322,17 +322,14 @@ class MemberControl(WatchingControl):
     def _look_for_guests(self, store: Store) -> None:
         """See who asks to join; the first member that is whole takes it in, one at a time."""
         while store.check([key := f"join/{self._asked + 1}"]):
-            seat, _, incarnation = store.get(key).decode().partition(".")
-            self._asking.append((int(seat), int(incarnation)))
+            self._asking.append(Process.of(store.get(key).decode()))
             self._asked += 1
         if not self._asking:
             return
-        self._asking = [
-            (k, n) for k, n in self._asking if n > self._log.incarnation(k) and self._waits_still(store, k, n)
-        ]
+        self._asking = [guest for guest in self._asking if self._waits_still(store, guest)]
         is_donor = self.rank == self._log.whole[0]
-        self.guest = next((g for g in self._asking if g[0] not in self._log.present), None) if is_donor else None
+        self.guest = next((g for g in self._asking if g.rank not in self._log.present), None) if is_donor else None
 
-    def _waits_still(self, store: Store, seat: int, incarnation: int) -> bool:
-        name = f"{seat}.{incarnation}"
-        return self._runs(store, name) and not self._is_gone(store, name)
+    def _waits_still(self, store: Store, guest: Process) -> bool:
+        is_new = guest.incarnation > self._log.incarnation(guest.rank)
+        return is_new and self._runs(store, str(guest)) and not self._is_gone(store, str(guest))

@@ -190,7 +190,7 @@ class WatchingControl(Control):
 
     @override
     def _name(self, rank: int) -> str:
-        return f"{rank}.{self.incarnation_of(rank)}"
+        return str(self.process_of(rank))
 
     @override
     def goes_on_without(self, rank: int, why: str, incarnation: int) -> bool:

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -215,22 +214,11 @@ class MembersRun(GroupRun):
 
         Raises:
             SeatTaken: if another process is there.
-            RuntimeError: if nobody tells whether there is one.
             SystemExit: if training is over.
         """
         seat = self._seat
-        seconds = (self._timeout + self._survival.lost_after).total_seconds()
-        deadline = time.monotonic() + seconds
-
-        def check() -> None:
-            if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"rank {seat.rank} waited for {seconds:g} s for its place: a process that gives no sign of life has"
-                    " it, and none is left that could declare that one lost"
-                )
-
         try:
-            incarnation = claim_seat(self._store, seat.rank, seat.world_size, self._survival, check)
+            incarnation = claim_seat(self._store, seat.rank, seat.world_size, self._survival)
         except RunOver as ended:
             raise self._too_late(ended) from None
         self.control = MemberControl(
