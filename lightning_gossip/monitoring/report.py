@@ -37,6 +37,8 @@ _COLUMNS = (
     ("wait_seconds_per_step", "waiting in a step (ms)", "{:.3g}"),
     ("staleness", "staleness", "{:.3g}"),
 )
+WORDS = {heading for _, heading, form in _COLUMNS if form == "{}"}
+"""Headings of the columns that hold no numbers."""
 _SCALE = {"bytes_sent_per_rank": 1e-6, "wait_seconds_per_step": 1e3}
 
 
@@ -73,7 +75,7 @@ def write_report(
     table = table.dropna(axis="columns", how="all")
     table.to_csv(out / "summary.csv", index=False)
     (out / "summary.md").write_text(as_markdown(table))
-    page = write_page([*results, *network], runs, cells_of(table), out / "report.html")
+    page = write_page([*results, *network], runs, cells_of(table), WORDS, out / "report.html")
     return [*written, page, out / "summary.csv", out / "summary.md"]
 
 
@@ -143,10 +145,9 @@ def _updates(logged: pd.DataFrame) -> int:
 def as_markdown(table: pd.DataFrame) -> str:
     """Return the table of :func:`final_numbers` in Markdown, with an explanation of its columns."""
     head, *rows = cells_of(table)
-    forms = {heading: form for _, heading, form in _COLUMNS}
     lines = [
         "| " + " | ".join(head) + " |",
-        "|" + "|".join(" --- " if forms[heading] == "{}" else " ---: " for heading in head) + "|",
+        "|" + "|".join(" --- " if heading in WORDS else " ---: " for heading in head) + "|",
     ]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     lines += [

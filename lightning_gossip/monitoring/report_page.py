@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +60,16 @@ draw();
 """
 
 
-def write_page(plots: Iterable[Plot], runs: Mapping[str, Run], table: Sequence[Sequence[str]], file: Path) -> Path:
+def write_page(
+    plots: Iterable[Plot], runs: Mapping[str, Run], table: Sequence[Sequence[str]], words: Collection[str], file: Path
+) -> Path:
     """Write the page.
 
     Args:
         plots: what to draw; those without curves are left out.
         runs: all runs of the report, by label; their order fixes colours.
         table: headings, then a row a run, as text.
+        words: headings of the columns that hold no numbers.
         file: to write.
 
     Returns:
@@ -95,7 +98,7 @@ def write_page(plots: Iterable[Plot], runs: Mapping[str, Run], table: Sequence[S
                 f"<h1>{len(runs)} run{'s' * (len(runs) > 1)}</h1>",
                 f'<div id="choices">{"".join(boxes)}{"".join(choices)}</div>',
                 f'<div id="plots">{"".join(_place(plot, runs) for plot in drawn)}</div>',
-                f"<h2>Last values</h2>{_table(table)}",
+                f"<h2>Last values</h2>{_table(table, words)}",
                 f'<script type="application/json" id="figures">{_inert(json.dumps(figures))}</script>',
                 f"<script>const NAMES = {_inert(json.dumps(_AGAINST))};{_SCRIPT}</script></body></html>",
             ]
@@ -105,16 +108,12 @@ def write_page(plots: Iterable[Plot], runs: Mapping[str, Run], table: Sequence[S
 
 
 def _place(plot: Plot, runs: Mapping[str, Run]) -> str:
-    notes = [plot.note.rstrip("; "), "mean over ranks (line), min–max (band)" if _has_band(plot) else ""]
+    notes = [plot.note.rstrip("; "), "mean over ranks (line), min–max (band)" if plot.has_band else ""]
     notes.append("consensus model (dashes)" if plot.consensus else "")
     if any(changes(run, "step") for label, run in runs.items() if label in plot.curves):
         notes.append("a rank is lost (dots), or joins (dashes and dots)")
     note = "; ".join(filter(None, notes))
     return f'<div><div class="plot" id="{html.escape(plot.name)}"></div><p class="note">{html.escape(note)}</p></div>'
-
-
-def _has_band(plot: Plot) -> bool:
-    return any((curve["ranks"] > 1).any() for curve in plot.curves.values())
 
 
 def _figure(plot: Plot, runs: Mapping[str, Run]) -> go.Figure:
@@ -176,25 +175,17 @@ def _moments(run: Run, number: int) -> list[go.Scatter]:
     return traces
 
 
-def _table(table: Sequence[Sequence[str]]) -> str:
+def _table(table: Sequence[Sequence[str]], words: Collection[str]) -> str:
     head, *rows = table
-    words = [any(not _is_number(row[n]) for row in rows) for n in range(len(head))]
 
     def line(cells: Sequence[str], tag: str) -> str:
         return "".join(
-            f"<{tag}{' class=word' * word}>{html.escape(cell)}</{tag}>" for cell, word in zip(cells, words, strict=True)
+            f"<{tag}{' class=word' * (heading in words)}>{html.escape(cell)}</{tag}>"
+            for heading, cell in zip(head, cells, strict=True)
         )
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
     return f"<table><thead><tr>{line(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return cell == "–"
-    return True
 
 
 def _colour(number: int) -> str:

@@ -68,6 +68,11 @@ class Plot:
     note: str = ""
     subjects: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def has_band(self) -> bool:
+        """Whether several ranks are in some curve."""
+        return any((curve["ranks"] > 1).any() for curve in self.curves.values())
+
 
 def accuracy_and_loss(
     runs: Mapping[str, Run], accuracy_tag: str | None = None, loss_tag: str | None = None
@@ -165,7 +170,7 @@ def draw(plot: Plot, runs: Mapping[str, Run], out: Path, *, against: str = "step
             axes.plot([], [], color="0.35", linestyle="--", label="consensus model")
         if plot.from_zero:
             axes.set_ylim(bottom=0)
-        spread = any((curve["ranks"] > 1).any() for curve in plot.curves.values())
+        spread = plot.has_band
         figure.legend(
             loc="outside lower center",
             title=plot.note
