@@ -16,7 +16,7 @@ from benchmarks.gpu.ranks import make_trainer
 from benchmarks.gpu.replay import STEPS, Batches, Regression, flat
 from benchmarks.gpu.rows import Check, yes
 from lightning_gossip import ElasticGossipStrategy
-from lightning_gossip.transport.link import Header, Kind
+from lightning_gossip.transport.header import Header, Kind
 from lightning_gossip.transport.nccl import NcclTransport
 
 

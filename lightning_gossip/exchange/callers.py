@@ -10,7 +10,8 @@ from lightning_gossip.exchange.agreement import Word
 from lightning_gossip.exchange.partners import Partners
 from lightning_gossip.exchange.snapshots import Agreed, Received, Snapshot
 from lightning_gossip.exchange.spoken import may_go_on
-from lightning_gossip.transport.link import Header, Link
+from lightning_gossip.transport.header import Header
+from lightning_gossip.transport.link import Link
 
 
 class Pulled(Partners):

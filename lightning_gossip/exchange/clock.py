@@ -27,8 +27,8 @@ from lightning_gossip.exchange.stats import NONFINITE, ExchangeStats, NonFinite,
 from lightning_gossip.rules.mixing import MixingRule, Transfers
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.rules.schedule import Schedule
+from lightning_gossip.transport.header import Header, Kind
 from lightning_gossip.transport.interface import Staged, Transport
-from lightning_gossip.transport.link import Header, Kind
 
 
 class Exchange:

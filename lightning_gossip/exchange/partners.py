@@ -35,8 +35,9 @@ from lightning_gossip.exchange.snapshots import Agreed, Misfits, Received, Snaps
 from lightning_gossip.exchange.spoken import pass_payloads
 from lightning_gossip.exchange.standstill import Standstill
 from lightning_gossip.transport.doors import Doors
+from lightning_gossip.transport.header import Header, LinkError
 from lightning_gossip.transport.interface import PartnerLost
-from lightning_gossip.transport.link import Header, Link, LinkError, reason_of
+from lightning_gossip.transport.link import Link, reason_of
 
 PATIENCE = 2.0
 """Seconds after which a rank withdraws an ask to which nothing was said: nobody answers more slowly but who is stopped,

@@ -43,7 +43,7 @@ from lightning_gossip.rules.fragments import due, layers_of, strided
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.transport.all_reduce import AllReduce
 from lightning_gossip.transport.halves import bytes_sent
-from lightning_gossip.transport.link import Header, Kind
+from lightning_gossip.transport.header import Header, Kind
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_gossip.exchange.agreement import Word
 from lightning_gossip.exchange.flat import FlatBuffer, FlatLayout
-from lightning_gossip.transport.link import Header
+from lightning_gossip.transport.header import Header
 
 log = logging.getLogger(__name__)
 

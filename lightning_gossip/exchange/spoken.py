@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_gossip.exchange.agreement import Word
 from lightning_gossip.exchange.snapshots import Snapshot
-from lightning_gossip.transport.link import Header, Link, LinkError, SendFailed
+from lightning_gossip.transport.header import Header, LinkError, SendFailed
+from lightning_gossip.transport.link import Link
 
 
 def pass_payloads(

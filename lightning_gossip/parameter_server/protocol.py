@@ -53,7 +53,8 @@ import torch
 from torch import Tensor
 
 from lightning_gossip.parameter_server.optimizers import ServerOptimizer
-from lightning_gossip.transport.link import Header, Link, LinkError
+from lightning_gossip.transport.header import Header, LinkError
+from lightning_gossip.transport.link import Link
 
 MAX_JSON = 1 << 16
 """Bytes of the largest JSON payload."""

@@ -18,7 +18,8 @@ from lightning_gossip.parameter_server.protocol import (
     receive_tensors,
     require,
 )
-from lightning_gossip.transport.link import Header, Link
+from lightning_gossip.transport.header import Header
+from lightning_gossip.transport.link import Link
 
 Job = Callable[[Link, int], Position]
 """Runs in a link's thread, with the shard's number."""

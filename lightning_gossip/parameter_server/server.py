@@ -16,7 +16,8 @@ from torch.distributed import DistError, Store
 from lightning_gossip.parameter_server.protocol import ARRIVALS, SHARD, arrival_key
 from lightning_gossip.parameter_server.roster import Roster
 from lightning_gossip.parameter_server.session import Session
-from lightning_gossip.transport.link import Link, LinkError, reason_of
+from lightning_gossip.transport.header import LinkError
+from lightning_gossip.transport.link import Link, reason_of
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ from lightning_gossip.parameter_server.protocol import (
 )
 from lightning_gossip.parameter_server.roster import Roster
 from lightning_gossip.parameter_server.shard import Shard, ShardState
-from lightning_gossip.transport.link import Header, Link
+from lightning_gossip.transport.header import Header
+from lightning_gossip.transport.link import Link
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from lightning_gossip.parameter_server.protocol import (
 )
 from lightning_gossip.parameter_server.questions import Job, ask, ask_for_json
 from lightning_gossip.parameter_server.shard import ShardState
-from lightning_gossip.transport.link import Header, Link
+from lightning_gossip.transport.header import Header
+from lightning_gossip.transport.link import Link
 
 log = logging.getLogger(__name__)
 

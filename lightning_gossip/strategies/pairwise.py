@@ -26,8 +26,8 @@ from lightning_gossip.strategies import lightning_compat
 from lightning_gossip.strategies.clocked import ClockedStrategy, Parameters
 from lightning_gossip.strategies.lightning_names import MisconfigurationException, pl
 from lightning_gossip.strategies.update_hooks import BeforeUpdates
+from lightning_gossip.transport.header import LayoutMismatch
 from lightning_gossip.transport.interface import PartnerLost, Transport
-from lightning_gossip.transport.link import LayoutMismatch
 from lightning_gossip.transport.link_transport import LinkTransport
 from lightning_gossip.transport.nccl import NcclTransport
 

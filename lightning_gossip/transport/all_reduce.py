@@ -18,8 +18,9 @@ from torch import Tensor
 from lightning_gossip.control.run import LOOK, Control
 from lightning_gossip.control.stop import RunStopped
 from lightning_gossip.transport.halves import Combine, Failure, Halves
+from lightning_gossip.transport.header import Header, LinkError
 from lightning_gossip.transport.interface import PartnerLost, Staged
-from lightning_gossip.transport.link import Header, Link, LinkError, Links, reason_of
+from lightning_gossip.transport.link import Link, Links, reason_of
 from lightning_gossip.transport.link_transport import end_of_rank
 
 

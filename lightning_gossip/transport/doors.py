@@ -54,7 +54,8 @@ class Doors:
     def to(self, peer: Process) -> Link:
         """Return this rank's link to ``peer``, on which the other answers; opened when first asked for."""
         with self._lock:
-            if (link := self._own.get(peer)) is None:
+            link = self._own.get(peer)
+            if link is None or link.is_closed:
                 door = f"door{peer}"
                 number = self._store.add(f"{door}/visits", 1)
                 link = Link(self._store, self._device, _visitor(self._name, number), door, self._timeout)
@@ -104,7 +105,8 @@ class Doors:
             return  # the run's control tells that the store is gone
 
     def _let_in(self, number: int) -> None:
-        visitor = Process.of(self._store.get(f"{self._door}/{number}").decode())
+        visitor = Process.of(self._store.get(key := f"{self._door}/{number}").decode())
+        self._store.delete_key(key)
         link = Link(self._store, self._device, self._door, _visitor(visitor, number), self._timeout)
         with self._lock:
             before = self._visitors.get(visitor)

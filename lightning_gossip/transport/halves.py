@@ -13,8 +13,9 @@ from functools import partial
 from torch import Tensor
 
 from lightning_gossip.control.run import LOOK
+from lightning_gossip.transport.header import Header, SendFailed
 from lightning_gossip.transport.lanes import check_header
-from lightning_gossip.transport.link import Header, Link, SendFailed
+from lightning_gossip.transport.link import Link
 
 ALIGNMENT = 64  # bytes; parts begin at multiples of it, so that none cuts an element of a flat buffer
 

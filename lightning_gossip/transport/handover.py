@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_gossip.control.meeting import Process
 from lightning_gossip.control.member_control import MemberControl
-from lightning_gossip.transport.link import Header, Kind, Link, LinkError, gloo_device
+from lightning_gossip.transport.header import Header, Kind, LinkError
+from lightning_gossip.transport.link import Link, gloo_device
 
 _PIECE = 64 * 2**20
 """Bytes that are sent at once."""

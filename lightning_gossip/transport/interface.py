@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_gossip.transport.link import Header
+from lightning_gossip.transport.header import Header
 
 
 class PartnerLost(RuntimeError):

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_gossip.transport.header import Header, Kind, LayoutMismatch, LinkError
 from lightning_gossip.transport.interface import Staged
-from lightning_gossip.transport.link import Header, Kind, LayoutMismatch, Link, LinkError
+from lightning_gossip.transport.link import Link
 from lightning_gossip.transport.shared_memory import ADDRESS_BYTES, Address, Inbox, Outbox, PinningError, moment
 
 GLANCE = 0.001

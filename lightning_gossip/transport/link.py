@@ -16,94 +16,22 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import astuple, dataclass
 from datetime import timedelta
-from enum import IntEnum
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, distributed_c10d
 
+from lightning_gossip.transport.header import Header, LinkError, SendFailed
+
 T = TypeVar("T")
 
 ProcessGroupGloo: Any = distributed_c10d.ProcessGroupGloo  # torch ships no types for its methods
 
-_MAGIC = 0x6C67_0001  # "lg", version 1 of the header
 _TAG = 0
 _POISON_TAG = 1
 _GLOO_DECORATION = re.compile(r"^\[\S+\.cc:\d+\] |This is typically caused by.*$")
-
-
-class Kind(IntEnum):
-    """What a message between two ranks is."""
-
-    SNAPSHOT = 1
-    """Of a replica, at the step in the header; ``extra``: how often the sender's exchange clock was set back."""
-
-    OUTBOX = 2
-    """Where the sender's outbox is (:mod:`~lightning_gossip.transport.shared_memory`)."""
-
-    NEAR = 3
-    """``number`` 1: the sender of this can read the other's outbox; 0: it can not."""
-
-    REDUCTION = 4
-    """Of an all-reduce (:mod:`~lightning_gossip.transport.all_reduce`); ``number``: which part of the model."""
-
-    STATE = 5
-    """Of a whole rank, for one that joins (:mod:`~lightning_gossip.transport.handover`); ``layout``: a checksum."""
-
-
-class LinkError(RuntimeError):
-    """A link failed or was closed; it carries nothing any more."""
-
-
-class LayoutMismatch(LinkError):
-    """The other end sent a payload of the kind and step that were expected, but of other tensors."""
-
-
-class SendFailed(LinkError):
-    """The other end is gone before it took what was sent; :attr:`received` came whole, None where nothing did."""
-
-    def __init__(self, message: str, received: Tensor | None) -> None:
-        super().__init__(message)
-        self.received = received
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What goes before a payload: 8 integers of 64 bits.
-
-    Attributes:
-        kind: see :class:`Kind`.
-        step: the sender's exchange clock.
-        nbytes: of the payload that follows, 0 for none.
-        layout: fingerprint of names, shapes and dtypes in the payload.
-        number, extra: free for each kind.
-    """
-
-    kind: int
-    step: int
-    nbytes: int
-    layout: int = 0
-    number: int = 0
-    extra: int = 0
-
-    def to_tensor(self) -> Tensor:
-        """Return the header as it travels."""
-        return torch.tensor([_MAGIC, *astuple(self), _MAGIC], dtype=torch.int64)
-
-    @classmethod
-    def from_tensor(cls, tensor: Tensor) -> Header:
-        """Read a header that arrived.
-
-        Raises:
-            LinkError: if it is none.
-        """
-        begin, *fields, end = tensor.tolist()
-        if (begin, end) != (_MAGIC, _MAGIC):  # at the end too: gloo accepts less than was asked for
-            raise LinkError(f"what arrived is no header of this version of lightning-gossip ({begin} … {end})")
-        return cls(*fields)
 
 
 class _Rendezvous(Store):
@@ -125,6 +53,7 @@ class _Rendezvous(Store):
         self._own, self._peer = own, peer
         self._timeout = timeout
         self._closed = closed
+        self._keys = {own}
 
     def meet(self) -> None:
         """Wait until both ends are there, before gloo does: a process that ends while gloo calls us is aborted.
@@ -133,7 +62,12 @@ class _Rendezvous(Store):
             LinkError: if the other end does not come within the timeout, or the link is closed.
         """
         self.set(self._own, "here")
-        self.wait([self._peer])
+        self.get(self._peer)
+
+    def tidy(self) -> None:
+        """Delete what the ends have read, once the other has read it too: once something came from it."""
+        while self._keys:
+            self._store.delete_key(self._keys.pop())
 
     def set(self, key: str, value: str) -> None:
         """Set ``key``, at once."""
@@ -142,6 +76,7 @@ class _Rendezvous(Store):
     def get(self, key: str) -> bytes:
         """Return the value of ``key``, once it is there."""
         self.wait([key])
+        self._keys.add(key)
         return self._store.get(key)
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
@@ -170,31 +105,37 @@ class Link:
 
     def __init__(self, store: Store, device: Any, own: str, peer: str, timeout: timedelta) -> None:
         self.own, self.peer = own, peer
-        ends = sorted((own, peer))
-        self._index = ends.index(own)
-        self._device = device
-        self._timeout = timeout
+        first, second = sorted((own, peer))
+        self._index = int(own == second)
+        self._device, self._timeout = device, timeout
         self._group: Any = None
         self._sending: list[tuple[Any, Tensor]] = []
         self._closed = threading.Event()
         # kept as long as the group, which does not keep it alive
-        self._rendezvous = _Rendezvous(
-            PrefixStore(f"link/{ends[0]}/{ends[1]}", store), own, peer, timeout, self._closed
-        )
+        meeting_place = PrefixStore(f"link/{first}/{second}", store)
+        self._rendezvous = _Rendezvous(meeting_place, own, peer, timeout, self._closed)
         self._busy = threading.Event()  # the thread is at a job, which may wait in gloo
+        self._ended = threading.Event()  # the thread takes no job any more
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"link-{own}-{peer}", daemon=True)
         self._thread.start()
 
     # -- from any thread ----------------------------------------------------------------------------------------
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it has failed, or was given up."""
+        return self._closed.is_set()
+
     def submit(self, job: Callable[[], T]) -> Future[T]:
         """Let the link's thread call ``job``, after those before it, and return its future result.
 
-        A job that raises closes the link; those after it fail with :class:`LinkError`.
+        A job that raises closes the link, and ends its thread; those after it fail with :class:`LinkError`.
         """
         future: Future[T] = Future()
         self._jobs.put((job, future))
+        if self._ended.is_set():
+            self._refuse_jobs()
         return future
 
     def close(self, seconds: float = 5.0) -> None:
@@ -243,6 +184,7 @@ class Link:
         """
         tensor = torch.zeros(8, dtype=torch.int64)
         self._connected().recv([tensor], 1 - self._index, _TAG).wait(timeout or self._timeout)
+        self._rendezvous.tidy()
         return Header.from_tensor(tensor)
 
     def receive(self, payload: Tensor) -> None:
@@ -278,13 +220,13 @@ class Link:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while (item := self._jobs.get()) is not None:
+        """Do what is submitted, until the link is closed or a job fails: nobody has to close it then."""
+        while not self._closed.is_set() and (item := self._jobs.get()) is not None:
             job, future = item
             self._busy.set()
-            if self._closed.is_set():
-                future.set_exception(_closed(self.own, self.peer))
-                continue
             try:
+                if self._closed.is_set():
+                    raise _closed(self.own, self.peer)
                 future.set_result(job())
             except Exception as error:  # noqa: BLE001 - it belongs to whoever waits for the future
                 self._closed.set()
@@ -292,8 +234,17 @@ class Link:
                 future.set_exception(error)
             finally:
                 self._busy.clear()
+        self._ended.set()
+        self._refuse_jobs()
         self._sending.clear()
         self._group = None
+
+    def _refuse_jobs(self) -> None:
+        """Fail what was submitted and will never be done."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (item := self._jobs.get_nowait()) is not None:
+                    item[1].set_exception(_closed(self.own, self.peer))
 
     def _connected(self) -> Any:
         """Return the group, made when first needed: both ends have to be there."""

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from lightning_gossip.control.run import LOOK, Control
 from lightning_gossip.control.stop import RunStopped
+from lightning_gossip.transport.header import Header, LayoutMismatch, LinkError, SendFailed
 from lightning_gossip.transport.interface import PartnerLost, Posted, Rooms, Staged, Transferred, Transport
 from lightning_gossip.transport.lanes import GLANCE, Lane, Transfer
-from lightning_gossip.transport.link import Header, LayoutMismatch, LinkError, Links, SendFailed, reason_of
+from lightning_gossip.transport.link import Links, reason_of
 from lightning_gossip.transport.shared_memory import (
     AVAILABLE,
     SLOTS,

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_gossip.transport.header import Header
 from lightning_gossip.transport.interface import Posted, Rooms, Staged, Transferred, Transport
-from lightning_gossip.transport.link import Header
 
 
 class NcclTransport(Transport):

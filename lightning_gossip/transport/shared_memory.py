@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gossip.transport.link import Header
+from lightning_gossip.transport.header import Header
 
 log = logging.getLogger(__name__)
 

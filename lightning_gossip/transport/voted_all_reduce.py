@@ -51,8 +51,9 @@ from lightning_gossip.control.run import LOOK
 from lightning_gossip.control.votes import Vote, Votes
 from lightning_gossip.transport.all_reduce import QueuedAllReduce, Reduction, lost_in
 from lightning_gossip.transport.halves import Combine, Failure, Halves
+from lightning_gossip.transport.header import Header, LayoutMismatch, LinkError
 from lightning_gossip.transport.interface import Staged
-from lightning_gossip.transport.link import Header, LayoutMismatch, Link, LinkError, Links, reason_of
+from lightning_gossip.transport.link import Link, Links, reason_of
 from lightning_gossip.transport.link_transport import end_of_rank
 
 log = logging.getLogger(__name__)

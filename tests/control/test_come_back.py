@@ -22,7 +22,8 @@ from lightning_gossip.exchange.asynchronous import AsynchronousExchange
 from lightning_gossip.rules.mixing import ElasticMixing
 from lightning_gossip.rules.schedule import Schedule
 from lightning_gossip.transport import handover
-from lightning_gossip.transport.link import Header, Kind, Links
+from lightning_gossip.transport.header import Header, Kind
+from lightning_gossip.transport.link import Links
 from lightning_gossip.transport.link_transport import LinkTransport, end_of_rank
 from lightning_gossip.transport.shared_memory import AVAILABLE, SLOTS
 

@@ -24,7 +24,7 @@ from lightning_gossip.parameter_server.process import shares
 from lightning_gossip.parameter_server.protocol import Message, ProtocolError, Setup
 from lightning_gossip.parameter_server.roster import Roster
 from lightning_gossip.parameter_server.snapshot import renumbered
-from lightning_gossip.transport.link import Header
+from lightning_gossip.transport.header import Header
 
 pytestmark = pytest.mark.faults
 

@@ -29,7 +29,8 @@ from lightning_gossip.parameter_server.protocol import (
     as_bytes,
     encode,
 )
-from lightning_gossip.transport.link import Header, Link, gloo_device
+from lightning_gossip.transport.header import Header
+from lightning_gossip.transport.link import Link, gloo_device
 
 MESSAGES, SENDERS = 10_000, 4
 SETUP = Setup(workers=3, shard=0, shards=1, dtypes=("float32", "float64"), numels=(5, 4), layout=77)

@@ -28,7 +28,8 @@ from lightning_gossip.parameter_server.client import DownpourClient
 from lightning_gossip.parameter_server.process import ShardProcess
 from lightning_gossip.parameter_server.protocol import ARRIVALS, SHARD, Message, Setup, arrival_key, encode
 from lightning_gossip.parameter_server.shard_links import ShardLost
-from lightning_gossip.transport.link import Header, Link, gloo_device
+from lightning_gossip.transport.header import Header
+from lightning_gossip.transport.link import Link, gloo_device
 
 pytestmark = pytest.mark.faults
 SHORT = timedelta(seconds=1)

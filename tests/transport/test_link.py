@@ -17,7 +17,8 @@ from torch.distributed import HashStore, PrefixStore, TCPStore
 
 from lightning_gossip.rules.mixing import ElasticMixing
 from lightning_gossip.rules.schedule import Schedule
-from lightning_gossip.transport.link import Header, Kind, Link, LinkError, Links, gloo_device
+from lightning_gossip.transport.header import Header, Kind, LinkError
+from lightning_gossip.transport.link import Link, Links, gloo_device
 
 LIMIT = timedelta(seconds=20)
 
@@ -66,6 +67,53 @@ def test_a_link_is_closed_while_gloo_waits_for_the_other_ends_address() -> None:
     with pytest.raises(LinkError, match="the link between a and b is closed"):
         future.result(5)
     assert time.monotonic() - start < 2
+
+
+def test_links_leave_no_keys_behind() -> None:
+    server = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False)
+    for generation in range(3):
+        ends = [Links(server.clone(), own, LIMIT) for own in "ab"]
+        for end in ends:
+            end.reset(generation)
+        there, back = (links.to(peer) for links, peer in zip(ends, "ba", strict=True))
+
+        def ask(link: Link = there, step: int = generation) -> int:
+            link.send(Header(Kind.NEAR, step, 0))
+            return link.receive_header().step
+
+        def answer(link: Link = back) -> None:
+            step = link.receive_header().step
+            link.send(Header(Kind.NEAR, step + 1, 0))
+            link.flush()
+
+        answered = back.submit(answer)
+        assert there.submit(ask).result(10) == generation + 1
+        answered.result(10)
+        for end in ends:
+            end.close()
+        assert server.num_keys() == 0
+
+
+def test_a_link_that_failed_keeps_no_thread_though_nobody_closes_it() -> None:
+    link = Link(HashStore(), gloo_device(), "a", "b", LIMIT)
+    asked = threading.Event()
+
+    def fails() -> None:
+        asked.wait(10)
+        raise ValueError("no more")
+
+    failing, behind = link.submit(fails), link.submit(lambda: "never done")
+    asked.set()
+    with pytest.raises(ValueError, match="no more"):
+        failing.result(10)
+    for future in (behind, link.submit(lambda: "nor this")):
+        with pytest.raises(LinkError, match="the link between a and b is closed"):
+            future.result(10)
+    assert link.is_closed
+    deadline = time.monotonic() + 10
+    while (named := [one for one in threading.enumerate() if one.name == "link-a-b"]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not named
 
 
 @pytest.mark.parametrize("shared_memory", [True, False])

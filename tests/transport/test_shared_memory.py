@@ -23,8 +23,9 @@ from torch import nn
 
 from lightning_gossip.rules.mixing import ElasticMixing
 from lightning_gossip.rules.schedule import Schedule
+from lightning_gossip.transport.header import Header, Kind
 from lightning_gossip.transport.interface import PartnerLost
-from lightning_gossip.transport.link import Header, Kind, Link
+from lightning_gossip.transport.link import Link
 from lightning_gossip.transport.link_transport import LinkTransport
 from lightning_gossip.transport.shared_memory import AVAILABLE, SLOTS, Address, Inbox, Outbox
 
