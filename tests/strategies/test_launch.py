@@ -224,7 +224,8 @@ def test_a_stopped_rank_is_not_waited_for_longer_than_twice_the_timeout(ended: E
     assert all("rank 2" in ending["text"] for ending in found.values())
 
 
-@program("--strategy", "downpour", "--fault", "shard:0:20", "--devices", 2, "--epochs", 500)
+# an epoch has 32 batches, which are dealt: one of the two may make most of them
+@program("--strategy", "downpour", "--fault", "shard:0:40", "--devices", 2, "--epochs", 500)
 def test_a_killed_shard_ends_all_with_its_name_and_leaves_the_last_checkpoint_whole(ended: Ended) -> None:
     assert ended.code == 1
     assert list(ended.out.rglob("*.ckpt"))
