@@ -45,6 +45,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     mark_processes(items)
     for item in items:
+        if (one_in := item.get_closest_marker("one_in")) and sum(places(item)) % one_in.args[0]:
+            item.add_marker(pytest.mark.long)
         if item.get_closest_marker("processes") and not item.get_closest_marker("faults"):
             item.add_marker(pytest.mark.flaky(reruns=1))
     if not config.getoption("--long") and (long := [item for item in items if item.get_closest_marker("long")]):
@@ -67,6 +69,16 @@ def mark_processes(items: list[pytest.Item]) -> None:
         if starts and not any(test.get_closest_marker("processes") for test in tests):
             for test in tests:
                 test.add_marker(pytest.mark.processes)
+
+
+def places(item: pytest.Item) -> Iterator[int]:
+    """Give, for each of the item's parametrizations, at which place of its values the item's is."""
+    given = item.callspec.params  # type: ignore[attr-defined]
+    for names, values in (mark.args for mark in item.iter_markers("parametrize")):
+        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+        own = tuple(given[name] for name in names)
+        each = (value.values if hasattr(value, "marks") else value if len(names) > 1 else (value,) for value in values)
+        yield next(place for place, value in enumerate(each) if tuple(value) == own)
 
 
 def forks(module: Any) -> bool:

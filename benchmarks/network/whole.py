@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--step", type=float, default=0.08, help="seconds of a step, communication not counted")
     parser.add_argument("--samples", type=at_least(1000), help="of the training set; all by default")
     parser.add_argument("--seed", type=at_least(0), default=1234)
-    parser.add_argument("--out", type=Path, default=RESULTS / FILE)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--table", action="store_true", help="print what is there and train nothing")
     args = parser.parse_args()
     if not 1 < args.factor <= 100:
@@ -112,7 +112,7 @@ def main() -> None:
             run(args)
         except DataNotFoundError as error:
             parser.error(str(error))
-    print_table(read(args.out))
+    print_table(read(args.out / FILE))
 
 
 def run(args: Any) -> None:
@@ -121,13 +121,13 @@ def run(args: Any) -> None:
         options = {"setup": name, "factor": factor, "epochs": args.epochs, "step": args.step, "seed": args.seed}
         if args.samples is not None:
             options["samples"] = args.samples
-        if find(read(args.out), {"rate_mbit": args.rate} | options):
+        if find(read(args.out / FILE), {"rate_mbit": args.rate} | options):
             continue
         print(f"{name}, slow rank × {factor:g}", flush=True)
         with exiting():
             result = measure(options, args.rate, args.data_dir)
         row = {"rate_mbit": args.rate, "ranks": RANKS, "cores": os.cpu_count()} | options
-        append(args.out, [row | {"samples": result.pop("samples")} | result], digits=6)
+        append(args.out / FILE, [row | {"samples": result.pop("samples")} | result], digits=6)
 
 
 if __name__ == "__main__":

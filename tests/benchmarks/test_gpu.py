@@ -22,6 +22,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=LEAN, capture_output=True, text=True, timeout=170, check=False)
 
 
+@pytest.mark.long
 def test_the_rehearsal_goes_through_every_part(tmp_path: Path) -> None:
     ended = run("--rehearse", "--ranks", "2", "--rounds", "1", "--results", str(tmp_path))
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]

@@ -123,6 +123,7 @@ def test_rows_are_read_with_the_steps_that_were_measured(tmp_path: Path) -> None
     assert own.seconds[-1] == pytest.approx(Link(0.02, payload("nano")).seconds(Row("ddp"), 200))
 
 
+@pytest.mark.long
 @pytest.mark.processes
 def test_a_training_is_kept_and_not_run_again(tmp_path: Path) -> None:
     line = [

@@ -40,6 +40,7 @@ def test_without_a_loss_it_equals_the_replay_of_all(monkeypatch: pytest.MonkeyPa
     assert {stay.members for stay in stays} == {(0, 1, 2, 3)}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("point", [*IN_A_STEP, *AT_A_CONSENSUS])
 def test_the_others_go_on_without_one_that_dies(monkeypatch: pytest.MonkeyPatch, point: str, rank: int) -> None:
@@ -51,6 +52,7 @@ def test_the_others_go_on_without_one_that_dies(monkeypatch: pytest.MonkeyPatch,
     assert stays[0].seen[EVERY][0] == (0, 1, 2, 3)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("shared_memory", [True, False], ids=["shared memory", "links"])
 @pytest.mark.parametrize("rank", [0, 2])
 def test_one_comes_back_as_its_donor_is(monkeypatch: pytest.MonkeyPatch, rank: int, shared_memory: bool) -> None:

@@ -94,6 +94,7 @@ def train(
     )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("ema", [False, True])
 @pytest.mark.parametrize("delay", [0, 3])
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -125,6 +125,7 @@ def test_checkpoints_every_so_many_steps(tmp_path: Path, sized: bool) -> None:
     assert sorted(path.name for path in (tmp_path / "saved").glob("*.ckpt")) == [f"step={n}.ckpt" for n in (10, 20, 30)]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -180,6 +181,7 @@ def test_one_rank_that_stops_early_stops_all(tmp_path: Path) -> None:
     assert results[0]["epoch"] == 1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("empty", [0, 1])
 @pytest.mark.parametrize("name", ["elastic", "push", "downpour"])
 def test_a_rank_without_batches_is_done(tmp_path: Path, empty: int, name: str) -> None:

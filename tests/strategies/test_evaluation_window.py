@@ -116,6 +116,7 @@ def assert_same_steps(with_swaps: list[dict[str, Any]], without: list[dict[str, 
         torch.testing.assert_close(torch.stack(ours["steps"]), torch.stack(theirs["steps"]), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("by", ["copy", "exchange", "memory"])
 @pytest.mark.parametrize(("start", "end"), PAIRS)
 def test_a_callback_that_swaps_an_average_in_and_out_leaves_training_as_it_was(

@@ -15,6 +15,7 @@ from launched import PROGRAMS, Executed, members
 from lightning_gossip import ReplicaFabricStrategy
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.processes
 @pytest.mark.faults
 @pytest.mark.parametrize("rank", [2, 0])

@@ -92,6 +92,7 @@ def train(folder: Path, *callbacks: Callback, **options: Any) -> list[Any]:
         until(lambda: not running_shards(folder), 10)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("rank", [2, 0])
 def test_a_rank_that_is_killed_comes_back_and_all_resume(
     tmp_path: Path, rank: int, caplog: pytest.LogCaptureFixture
@@ -157,6 +158,7 @@ class ResumedAt(Resumed):
             trainer.strategy.barrier()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rank", [2, 0])
 def test_who_was_declared_lost_joins_anew(tmp_path: Path, rank: int, caplog: pytest.LogCaptureFixture) -> None:
     """The process is the same, and the shards that it started serve it under its next number."""
@@ -178,6 +180,7 @@ def test_who_was_declared_lost_joins_anew(tmp_path: Path, rank: int, caplog: pyt
     check_server(tmp_path, flat(seen[0]["state"]), {f"{rank}.0"})
 
 
+@pytest.mark.long
 def test_a_rank_comes_back_in_a_process_of_its_own_to_shards_started_by_hand(tmp_path: Path) -> None:
     """With all that workers may be asked to do: to keep up, to adapt, and to keep their replicas."""
     with ShardProcess() as first, ShardProcess() as second:
@@ -196,6 +199,7 @@ def test_a_rank_comes_back_in_a_process_of_its_own_to_shards_started_by_hand(tmp
         until(lambda: not is_running(first.pid) and not is_running(second.pid), 10)
 
 
+@pytest.mark.long
 def test_one_that_can_not_reach_the_shards_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = DownpourClient.start
 

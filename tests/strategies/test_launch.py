@@ -64,6 +64,7 @@ def test_names_that_start_the_program_again_fit_and_test(ended: Ended) -> None:
             assert rank["accuracy"] > 0.9 or strategy == "downpour", "how well its workers learnt depends on timing"
 
 
+@pytest.mark.long
 @program("--strategy", "gossip_spawn", "--devices", 2, as_a_user=True)
 def test_gossip_spawn_fits_and_tests(ended: Ended) -> None:
     """Only the launching process lives on, and Lightning refuses a second fit."""
@@ -125,6 +126,7 @@ def test_an_exception_before_training_ends_all(ended: Ended) -> None:
     assert ended.endings()[0]["text"] == "rank 1 stopped at step 0: ValueError: boom in setup"
 
 
+@pytest.mark.long
 @program("--strategy", "elastic_gossip_spawn", "--fault", "raise:1:10", "--devices", 2)
 def test_an_exception_under_spawn_ends_all(ended: Ended) -> None:
     assert ended.code == 1
@@ -136,6 +138,7 @@ def test_sigterm_to_rank_0_ends_all(ended: Ended) -> None:
     assert_sigterm_ended_both(ended, 0)
 
 
+@pytest.mark.long
 @program("--fault", "SIGTERM:1:10", "--devices", 2)
 def test_sigterm_to_another_rank_ends_all(ended: Ended) -> None:
     assert_sigterm_ended_both(ended, 1)

@@ -34,6 +34,10 @@ class Signals(Callback):
     def __init__(self, after: dict[int, float], at_batch: int = 3) -> None:
         self.after = after  # seconds by rank
         self.at_batch = at_batch
+        self.over = threading.Event()  # Lightning takes its handlers back then: a signal would end the process
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.over.set()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         delay = self.after.get(trainer.global_rank)
@@ -41,8 +45,8 @@ class Signals(Callback):
             pid = os.getpid()
 
             def send() -> None:
-                time.sleep(delay)
-                os.kill(pid, signal.SIGUSR1)
+                if not self.over.wait(delay):
+                    os.kill(pid, signal.SIGUSR1)
 
             threading.Thread(target=send, daemon=True).start()
 
@@ -104,6 +108,7 @@ def saved(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
     return path, [files.load_replica(files.AtomicCheckpointIO(), path, save_id, rank, True) for rank in range(2)]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("after", [{0: 0.0, 1: 0.0}, {0: 0.05}, {1: 0.05}, {0: 0.0, 1: 1.2}], ids=str)
 @pytest.mark.parametrize("name", ["elastic", "pull", "downpour"])
 def test_ranks_save_at_the_end_of_one_step_and_requeue_once(
@@ -117,6 +122,7 @@ def test_ranks_save_at_the_end_of_one_step_and_requeue_once(
         assert len({replica[files.KEY]["state"]["step"] for replica in replicas}) == 1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["elastic", "downpour"])
 def test_signals_at_random_moments_while_validations_and_checkpoints_go_on(
     tmp_path: Path, scontrol: Path, name: str

@@ -65,6 +65,7 @@ def kill_store() -> None:
                 os.kill(int(entry.name), signal.SIGKILL)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("strategy", "moment"),
     [

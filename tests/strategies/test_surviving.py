@@ -108,6 +108,7 @@ def check(survivors: list[Any], left: tuple[int, ...], at_once: bool = True) -> 
     assert survivors[0]["losses"][-1] < survivors[0]["losses"][0]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("lost", [(2,), (0,), (0, 1), (0, 1, 3)], ids=str)
 def test_those_that_are_left_go_on(tmp_path: Path, lost: tuple[int, ...], caplog: pytest.LogCaptureFixture) -> None:
     left = tuple(rank for rank in range(4) if rank not in lost)

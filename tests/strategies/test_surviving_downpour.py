@@ -131,6 +131,7 @@ def train(folder: Path, *callbacks: Callback, lost: tuple[int, ...], **options: 
         until(lambda: not running_shards(folder), 10)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("lost", [(2,), (0,), (0, 1), (0, 1, 3)], ids=str)
 def test_those_that_are_left_go_on(tmp_path: Path, lost: tuple[int, ...]) -> None:
     left = tuple(rank for rank in range(4) if rank not in lost)
@@ -244,6 +245,7 @@ class Resumed(Callback):
             trainer.strategy.barrier()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("lost", [(0,), (0, 1)], ids=str)
 def test_the_next_warms_up_where_the_first_dies_over_it(tmp_path: Path, lost: tuple[int, ...]) -> None:
     faults = [Fault(rank, hook="on_train_batch_end", epoch=0, batch=2) for rank in lost]
@@ -306,6 +308,7 @@ def test_shards_started_by_hand_outlive_every_rank(tmp_path: Path) -> None:
         until(lambda: not is_running(first.pid) and not is_running(second.pid), 10)
 
 
+@pytest.mark.long
 def test_all_die_at_once_and_their_shards_end(tmp_path: Path) -> None:
     fault = Fault(0, 1, 2, 3, hook="on_train_batch_end", batch=2)
     with pytest.raises(RuntimeError, match="no rank came to the end of the run"):
@@ -313,6 +316,7 @@ def test_all_die_at_once_and_their_shards_end(tmp_path: Path) -> None:
     assert list(tmp_path.glob("shard_*"))
 
 
+@pytest.mark.long
 def test_who_wakes_up_after_all_is_over_changes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     fault = Fault(2, hook="on_train_batch_end", batch=2, act=stop_for(10))
     survivors = train(tmp_path, fault, lost=(2,), strategy=downpour(lost_after=3))

@@ -45,6 +45,7 @@ def check(ended: Ended, left: tuple[int, ...]) -> None:
     assert entry["ranks"] == list(left)
 
 
+@pytest.mark.long
 def test_a_child_is_killed(tmp_path: Path) -> None:
     ended = run(tmp_path, "--fault", "SIGKILL:2:10")
     assert ended.code == 0, ended.printed
@@ -62,6 +63,7 @@ def test_the_launching_process_is_killed(tmp_path: Path) -> None:
     assert "rank 1 takes over the duties of rank 0" in ended.printed
 
 
+@pytest.mark.long
 def test_the_launching_process_leaves_on_an_exception(tmp_path: Path) -> None:
     """It waits for its children, and ends with its own exit code."""
     ended = run(tmp_path, "--fault", "raise:0:10")
@@ -70,6 +72,7 @@ def test_the_launching_process_leaves_on_an_exception(tmp_path: Path) -> None:
     assert "rank 0 left at step 1" in ended.printed
 
 
+@pytest.mark.long
 def test_too_few_end_the_run_and_name_the_last_checkpoint(tmp_path: Path) -> None:
     ended = run(tmp_path, "--min-replicas", 4, "--fault", "SIGKILL:2:10")
     assert ended.code == 1
@@ -80,6 +83,7 @@ def test_too_few_end_the_run_and_name_the_last_checkpoint(tmp_path: Path) -> Non
     assert "epoch=0-step=8.ckpt" in ended.printed.partition("the last checkpoint is ")[2].splitlines()[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("start_method", ["spawn"])
 def test_the_process_that_spawns_is_killed(tmp_path: Path, start_method: str) -> None:
     def kill(process: Process, out: Path) -> None:
@@ -113,6 +117,7 @@ def test_the_store_is_killed(tmp_path: Path) -> None:
     assert all("the run's store is gone" in text for text in texts), texts
 
 
+@pytest.mark.long
 def test_sigterm_on_the_launching_process_ends_the_run(tmp_path: Path) -> None:
     ended = run(tmp_path, "--fault", "SIGTERM:0:10")
     assert ended.code == 128 + signal.SIGTERM
@@ -120,6 +125,7 @@ def test_sigterm_on_the_launching_process_ends_the_run(tmp_path: Path) -> None:
     assert len(ended.endings()) == 4
 
 
+@pytest.mark.long
 def test_ranks_started_one_by_one_by_a_shell_and_one_never_comes(tmp_path: Path) -> None:
     """As docs/howto/many_machines.md says: a store, and torch's variables. The run begins with those that have come."""
     port = free_port()
@@ -175,6 +181,7 @@ def test_one_that_a_shell_starts_again_joins_and_a_second_one_is_refused(tmp_pat
     check(Ended(tmp_path, 0, "".join(printed)), (1, 2, 0))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("start_method", ["popen", "spawn"])
 def test_the_launcher_starts_a_killed_rank_again(tmp_path: Path, start_method: str) -> None:
     def kill(process: Process, out: Path) -> None:
@@ -217,6 +224,7 @@ for number, strategy in enumerate((
 """
 
 
+@pytest.mark.long
 def test_trainers_with_and_without_members_follow_each_other(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(SEVERAL_TRAINERS)
