@@ -62,7 +62,7 @@ def donors_link(store: Store, donor: int, seat: int, incarnation: int, timeout: 
 
 
 def serve(link: Link, step: int, state: Callable[[], dict[str, Any]]) -> Future[None]:
-    """Send a state, from the link's thread.
+    """Send a state, from the link's thread; the link ends once the guest has it.
 
     Args:
         link: of :func:`donors_link`.
@@ -74,8 +74,11 @@ def serve(link: Link, step: int, state: Callable[[], dict[str, Any]]) -> Future[
         payload = _packed(state())
         link.send(Header(Kind.STATE, step, payload.nbytes, _checksum(payload)), *payload.split(_PIECE))
         link.flush()
+        link.receive_header()  # what was sent is on its way until the other end has it
 
-    return link.submit(send)
+    future = link.submit(send)
+    link.finish()
+    return future
 
 
 class Donor:
@@ -95,7 +98,7 @@ class Donor:
         """Send ``state`` to seat and incarnation ``guest``, as it is now."""
         copied = tree_map_only(Tensor, _on_host, state)
         link = donors_link(self._store, self._control.rank, *guest, self._control.timeout)
-        self._links.append(link)
+        self._links = [link, *(before for before in self._links if not before.has_ended)]
         serve(link, step, lambda: copied).add_done_callback(lambda _: copied.clear())
 
     def close(self) -> None:
@@ -146,6 +149,8 @@ def _fetch(link: Link) -> Future[dict[str, Any]]:
             link.receive(piece)
         if _checksum(payload) != header.layout:
             raise TornState(f"the state that {link.peer} sent, {header.nbytes:,} bytes, did not arrive whole")
+        link.send(Header(Kind.STATE, header.step, 0))
+        link.flush()
         return _unpacked(payload)
 
     return link.submit(receive)

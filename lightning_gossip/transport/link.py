@@ -127,6 +127,15 @@ class Link:
         """Whether it has failed, or was given up."""
         return self._closed.is_set()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether its thread does nothing any more."""
+        return self._ended.is_set()
+
+    def finish(self) -> None:
+        """End the link once what was submitted is done."""
+        self._jobs.put(None)
+
     def submit(self, job: Callable[[], T]) -> Future[T]:
         """Let the link's thread call ``job``, after those before it, and return its future result.
 
