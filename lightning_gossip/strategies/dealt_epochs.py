@@ -94,6 +94,7 @@ class DealtEpochs:
 
     def begin_loading(self) -> None:
         """Called before Lightning looks at the loaders of training, on all ranks alike."""
+        reaches.leave_fetcher(reaches.fetcher_of(self._trainer))
         self._placed = self._dealt = None
         self._has_begun = False
         self._loaders.clear()

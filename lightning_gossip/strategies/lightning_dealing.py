@@ -150,6 +150,12 @@ def measure_fetcher(fetcher: Any, length: Callable[[], int]) -> None:
     set_length(fetcher, length())
 
 
+def leave_fetcher(fetcher: Any) -> None:
+    """Undo :func:`measure_fetcher`; a fetcher that is replaced goes then with its epoch's batches, at once."""
+    if fetcher is not None:
+        take_away(fetcher, "reset")
+
+
 def set_length(fetcher: Any, length: int) -> None:
     """Let ``fetcher`` have fetched the last batch when it has fetched ``length``."""
     fetcher.length = length
@@ -180,5 +186,4 @@ def restore(trainer: pl.Trainer) -> None:
     take_away(trainer._data_connector, "_resolve_sampler")
     for name in ("_num_ready_batches_reached", "reset", "on_run_start"):
         take_away(trainer.fit_loop.epoch_loop, name)
-    if trainer.fit_loop._data_fetcher is not None:
-        take_away(trainer.fit_loop._data_fetcher, "reset")
+    leave_fetcher(fetcher_of(trainer))

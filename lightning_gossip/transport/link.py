@@ -243,6 +243,7 @@ class Link:
                 future.set_exception(error)
             finally:
                 self._busy.clear()
+                del item, job, future  # an error's traceback holds this frame, and with it what was to be sent
         self._ended.set()
         self._refuse_jobs()
         self._sending.clear()
