@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -108,6 +110,28 @@ def test_data_that_differ_from_rank_to_rank_are_told(tmp_path: Path) -> None:
 
     with pytest.raises(Exception, match=r"have to be the same on all ranks. Set `dealt=False`"):
         train(tmp_path, Different(), devices=2, max_epochs=1)
+
+
+class Fetchers(pl.Callback):
+    """Counts those of Lightning's fetchers that are left, with all that they fetch from; no collector helps."""
+
+    def __init__(self) -> None:
+        self.seen: list[weakref.ref[Any]] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        gc.disable()
+        self.seen.append(weakref.ref(trainer.fit_loop._data_fetcher))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        recorded(pl_module)["fetchers"] = len({id(ref()) for ref in self.seen if ref() is not None})
+        self.seen.clear()
+
+
+@pytest.mark.parametrize("dealt", [True, False])
+def test_a_loader_that_is_made_anew_goes_with_what_was_dealt(tmp_path: Path, dealt: bool) -> None:
+    options = {"max_epochs": 4, "reload_dataloaders_every_n_epochs": 1, "callbacks": [Fetchers()]}
+    results = train(tmp_path, Walk(48), ElasticGossipStrategy(start_method="fork", dealt=dealt), **options)
+    assert [result["fetchers"] for result in results] == [1] * len(results)
 
 
 def test_who_looks_at_the_loader_in_mid_training_takes_nothing(tmp_path: Path) -> None:
