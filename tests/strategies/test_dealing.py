@@ -129,7 +129,7 @@ class Fetchers(pl.Callback):
 
 @pytest.mark.parametrize("dealt", [True, False])
 def test_a_loader_that_is_made_anew_goes_with_what_was_dealt(tmp_path: Path, dealt: bool) -> None:
-    options = {"max_epochs": 4, "reload_dataloaders_every_n_epochs": 1, "callbacks": [Fetchers()]}
+    options: dict[str, Any] = {"max_epochs": 4, "reload_dataloaders_every_n_epochs": 1, "callbacks": [Fetchers()]}
     results = train(tmp_path, Walk(48), ElasticGossipStrategy(start_method="fork", dealt=dealt), **options)
     assert [result["fetchers"] for result in results] == [1] * len(results)
 
