@@ -301,7 +301,7 @@ def test_thousands_of_malformed_messages_change_nothing(logged: Counter[str], me
         run_ranks(3, lambda rank: body(rank) if rank.rank == 0 else None)
     assert sum(ends.values()) == messages
     assert ends["silence"] == 0
-    assert ends["refused"] > 500
+    assert ends["refused"] > messages / 20
     assert logged["changing nothing"] == messages, logged
 
 
