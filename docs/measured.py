@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.shared import rows
+from benchmarks.shared.quartiles import without_slowest
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -203,11 +204,10 @@ def _ratio(file: str, over: str, under: str, **where: Any) -> float:
 
 def _of_others(file: str, setup: str) -> dict[str, float]:
     """Mean steps of the ranks that are not the slow one, by the round."""
-    found = {}
-    for row in _rows(file, {"setup": setup}):
-        ranks = int(row["ranks"])
-        found[row["round"]] = (ranks * float(row["step_ms"]) - float(row["step_max_ms"])) / (ranks - 1)
-    return found
+    return {
+        row["round"]: without_slowest(float(row["step_ms"]), float(row["step_max_ms"]), int(row["ranks"]))
+        for row in _rows(file, {"setup": setup})
+    }
 
 
 def write(page: Path) -> None:

@@ -20,7 +20,7 @@ from benchmarks.network.schemes import (
 )
 from benchmarks.shared import plots
 from benchmarks.shared.plots import COLOURS, Axes, Figure
-from benchmarks.shared.quartiles import quartiles, ratios
+from benchmarks.shared.quartiles import quartiles, ratios, without_slowest
 from benchmarks.shared.rows import Row, find, read
 from benchmarks.shared.tables import show
 
@@ -148,7 +148,7 @@ def _show_straggler(rows: Sequence[Row], steps: Steps) -> None:
 def of_others(rows: Sequence[Row], steps: Steps) -> Steps:
     """Return the mean steps of the ranks that are not the slow one."""
     slowest, ranks = whole_rounds(rows, STALLING, "step_max_ms"), int(rows[0]["ranks"])
-    return {name: (ranks * steps[name] - slowest[name]) / (ranks - 1) for name in STALLING}
+    return {name: without_slowest(steps[name], slowest[name], ranks) for name in STALLING}
 
 
 def draw(folder: Path) -> list[Path]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+
+T = TypeVar("T", float, NDArray[Any])
 
 
 def quartiles(values: ArrayLike) -> tuple[float, float, float]:
@@ -21,3 +25,8 @@ def in_words(values: ArrayLike, form: str = ".3f") -> str:
     """Return the median, and the quartiles in brackets, each formatted by ``form``."""
     low, median, high = (format(value, form) for value in quartiles(values))
     return f"{median} (quartiles {low} to {high})"
+
+
+def without_slowest(mean: T, slowest: T, ranks: int) -> T:
+    """Return the mean of all ranks but the slowest, of the mean of all; numbers or arrays."""
+    return (ranks * mean - slowest) / (ranks - 1)

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks import RESULTS
 from benchmarks.network.schemes import ASYNCHRONOUS, DOWNPOUR, FILES, GOSSIP
+from benchmarks.shared.quartiles import without_slowest
 from benchmarks.shared.rows import Row, find, read
 from benchmarks.shared.workloads import TASKS
 from lightning_gossip.monitoring.plan_schemes import AllReduced, Asynchronous, Downpour, Gossip, Scheme, Workload
@@ -47,7 +48,7 @@ def scheme_of(setup: str) -> Scheme:
 def workload_of(row: Row, alone: Row) -> Workload:
     ranks, step, slowest = int(row["ranks"]), float(alone["step_ms"]), float(alone["step_max_ms"])
     if row["factor"] != "1":  # steps sleep: each rank has a core of its own
-        others = (ranks * step - slowest) / (ranks - 1)
+        others = without_slowest(step, slowest, ranks)
         return Workload(SLEEPER, ranks, UNLIMITED, others, straggler=slowest / others)
     return Workload(
         MLP,
@@ -75,8 +76,7 @@ def planned(row: Row, alone: Row) -> float:
     step = 1e3 * scheme_of(row["setup"]).outlook(workload_of(row, alone)).step
     if row["factor"] == "1" or row["setup"] not in ("downpour", *ASYNCHRONOUS):
         return step
-    ranks = int(row["ranks"])
-    return (ranks * step - float(alone["step_max_ms"])) / (ranks - 1)
+    return without_slowest(step, float(alone["step_max_ms"]), int(row["ranks"]))
 
 
 @cache

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+from shards import until
 from torch.distributed import HashStore
 
 from lightning_gossip.transport import handover
@@ -22,13 +22,6 @@ def guests_end(store: HashStore, incarnation: int) -> Link:
     return Link(store, gloo_device(), f"guest2.{incarnation}", "donor0", LIMIT)
 
 
-def ended(link: Link) -> bool:
-    deadline = time.monotonic() + 10
-    while not link.has_ended and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return link.has_ended
-
-
 def test_nothing_of_it_stays_with_the_donor() -> None:
     store = HashStore()
     for incarnation in range(3):
@@ -39,11 +32,8 @@ def test_nothing_of_it_stays_with_the_donor() -> None:
         assert torch.equal(handover._fetch(guests).result(20)["theta"], state["theta"])
         sent.result(20)
         guests.close()
-        assert ended(donors)
-    deadline = time.monotonic() + 10
-    while (threads := _links()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not threads
+        until(lambda donors=donors: donors.has_ended)  # type: ignore[misc]
+    until(lambda: not _links())
     assert store.num_keys() == 0
 
 
@@ -61,8 +51,7 @@ def test_a_guest_that_dies_or_finds_it_torn_ends_the_link(monkeypatch: pytest.Mo
         handover._fetch(guests).result(20)
     with pytest.raises(RuntimeError):
         sent.result(20)
-    assert ended(donors)
-    assert ended(guests)
+    until(lambda: donors.has_ended and guests.has_ended)
 
 
 def _links() -> list[str]:

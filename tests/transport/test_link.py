@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Rank, run_ranks
+from shards import until
 from torch import nn
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
@@ -110,10 +111,7 @@ def test_a_link_that_failed_keeps_no_thread_though_nobody_closes_it() -> None:
         with pytest.raises(LinkError, match="the link between a and b is closed"):
             future.result(10)
     assert link.is_closed
-    deadline = time.monotonic() + 10
-    while (named := [one for one in threading.enumerate() if one.name == "link-a-b"]) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not named
+    until(lambda: all(thread.name != "link-a-b" for thread in threading.enumerate()))
 
 
 @pytest.mark.parametrize("shared_memory", [True, False])
