@@ -307,8 +307,9 @@ def check(loops: Loops) -> list[Stay]:
         for others, other in seen[1:]:
             assert others == members
             assert np.array_equal(model, other)
-        replicas = [stay.replicas[step] for stay in loops.stays if step in stay.replicas and stay.rank in members]
-        np.testing.assert_allclose(model, np.mean(replicas[-len(members) :], axis=0), rtol=0, atol=1e-12)
+        replicas = {s.rank: s.replicas[step] for s in loops.stays if step in s.replicas and s.rank in members}
+        assert len(replicas) == len(members)  # of two lives that came to one meeting the later: the earlier died there
+        np.testing.assert_allclose(model, np.mean([*replicas.values()], axis=0), rtol=0, atol=1e-12)
     theta = replayed(loops)
     for stay in stays:
         assert stay.ends_with is not None

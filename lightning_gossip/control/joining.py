@@ -12,7 +12,7 @@ from datetime import timedelta
 
 from torch.distributed import Store
 
-from lightning_gossip.control.meeting import Heartbeats
+from lightning_gossip.control.meeting import Heartbeats, clocks_told
 from lightning_gossip.control.member_control import OVER, RunOver, Survival
 from lightning_gossip.control.member_log import MemberLog
 from lightning_gossip.control.members import LOST, Members
@@ -75,7 +75,7 @@ class _Claim:
             if incarnation == 0 and self._take(0):
                 return 0
             if cause := self._loss(incarnation):  # whoever trains may see it first, if anybody does
-                self._log.append(store, LOST, rank, incarnation, 0, cause)
+                self._log.append(store, LOST, rank, incarnation, self._clock_of_members(), cause)
                 return self.look()
             self._refuse_living(incarnation)
             return None
@@ -100,6 +100,11 @@ class _Claim:
             return "its process is gone"
         limit = self._survival.lost_after.total_seconds()
         return f"no sign of life for {limit:g} s" if self._is_silent() else ""
+
+    def _clock_of_members(self) -> int:
+        """Return the step at which the run is, as far as one can tell that takes no part in it."""
+        names = (f"{rank}.{self._log.incarnation(rank)}" for rank in self._log.present)
+        return max(clocks_told(self._store, names), default=0)
 
     def _has_ended(self, incarnation: int) -> bool:
         name = f"{self._rank}.{incarnation}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,6 +49,17 @@ class Meeting:
     number: int
     members: tuple[int, ...] = ()
     incarnations: tuple[int, ...] = ()
+
+
+def tell_clock(store: Store, name: str, step: int) -> None:
+    """Tell at which step the process of that name is."""
+    store.set(f"clock/{name}", str(step))
+
+
+def clocks_told(store: Store, names: Iterable[str]) -> list[int]:
+    """Return the steps at which processes told last that they are; those that never did are left out."""
+    keys = (f"clock/{name}" for name in names)
+    return [int(store.get(key)) for key in keys if store.check([key])]
 
 
 class Heartbeats:

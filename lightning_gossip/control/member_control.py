@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch.distributed import Store
 from typing_extensions import override
 
-from lightning_gossip.control.meeting import Meeting, Process
+from lightning_gossip.control.meeting import Meeting, Process, clocks_told
 from lightning_gossip.control.members import JOINED, JOINING, Change
 from lightning_gossip.control.run import HEARTBEAT, LOOK
 from lightning_gossip.control.store import value_of
@@ -303,10 +303,10 @@ class MemberControl(WatchingControl):
         Raises:
             RunStopped: as :meth:`check`.
         """
-        keys = [f"clock/{self._name(rank)}" for rank in self._log.whole if rank != self.rank]
+        names = [self._name(rank) for rank in self._log.whole if rank != self.rank]
 
         def look() -> list[int]:
-            return [int(self._store.get(key)) for key in keys if self._store.check([key])]
+            return clocks_told(self._store, names)
 
         with self.reaching_store():
             first = look()

@@ -118,7 +118,7 @@ class Change:
         seat: that it is about.
         incarnation: of that seat's process: it is the number of those that came before, or were expected.
         by: the rank that wrote it.
-        step: of that rank's exchange clock.
+        step: of that rank's exchange clock; where it takes no part yet, the largest that a member has told.
         cause: in words.
     """
 

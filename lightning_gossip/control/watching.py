@@ -20,7 +20,7 @@ from torch.distributed import DistNetworkError, DistStoreError, Store
 from typing_extensions import override
 
 from lightning_gossip.arguments import check_timeout
-from lightning_gossip.control.meeting import Heartbeats, Meeting
+from lightning_gossip.control.meeting import Heartbeats, Meeting, tell_clock
 from lightning_gossip.control.member_log import MemberLog
 from lightning_gossip.control.members import JOINED, JOINING, LEFT, LOST, Change, Members
 from lightning_gossip.control.process_id import host_of, is_gone, own_process
@@ -334,7 +334,7 @@ class WatchingControl(Control):
         step = self._clock()
         if beats:
             self._declare_silent(store, self._watch, self._next(others))
-            store.set(f"clock/{self._name(self.rank)}", str(step))
+            tell_clock(store, self._name(self.rank), step)
         if len(others) + 1 < self.world_size and self.rank in self._log.whole:
             self._look_for_guests(store)
         lead = self._pace.lead(step)

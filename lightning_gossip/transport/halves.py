@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from functools import partial
+from itertools import chain
 
 from torch import Tensor
 
@@ -80,8 +81,11 @@ class Halves:
 
     @property
     def waits_for(self) -> int:
-        """A rank that is not through with the present half; the first, where all are."""
-        return next((rank for rank, job in self._jobs.items() if not job.done()), min(self.others))
+        """A rank with which the present half has failed, or is not done; the first, where all are through."""
+        jobs = self._jobs.items()
+        failed = (rank for rank, job in jobs if job.done() and job.exception() is not None)
+        waiting = (rank for rank, job in jobs if not job.done())
+        return next(chain(failed, waiting), min(self.others))
 
     def run(self, links: Mapping[int, Link], given_up: Callable[[Collection[int]], Failure | None]) -> Failure | None:
         """Do both halves, in a thread that may wait.

@@ -14,6 +14,8 @@ from survivors import all_at_once, initial
 from torch import nn
 from torch.distributed import HashStore
 
+from lightning_gossip.control.joining import claim_seat
+from lightning_gossip.control.meeting import tell_clock
 from lightning_gossip.control.member_control import MemberControl, Survival
 from lightning_gossip.control.member_log import MemberLog
 from lightning_gossip.control.members import JOINED, JOINING, LOST, Members
@@ -41,6 +43,17 @@ def lost_and_back(store: HashStore, seat: int, size: int, by: int) -> None:
     log.append(store, LOST, seat, 0, 1, "cut off")
     log.append(store, JOINING, seat, 1, 1, f"from rank {by}")
     log.append(store, JOINED, seat, 1, 1, f"from rank {by}")
+
+
+def test_who_finds_its_seat_empty_says_at_which_step_the_run_lost_it() -> None:
+    store = HashStore()
+    tell_clock(store, "0.0", 1203)
+    tell_clock(store, "1.0", 1204)
+    store.set("process/1.0", "host|1|0")
+    assert claim_seat(store, 1, 2, Survival(1, timedelta(seconds=10), "host|2|0", lambda _: True)) == 1
+    log = MemberLog(Members(2), 0, lambda change: None)
+    log.read(store)
+    assert str(log.last_change(1)) == "rank 1 lost at step 1,204 (its process is gone)"
 
 
 def test_a_joiner_does_not_wait_for_a_donor_in_whose_place_another_has_come() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +17,8 @@ from lightning_gossip.control.stop import RunStopped
 from lightning_gossip.exchange.rounds import Rounds
 from lightning_gossip.rules.outer import OuterStep
 from lightning_gossip.transport.all_reduce import LinkAllReduce
-from lightning_gossip.transport.halves import bytes_sent, part_bytes, part_of
+from lightning_gossip.transport.halves import Halves, bytes_sent, part_bytes, part_of, room_bytes
+from lightning_gossip.transport.header import Header, Kind
 from lightning_gossip.transport.interface import PartnerLost
 
 
@@ -122,6 +125,29 @@ def test_a_silent_rank_ends_the_wait_after_the_timeout() -> None:
     lost = [error for error in errors[:2] if isinstance(error, PartnerLost)]
     assert lost
     assert all(error.partner == 2 and "lost rank 2 in the all-reduce of step 8" in str(error) for error in lost)
+
+
+class _Answers:
+    """A link on which one job after the other ends as it is told."""
+
+    def __init__(self, *futures: Future[None]) -> None:
+        self.futures = list(futures)
+
+    def submit(self, job: Callable[[], None]) -> Future[None]:
+        return self.futures.pop(0)
+
+
+def test_who_failed_is_blamed_before_those_that_are_through_or_are_waited_for() -> None:
+    through, fails, waits = Future[None](), Future[None](), Future[None]()
+    through.set_result(None)
+    fails.set_exception(TimeoutError("it stayed silent"))
+    header = Header(Kind.REDUCTION, 8, 400)
+    halves = Halves(header, torch.empty(400), torch.empty(room_bytes(400, 4)), lambda *_: None, 1, (0, 1, 2, 3))
+    links: Any = {0: _Answers(waits), 2: _Answers(through), 3: _Answers(fails)}
+    assert halves.run(links, lambda _: None) == (3, fails.exception())
+    assert halves.waits_for == 3
+    waits.set_result(None)
+    assert halves.waits_for == 3, "whoever looks once all jobs have ended"
 
 
 def test_ranks_with_different_models_are_told() -> None:
