@@ -60,9 +60,12 @@ class ReturningStrategy(SurvivingStrategy):
         """Take part as the next process of this rank: as one of those of the beginning, or to join them."""
         self._survival, self._has_begun, self._beginning = survival, False, Beginning()
         try:
-            incarnation = claim_seat(self._group_store, self.global_rank, self.world_size, survival)
+            return self._take_part(survival, claim_seat(self._group_store, self.global_rank, self.world_size, survival))
         except RunOver as over:
             raise self._too_late(over) from None
+
+    def _take_part(self, survival: Survival, incarnation: int) -> tuple[MemberControl, int]:
+        """Take part as that process of this rank; raises ``RunOver`` where training ends before it has joined."""
         control = self._take_control(MemberControl, survival, incarnation, on_loss=self._on_loss)
         self._donor = Donor(control, self._group_store)
         self._joiner = None
