@@ -126,7 +126,7 @@ class ReturningStrategy(SurvivingStrategy):
 
     def leave_to_come_again(self, lost: SeatLost, trainer: pl.Trainer) -> None:
         """Give up all that this process has in a ``fit``, in which the others have declared it lost."""
-        log.warning("%s; it joins them anew", lost)
+        log.warning("%s; it joins them anew", str(lost))  # a record that is kept must not keep what the error holds
         self.on_exception(lost)
         lightning_members.tear_down(trainer)
         self._comes_again = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -14,12 +15,16 @@ import torch
 from curves import scalars
 from forked import Linear, Recorder, fit, regression
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from shards import until
 from test_surviving import Fault, History, run, stop_for, surviving
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gossip import ElasticGossipStrategy, GossipMonitor, GossipStrategy, RankTensorBoardLogger
+from lightning_gossip.control.joining import claim_seat
+from lightning_gossip.control.member_control import OVER
 from lightning_gossip.monitoring import run_folder
+from lightning_gossip.strategies import returning
 from lightning_gossip.transport import handover
 
 pytestmark = pytest.mark.faults
@@ -206,6 +211,67 @@ def test_who_was_declared_lost_joins_anew(tmp_path: Path, caplog: pytest.LogCapt
     assert set(seen[0]["members"][-1]) == {0, 1, 2, 3}
     changes = seen[0]["changes"]
     assert [change.split(" at ")[0] for change in changes] == ["rank 2 lost", "rank 2 joining", "rank 2 joined"]
+
+
+class Declares(Callback):
+    """Rank 0 declares rank 2 lost, as often as that is there; rank 2 notes what it holds whenever it begins.
+
+    Args:
+        folder: for the notes.
+        often: how often; then all end.
+    """
+
+    def __init__(self, folder: Path, often: int = 1) -> None:
+        self.notes, self.often = folder / "descriptors", often
+
+    def held(self) -> list[int]:
+        return [int(line) for line in self.notes.read_text().split()]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_rank == 2:
+            with self.notes.open("a") as file:
+                file.write(f"{len(os.listdir('/proc/self/fd'))}\n")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        control: Any = trainer.strategy.control  # type: ignore[attr-defined]
+        if trainer.global_rank == 0 and trainer.global_step % 10 == 5 and 2 in control.members:
+            trainer.should_stop = len(self.held()) > self.often
+            if not trainer.should_stop:
+                control.declare_lost(2, "a test said so")
+
+
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_one_that_is_lost_and_joins_again_and_again_holds_no_more_each_time(tmp_path: Path, asynchronous: bool) -> None:
+    declares = Declares(tmp_path, often=5)
+    strategy = surviving(asynchronous=asynchronous)
+    run(
+        tmp_path,
+        Pace(0.02),
+        declares,
+        lost=(),
+        strategy=strategy,
+        train=DataLoader(regression(960), 4),
+        max_epochs=200,
+    )
+    first, *later = declares.held()
+    assert len(later) >= 5
+    # connections to the run's store, and what links go over: eight or nine each time, if it kept them
+    assert max(later) <= first + 6
+
+
+def test_who_comes_while_the_others_end_is_told_so(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 2 has its seat already when the others tell that training is over."""
+
+    def claiming(store: Any, *args: Any) -> int:
+        if (incarnation := claim_seat(store, *args)) > 0:
+            until(lambda: bool(store.check([OVER])), seconds=60)
+        return incarnation
+
+    monkeypatch.setattr(returning, "claim_seat", claiming)
+    run(tmp_path, Declares(tmp_path), lost=(2,), max_epochs=2)
+    assert "rank 2: the training is over; no checkpoint was saved" in capfd.readouterr().err
 
 
 @pytest.mark.one_in(4)
