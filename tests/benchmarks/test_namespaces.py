@@ -7,12 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from benchmarks import ROOT
 from benchmarks.shared.namespaces import Network, NetworkUnavailable, burst_bytes, check_requirements, remove_leftovers
@@ -96,7 +96,7 @@ def test_nothing_is_left(network: Any, number: signal.Signals) -> None:
             assert owner.stdout.readline() == b"up\n"
             names = own_namespaces(owner.pid)
             assert len(names) == 3, "two ranks and the switch"
-            assert eventually(lambda: any(pids_in(name) for name in names)), "a process runs in there"
+            until(lambda: any(pids_in(name) for name in names))  # a process runs in there
             inside = [pid for name in names for pid in pids_in(name)]
             owner.send_signal(number)
             owner.wait(timeout=30)
@@ -106,19 +106,12 @@ def test_nothing_is_left(network: Any, number: signal.Signals) -> None:
         assert own_namespaces(owner.pid) == names
         remove_leftovers()
     assert own_namespaces(owner.pid) == []
-    assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in inside))
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in inside))
     assert len(own_namespaces(os.getpid())) == 3, "those of a living owner stay"
 
 
 def pids_in(namespace: str) -> list[str]:
     return subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=True).stdout.split()
-
-
-def eventually(holds: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 10
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return holds()
 
 
 def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

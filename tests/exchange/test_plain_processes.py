@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from multiprocessing.process import BaseProcess
@@ -26,6 +25,7 @@ import torch.distributed as dist
 from forked import Linear
 from processes import run_processes
 from test_plain import RANKS, copied, made, train
+from waiting import until
 
 from lightning_gossip import Gossip
 from lightning_gossip.control.store import serve_store
@@ -123,7 +123,7 @@ def run_gated(folder: Path, arguments: list[str]) -> None:
     def gated(gossip: Gossip) -> Iterator[float]:
         if gossip.steps == 80:
             (folder / f"waits_{os.getpid()}").touch()
-            await_that((folder / "open").exists)
+            until((folder / "open").exists, LONG)
         with consensus(gossip) as distance:
             yield distance
 
@@ -132,13 +132,6 @@ def run_gated(folder: Path, arguments: list[str]) -> None:
     gate: Any = Gossip
     gate.consensus = gated
     runpy.run_path(str(EXAMPLE), run_name="__main__")
-
-
-def await_that(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LONG
-    while not what():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.02)
 
 
 class Processes(AbstractContextManager["Processes"]):
@@ -165,11 +158,11 @@ class Processes(AbstractContextManager["Processes"]):
         return process
 
     def await_file(self, path: Path) -> None:
-        await_that(path.exists)
+        until(path.exists, LONG)
 
     def await_text(self, name: str) -> str:
         path = self._folder / f"{name}.txt"
-        await_that(lambda: path.exists() and path.read_text().endswith("\n"))
+        until(lambda: path.exists() and path.read_text().endswith("\n"), LONG)
         return path.read_text()
 
     def __exit__(self, *error: object) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from ranks import Rank, run_ranks
-from shards import Shards, until
+from shards import Shards
 from torch import nn
 from torch.distributed import HashStore
+from waiting import until
 
 from lightning_gossip.control.member_control import MemberControl, Survival
 from lightning_gossip.exchange.stats import NotFinite

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from joiners import let_all_come_soon
-from shards import Shards, until
+from shards import Shards
 from test_lost_workers import SIZE, Killed, Run, Worker
+from waiting import until
 
 from lightning_gossip.control.joining import claim_seat
 from lightning_gossip.control.member_control import RunOver, Survival

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from ranks import Rank, run_ranks
-from shards import Shards, until
+from shards import Shards
 from torch import nn
+from waiting import until
 
 from lightning_gossip.parameter_server import snapshot
 from lightning_gossip.parameter_server.client import DownpourClient

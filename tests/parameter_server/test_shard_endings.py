@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 from ranks import Rank, run_ranks
-from shards import Shards, until
+from shards import Shards
 from torch import nn
 from torch.distributed import HashStore
+from waiting import until
 
 import lightning_gossip
 from lightning_gossip.control.run import Control

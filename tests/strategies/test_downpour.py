@@ -22,10 +22,10 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from shards import until
 from test_strategies import Gan
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from waiting import until
 
 from lightning_gossip import DownpourStrategy, GossipMonitor
 from lightning_gossip.parameter_server import process

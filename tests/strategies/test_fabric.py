@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 from environments import LEAN
 from launched import PROGRAMS, Executed, members
+from waiting import until
 
 from lightning_gossip import ReplicaFabricStrategy
 
@@ -24,10 +24,7 @@ def test_the_others_go_on_without_one_that_is_killed(tmp_path: Path, rank: int) 
     process = Executed([str(PROGRAMS / "fabric_members.py"), str(tmp_path), str(rank)], LEAN, str(tmp_path / "printed"))
     try:
         code = process.wait(150)
-        deadline = time.monotonic() + 30
-        while members(process.pid) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not members(process.pid)
+        until(lambda: not members(process.pid), 30, look=0.1)
     finally:
         for pid in members(process.pid):
             os.kill(pid, signal.SIGKILL)

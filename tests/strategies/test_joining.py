@@ -15,10 +15,10 @@ import torch
 from curves import scalars
 from forked import Linear, Recorder, fit, regression
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from shards import until
 from test_surviving import Fault, History, run, stop_for, surviving
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from waiting import until
 
 from lightning_gossip import ElasticGossipStrategy, GossipMonitor, GossipStrategy, RankTensorBoardLogger
 from lightning_gossip.control.joining import claim_seat

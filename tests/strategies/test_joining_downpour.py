@@ -23,9 +23,9 @@ from test_surviving_downpour import (
     is_running,
     replica,
     running_shards,
-    until,
 )
 from torch.utils.data import DataLoader
+from waiting import until
 
 from lightning_gossip.parameter_server.client import DownpourClient
 from lightning_gossip.parameter_server.process import ShardProcess

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from environments import LEAN
 from launched import PROGRAMS, Ended
+from waiting import until
 
 from benchmarks.shared.namespaces import INTERFACE, Network, NetworkUnavailable, check_requirements
 from lightning_gossip.control.store import VARIABLE
@@ -36,9 +37,7 @@ def test_who_is_cut_off_is_lost_and_joins_when_the_link_is_back(tmp_path: Path, 
         output: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         store = network.start(0, [sys.executable, "-m", "lightning_gossip", "store", "--port", "29500"], environment)
         ranks = [network.start(k, command, environment | {"LOCAL_RANK": f"{k}"}, **output) for k in range(3)]
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob("pid_*"))) < 3 and time.monotonic() < deadline:
-            time.sleep(0.1)
+        until(lambda: len(list(tmp_path.glob("pid_*"))) == 3, 60, look=0.1)
         time.sleep(3)
         network.set_link(rank, up=False)
         time.sleep(LOST_AFTER + 5)

@@ -16,10 +16,10 @@ import pytest
 import torch
 from forked import Linear, fit, regression
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from shards import until
 from test_surviving import STEPS, Fault, run, stop_for
 from torch import Tensor
 from torch.utils.data import DataLoader
+from waiting import until
 
 from lightning_gossip import DownpourStrategy
 from lightning_gossip.parameter_server.client import DownpourClient

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from shards import until
 from torch.distributed import HashStore
+from waiting import until
 
 from lightning_gossip.transport import handover
 from lightning_gossip.transport.header import LinkError

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from ranks import Rank, run_ranks
-from shards import until
 from torch import nn
 from torch.distributed import HashStore, PrefixStore, TCPStore
+from waiting import until
 
 from lightning_gossip.rules.mixing import ElasticMixing
 from lightning_gossip.rules.schedule import Schedule
@@ -60,9 +60,7 @@ def test_a_link_is_closed_while_gloo_waits_for_the_other_ends_address() -> None:
     PrefixStore("link/a/b", store).set("b", "here")  # and never more
     link = Link(store, gloo_device(), "a", "b", LIMIT)
     future = link.submit(lambda: link.receive_header())
-    deadline = time.monotonic() + 10
-    while not store.check(["link/a/b/0/0"]) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: store.check(["link/a/b/0/0"]))
     start = time.monotonic()
     link.close()
     with pytest.raises(LinkError, match="the link between a and b is closed"):

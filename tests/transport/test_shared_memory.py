@@ -20,6 +20,7 @@ import pytest
 import torch
 from ranks import Rank, Script, run_ranks
 from torch import nn
+from waiting import until
 
 from lightning_gossip.rules.mixing import ElasticMixing
 from lightning_gossip.rules.schedule import Schedule
@@ -101,10 +102,7 @@ def test_a_killed_owner_is_noticed_before_it_is_waited_for() -> None:
         assert inbox is not None
         assert inbox.owner_lives
         process.send_signal(signal.SIGKILL)
-        deadline = time.monotonic() + 10
-        while inbox.owner_lives and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not inbox.owner_lives
+        until(lambda: not inbox.owner_lives)
         assert process.returncode is None, "nobody has waited for it"
 
 
