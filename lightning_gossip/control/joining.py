@@ -5,7 +5,6 @@ The protocol is in ``members``; what a joiner does there once it has its seat, i
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from collections.abc import Callable
@@ -49,10 +48,6 @@ def claim_seat(
     while (incarnation := claim.look()) is None:
         check()
         pause.wait(LOOK / 2)
-    if incarnation > 0:
-        # this process may have held the seat before, with connections and buffers of which Python finds that nobody
-        # needs them when it looks for cycles: seldom, and a process may be declared lost often
-        gc.collect()
     return incarnation
 
 

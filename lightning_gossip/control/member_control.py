@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -277,6 +278,9 @@ class MemberControl(WatchingControl):
         Raises:
             RunStopped: as :meth:`check`; also where it was declared lost meanwhile.
         """
+        # this process may have been a member before, with connections and buffers of which Python finds that nobody
+        # needs them when it looks for cycles: seldom, and a process may be declared lost often
+        gc.collect()
         with self.reaching_store():
             cause = f"from rank {donor}"
             entry = self._log.append(self._store, JOINED, self.rank, self.incarnation, self._clock(), cause)

@@ -1,4 +1,4 @@
-"""Learns counts of genes with scvi-tools: the strategy goes to `model.train`, as an object."""
+"""Learns counts of genes with scvi-tools: the strategy goes to `model.train`, by a name that says `ddp`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from anndata import AnnData
 from lightning.pytorch import Callback
-from recorded import OUT, Recorded, as_object
+from recorded import OUT, Recorded, by_name
 from scvi.model import SCVI
 
 
@@ -26,7 +26,7 @@ def main() -> None:
         max_epochs=4,
         train_size=0.8,
         batch_size=8,
-        strategy=as_object(),
+        strategy=by_name("ddp_"),
         accelerator="cpu",
         devices=2,
         plan_kwargs={"lr": 0.01},
