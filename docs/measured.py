@@ -117,6 +117,12 @@ def straggler(setup: str) -> float:
     return median(own[round_] / alone[round_] for round_ in own.keys() & alone.keys())
 
 
+def whole(setup: str, column: str = "seconds", factor: int | None = None) -> float:
+    """Of a whole training with one rank that much slower; without ``factor`` what 3 is to 1."""
+    of = {k: value("network_whole", column, setup=setup, factor=k) for k in ((1, 3) if factor is None else (factor,))}
+    return of[3] / of[1] if factor is None else of[factor]
+
+
 def updates_to_97(setup: str) -> float:
     """Updates on MNIST after which the consensus model first had 97 % on the validation set."""
     return min(
@@ -169,7 +175,7 @@ def frozen(strategy: str, column: str) -> float:
 WORDS = {
     word.__name__: word
     for word in (
-        value, middle, to_ddp, to_none, one_host, stalls, straggler, updates_to_97, seconds_to_97, thesis, thesis_gb,
+        value, middle, to_ddp, to_none, one_host, stalls, straggler, whole, updates_to_97, seconds_to_97, thesis, thesis_gb,
         text, fault, storm, frozen,
     )
 }  # fmt: skip
