@@ -175,8 +175,8 @@ def frozen(strategy: str, column: str) -> float:
 WORDS = {
     word.__name__: word
     for word in (
-        value, middle, to_ddp, to_none, one_host, stalls, straggler, whole, updates_to_97, seconds_to_97, thesis, thesis_gb,
-        text, fault, storm, frozen,
+        value, middle, to_ddp, to_none, one_host, stalls, straggler, whole, updates_to_97, seconds_to_97, thesis,
+        thesis_gb, text, fault, storm, frozen,
     )
 }  # fmt: skip
 
