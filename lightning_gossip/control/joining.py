@@ -12,7 +12,7 @@ from datetime import timedelta
 
 from torch.distributed import Store
 
-from lightning_gossip.control.meeting import Heartbeats, clocks_told
+from lightning_gossip.control.meeting import Heartbeats, Process, clocks_told
 from lightning_gossip.control.member_control import OVER, RunOver, Survival
 from lightning_gossip.control.member_log import MemberLog
 from lightning_gossip.control.members import LOST, Members
@@ -103,7 +103,7 @@ class _Claim:
 
     def _clock_of_members(self) -> int:
         """Return the step at which the run is, as far as one can tell that takes no part in it."""
-        names = (f"{rank}.{self._log.incarnation(rank)}" for rank in self._log.present)
+        names = (str(Process(rank, self._log.incarnation(rank))) for rank in self._log.present)
         return max(clocks_told(self._store, names), default=0)
 
     def _has_ended(self, incarnation: int) -> bool:

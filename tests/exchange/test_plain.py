@@ -217,7 +217,7 @@ def test_asynchronous_gossip_equals_its_replay_whoever_is_slow(tmp_path: Path, v
             exchange.records = []
             for step in range(1, steps[rank] + 1):
                 with gossip.step():
-                    time.sleep(0.001 * (1 + rank))
+                    time.sleep(0.005 * (1 + rank))  # an exchange takes its time on a busy machine
                     gradient = model.theta.grad = model.theta.detach() - goal(rank, step)
                     updates -= LR * gradient
                     if by_hand:
@@ -246,7 +246,7 @@ def test_asynchronous_gossip_equals_its_replay_whoever_is_slow(tmp_path: Path, v
     mean = np.mean(list(ends.values()), axis=0)
     for _, adopted, _, counts in ranks:
         np.testing.assert_allclose(adopted.numpy(), mean, rtol=0, atol=1e-12)
-        assert counts.exchanges > 0, "however slow the machine is"
+        assert counts.exchanges > 5
     if variant == "elastic":
         moved = torch.stack([updates for _, _, updates, _ in ranks]).mean(0).numpy()
         np.testing.assert_allclose(mean, moved, rtol=0, atol=1e-12)
