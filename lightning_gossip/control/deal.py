@@ -32,7 +32,8 @@ the counter is past the deck      has none after those that it holds
 a loader is iterated anew in the  issues again what it holds, then goes on: nothing is lost with a loader that is
 same epoch                        iterated twice, as Lightning does
 it is lost                        what it holds is lost with it; the counter goes on for the others
-a member joins in mid-epoch       finds the deck in the store, is not in its list, and so has draws of the counter only
+a process joins in mid-epoch      finds the deck in the store, and has draws of the counter only: what was handed out to
+                                  its seat is that of the process before it
 a checkpoint is saved             all meet; what each holds and where the counter stands is the next deck, whoever
                                   and how many resume
 ================================  =====================================================================================
@@ -119,7 +120,7 @@ class Hand:
 
     Args:
         deck: the same on all ranks.
-        rank: of this process.
+        rank: of this process, whose draw it takes that is handed out; None where it was not there then.
 
     Attributes:
         issued: numbers of the batches that the loader was told to load, in this order.
@@ -127,7 +128,7 @@ class Hand:
         exhausted: whether nothing is left in the deck for this rank.
     """
 
-    def __init__(self, deck: Deck, rank: int) -> None:
+    def __init__(self, deck: Deck, rank: int | None) -> None:
         self.deck = deck
         self.issued: list[int] = []
         self.asking = False
@@ -136,7 +137,7 @@ class Hand:
         self._end = deck.size
         self._last = -1  # draw that was taken last
         self._stride = len(deck.members)  # draws, by whomever, from one of this rank's to the next
-        if (draw := deck.draw_of(rank)) is not None:
+        if rank is not None and (draw := deck.draw_of(rank)) is not None:
             self._take(draw)
 
     @property

@@ -57,8 +57,13 @@ class Dealer:
         self._decks = max(self._decks + 1, there)
         return self._decks
 
-    def open(self, epoch: int, deck: Deck) -> Deck:
+    def open(self, epoch: int, deck: Deck, joins: bool = False) -> Deck:
         """Open the deck of an epoch: ``deck``, unless another rank has opened it; return the one that holds.
+
+        Args:
+            epoch: its number.
+            deck: which batches are dealt, and to whom the first.
+            joins: whether this process joins in the middle of the epoch, so that nothing was handed out to it.
 
         Raises:
             RuntimeError: if the ranks' batches are not the same; if the store is gone.
@@ -75,7 +80,7 @@ class Dealer:
             self._control.check()
             raise RuntimeError(f"the run's store did not open the deck of epoch {epoch}: {error}") from error
         with self._lock:
-            self._hand, self._key = Hand(held, self._control.rank), key
+            self._hand, self._key = Hand(held, None if joins else self._control.rank), key
         self._wanted.set()
         return held
 

@@ -68,7 +68,13 @@ class DealingStrategy(CheckpointedStrategy):
         if (why_not := self._why_nothing_is_dealt(trainer)) is None:
             dealer = Dealer(self._connect, self.control)
             self._dealing = DealtEpochs(
-                trainer, dealer, self.global_rank, lambda: self.members, self._resumed_epoch, required=bool(self.dealt)
+                trainer,
+                dealer,
+                self.global_rank,
+                lambda: self.members,
+                lambda: self.is_joining,
+                self._resumed_epoch,
+                required=bool(self.dealt),
             )
         elif self.dealt:
             raise nothing_is_dealt(why_not)

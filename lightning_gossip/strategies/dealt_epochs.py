@@ -43,6 +43,7 @@ class DealtEpochs:
         dealer: of this rank; it is closed with this.
         rank: of this process.
         members: returns the ranks that take part, the same on all of them at an epoch's beginning.
+        joins: returns whether this process joins the others in the middle of an epoch.
         resumed: returns what :meth:`state` did on all ranks, in the checkpoint that is gone on with, if there is one.
         required: whether it is an error where nothing can be dealt.
 
@@ -57,6 +58,7 @@ class DealtEpochs:
         dealer: Dealer,
         rank: int,
         members: Callable[[], tuple[int, ...]],
+        joins: Callable[[], bool],
         resumed: Callable[[], dict[str, Any] | None],
         required: bool = False,
     ) -> None:
@@ -64,6 +66,7 @@ class DealtEpochs:
         self._dealer = dealer
         self._rank = rank
         self._members = members
+        self._joins = joins
         self._resumed = resumed
         self._required = required
         self.why_not = "there is no loader of training data"
@@ -200,7 +203,7 @@ class DealtEpochs:
         resumed = resumed if resumed.get("epoch") == epoch else {}
         total = reaches.batches_of(self._trainer, len(batches), len(members))
         first, left = min(total, resumed.get("first", 0)), tuple(resumed.get("left", ()))
-        deck = self._dealer.open(epoch, Deck(total, members, first, left, seed, mark_of(batches)))
+        deck = self._dealer.open(epoch, Deck(total, members, first, left, seed, mark_of(batches)), self._joins())
         if deck.seed != seed:
             batches = dealt.all(epoch, deck.seed)
         if deck.mark != (mark := mark_of(batches)):

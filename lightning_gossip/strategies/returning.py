@@ -45,6 +45,11 @@ class ReturningStrategy(SurvivingStrategy):
         super().__init__(**launch)
 
     @property
+    def is_joining(self) -> bool:
+        """Whether this process has come to a seat that was lost, and has not begun its first step."""
+        return self._joiner is not None
+
+    @property
     @override
     def is_global_zero(self) -> bool:
         return self._joiner is None and super().is_global_zero
@@ -209,6 +214,12 @@ class ReturningStrategy(SurvivingStrategy):
             self._joiner.control.check()
         else:
             super()._meet(reason)
+
+    @override
+    def _await_all(self, reason: str, follow: Callable[[str], None]) -> None:
+        if self._joiner is not None:  # whose donor had batches left that others have trained by now
+            self._begin_first_step()
+        super()._await_all(reason, follow)
 
     @override
     def _together(self, reason: str, attempt: Callable[[], T]) -> T:

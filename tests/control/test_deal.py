@@ -33,7 +33,7 @@ class Counter:
 class Worker:
     """A rank whose questions are answered at once."""
 
-    def __init__(self, deck: Deck, rank: int, counter: Counter) -> None:
+    def __init__(self, deck: Deck, rank: int | None, counter: Counter) -> None:
         self.hand, self.counter = Hand(deck, rank), counter
         self.trained: list[int] = []
         self.told_last: int | None = None  # how many batches it was told that there are
@@ -111,9 +111,10 @@ def test_a_lost_rank_loses_what_it_held_and_nothing_else() -> None:
     assert 100 - len(trained) - len(lost.trained) <= 1 + AHEAD
 
 
-def test_who_joins_finds_the_deck_and_draws_from_it() -> None:
+@pytest.mark.parametrize("rank", [5, None], ids=["a seat that was empty", "a seat whose process began the epoch"])
+def test_who_joins_finds_the_deck_and_draws_from_it(rank: int | None) -> None:
     deck, counter = Deck(30, (0, 1)), Counter()
-    old, joined = Worker(deck, 0, counter), Worker(deck, 5, counter)
+    old, joined = Worker(deck, 0, counter), Worker(deck, rank, counter)
     Worker(deck, 1, counter)
     order = random.Random(0)
     seen: list[int | None] = []

@@ -9,11 +9,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from forked import Linear, recorded, regression
+from lightning.pytorch.callbacks import Callback
 from test_joining import OnceOnly, Pace
 from test_surviving import run, surviving
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
+from waiting import until
 
+from lightning_gossip import LocalSGDStrategy
+from lightning_gossip.strategies.counting import LAST_BATCHES
 from lightning_gossip.strategies.joined_epoch import RestOfEpoch, Stand, TrainingData, place_among
 
 BATCHES = [[0, 1], [2, 3], [4, 5]]
@@ -159,3 +163,51 @@ def test_a_joiner_goes_as_far_as_its_donor(tmp_path: Path, rows: int, epoch_ends
     batches = [share[k : k + 4] for k in range(0, len(share), 4)]
     begin = batches.index(ours[0]) if epoch_ends == "first" else len(donors) - len(ours)
     assert ours == [*batches, *batches][begin : begin + len(ours)]
+
+
+class ComesLast(Callback):
+    """Holds one that joins back, with its donor's state loaded, until the others have trained all of the epoch."""
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        control: Any = trainer.strategy.control  # type: ignore[attr-defined]
+        if control.incarnation:
+            arrivals = f"await/{LAST_BATCHES}/{control._waits[LAST_BATCHES] + 1}"
+            until(lambda: control._store.check([f"{arrivals}/{rank}.0" for rank in (0, 1, 3)]), seconds=60)
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        lambda: surviving(restarts=1, asynchronous=True),
+        pytest.param(lambda: surviving(restarts=1, dealt=True), marks=pytest.mark.long),
+        pytest.param(
+            lambda: LocalSGDStrategy(period=64, dealt=True, min_replicas=1, restarts=1, start_method="fork"),
+            marks=pytest.mark.long,
+        ),
+    ],
+    ids=["asynchronous", "by step", "rounds"],
+)
+def test_a_joiner_for_which_nothing_of_the_epoch_is_left_goes_on_with_the_next(tmp_path: Path, strategy: Any) -> None:
+    seen = run(
+        tmp_path,
+        Pace(0.2),
+        OnceOnly(2, hook="on_train_batch_end", batch=1),
+        ComesLast(),
+        lost=(),
+        strategy=strategy(),
+        module=Rows(),
+        train=DataLoader(TensorDataset(*regression(240).tensors, torch.arange(240)), 4),
+        max_epochs=4,
+    )
+    for other in seen:
+        torch.testing.assert_close(other["state"], seen[0]["state"], rtol=0, atol=0)
+        assert set(other["members"][-1]) == {0, 1, 2, 3}
+        assert (other["steps"][-1], other["losses"][-1]) == (seen[0]["steps"][-1], seen[0]["losses"][-1])
+    changes = [change.split(" at ")[0] for change in seen[0]["changes"]]
+    assert changes == ["rank 2 lost", "rank 2 joining", "rank 2 joined"]
+    assert {epoch for epoch, _ in seen[2]["trained"]} == {2, 3}
+    for epoch in (2, 3):
+        trained = [row for rank in seen for at, rows in rank["trained"] if at == epoch for row in rows]
+        assert sorted(trained) == list(range(240))
