@@ -101,6 +101,17 @@ def to_none(setup: str, rate: int = 200) -> float:
     return _ratio("network", setup, "none", rate_mbit=rate)
 
 
+def outer_to_ddp(setup: str, rate: int = 200) -> float:
+    """Steps a second over slow links with outer steps, or what else there is, to those of DDP."""
+    return _ratio("network_outer", "ddp", setup, rate_mbit=rate)
+
+
+def outer_to_none(setup: str, rate: int = 200) -> float:
+    """A step's time there, to that of one without communication: torchft's to one of a plain loop."""
+    alone = "plain none" if setup.startswith("torchft") else "none"
+    return _ratio("network_outer", setup, alone, rate_mbit=rate)
+
+
 def one_host(setup: str) -> float:
     """A step's time of 4 ranks on one host, to that of one without communication."""
     return _ratio("exchange", setup, "none", model="mlp", ranks=4)
@@ -175,8 +186,8 @@ def frozen(strategy: str, column: str) -> float:
 WORDS = {
     word.__name__: word
     for word in (
-        value, middle, to_ddp, to_none, one_host, stalls, straggler, whole, updates_to_97, seconds_to_97, thesis,
-        thesis_gb, text, fault, storm, frozen,
+        value, middle, to_ddp, to_none, outer_to_ddp, outer_to_none, one_host, stalls, straggler, whole, updates_to_97,
+        seconds_to_97, thesis, thesis_gb, text, fault, storm, frozen,
     )
 }  # fmt: skip
 

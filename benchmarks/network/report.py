@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
 from benchmarks.network.schemes import (
@@ -14,9 +15,12 @@ from benchmarks.network.schemes import (
     ASYNCHRONOUS,
     FILES,
     GOSSIP,
+    HOOKED,
+    OUTER,
     OUTER_SETUPS,
     SETUPS,
     STALLING,
+    TORCHFT,
 )
 from benchmarks.shared import plots
 from benchmarks.shared.plots import COLOURS, Axes, Figure
@@ -110,7 +114,7 @@ def _show_outer(rows: Sequence[Row], steps: Steps, rate: float) -> None:
     head = ("set-up", "step, ms", "to none", "quartiles", "DDP's to it", "payload, MB", "sent, MB", "peak, MB/s")
     table = []
     for name, step in steps.items():
-        alone = steps["plain none" if name.startswith(("plain", "torchft")) else "none"]
+        alone = steps["plain none" if _is_plain(name) else "none"]
         low, to_none, high = ratios(step, alone)
         table.append([
             name, f"{np.median(step):.1f}", f"{to_none:.2f}", f"{low:.2f}–{high:.2f}",
@@ -156,6 +160,7 @@ def draw(folder: Path) -> list[Path]:
     return plots.draw({
         folder / "network.png": lambda: _rates_figure(folder),
         folder / "network_uneven.png": lambda: _uneven_figure(folder),
+        folder / "network_outer.png": lambda: _outer_figure(folder),
     })  # fmt: skip
 
 
@@ -195,17 +200,53 @@ def _uneven_figure(folder: Path) -> Figure | None:
     return figure
 
 
+def _outer_figure(folder: Path) -> Figure | None:
+    """Draw what a step takes under outer steps and what else there is, to one without communication."""
+    rows = read(folder / FILES["outer"])
+    at_rates = {rate: _to_none(find(rows, {"rate_mbit": rate})) for rate in rates_of(rows)}
+    at_rates = {rate: shown for rate, shown in at_rates.items() if shown}
+    if not at_rates:
+        return None
+    figure = plots.new_figure(2.8 + 3.2 * len(at_rates), 3.8)
+    for axes, (rate, shown) in zip(plots.panels(figure, len(at_rates)), at_rates.items(), strict=True):
+        axes.set_title(f"{float(rate):,.0f} Mbit/s", fontsize="medium")
+        _bars(axes, shown, "{:.2f}")
+        axes.set_xscale("log")
+        axes.set_xlim(0.8, 1.8 * max(quartiles(value)[2] for value in shown.values()))
+        axes.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.axvline(1, color="0.3", linewidth=0.8)
+        axes.set_xlabel("Step, to one without communication")
+    return figure
+
+
+def _to_none(rows: Sequence[Row]) -> Steps:
+    """Return what a step takes in each round under each set-up, to one of the same loop without communication."""
+    there = {row["setup"] for row in rows}
+    steps = whole_rounds(rows, [name for name in OUTER_SETUPS if name in there])
+    alone = {name: steps["plain none" if _is_plain(name) else "none"] for name in steps}
+    return {name: step / alone[name] for name, step in steps.items() if len(step) and "none" not in name}
+
+
+def _is_plain(setup: str) -> bool:
+    return setup.startswith(("plain", "torchft"))
+
+
 def _bars(axes: Axes, values: Steps, form: str) -> None:
     """Draw medians with quartiles, the first on top."""
     colours = {"none": "0.6", "ddp": COLOURS[1], "downpour": COLOURS[2]}
+    kinds = [(GOSSIP, COLOURS[0]), (ASYNCHRONOUS, COLOURS[3]), (OUTER, COLOURS[0]), (HOOKED, COLOURS[1])]
+    kinds += [(TORCHFT, "0.6")]
     for place, (name, value) in enumerate(values.items()):
         low, median, high = quartiles(value)
-        colour = COLOURS[0] if name in GOSSIP else COLOURS[3] if name in ASYNCHRONOUS else colours[name]
+        colour = colours.get(name) or next(colour for names, colour in kinds if name in names)
         error = [[median - low], [high - median]]
         axes.barh(place, median, xerr=error, color=colour, height=0.7, error_kw={"elinewidth": 0.8})
         axes.annotate(form.format(median), (high, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
     labels = {"none": "no communication", "ddp": "DDP", "downpour": "Downpour"}
-    axes.set_yticks(range(len(values)), [labels.get(name, f"gossip, {name}") for name in values])
+    labels |= {name: f"gossip, {name}" for name in (*GOSSIP, *ASYNCHRONOUS)}
+    labels |= {name: name.replace("ddp", "DDP") for name in HOOKED}
+    axes.set_yticks(range(len(values)), [labels.get(name, name) for name in values])
     axes.set_ylim(len(values) - 0.4, -0.6)
     axes.set_xlim(0, 1.18 * max(quartiles(value)[2] for value in values.values()))
     axes.grid(axis="y", visible=False)
