@@ -3,6 +3,7 @@
     python -m benchmarks.exchange                                     # all models at 2, 4 and 8 ranks
     python -m benchmarks.exchange --models mlp --ranks 4 --rounds 30  # one cell
     python -m benchmarks.exchange --setups '32'                       # outer steps, and their reference
+    python -m benchmarks.exchange --setups asynchronous --steps 64    # beside gossip by step at the same period
     python -m benchmarks.exchange --plot                              # the picture, from the rows that are there
 
 Every set-up trains the same model in blocks of steps that take turns (`shared/side_by_side.py`). Each block is a row in
@@ -134,6 +135,7 @@ def make_setups() -> dict[str, Setup]:
         gossip("uniform, p 1/8", peers="uniform", probability=1 / 8),
         gossip("matching, period 8", period=8),
         gossip("matching, period 8, delay 7", period=8, delay=7),
+        gossip("asynchronous, period 8", reference="matching, period 8", period=8, asynchronous=True, dealt=False),
         gossip("matching, bfloat16", wire_dtype=torch.bfloat16),
         gossip("matching, TCP", shared_memory=False),
         gossip("uniform, TCP", peers="uniform", shared_memory=False),

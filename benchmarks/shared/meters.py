@@ -68,8 +68,10 @@ class PartsMeter(Meter):
         if trainer is None or not isinstance(trainer.strategy, PairwiseStrategy):
             return
         exchange = trainer.strategy.exchange
+        if exchange is None:
+            raise RuntimeError("an exchange is measured within `fit`")
         if not isinstance(exchange, Exchange):
-            raise RuntimeError("an exchange by step is measured, within `fit`")
+            return  # at each rank's own pace, partly on threads: there are no such parts of a step
         self._exchange = exchange
         exchange._transport.room = self._timed(exchange._transport.room, "room")  # type: ignore[method-assign]
         loop = trainer.fit_loop.epoch_loop
