@@ -51,7 +51,7 @@ def test_one_comes_back_and_is_drawn(rank: int, shared_memory: bool) -> None:
 
 @pytest.mark.parametrize("point", OF_A_DONOR)
 def test_the_donor_dies_while_it_donates_and_another_serves(point: str) -> None:
-    run = of_four({2: (5, "posted"), 0: (6, point)}, {2: [None]})
+    run = of_four({2: (5, "posted"), 0: (1, point)}, {2: [None]})
     run.go()
     check(run)
     assert joined(run)[0][0] == 2
@@ -69,7 +69,7 @@ def test_a_joiner_dies_and_the_next_one_takes_its_seat(point: str) -> None:
 
 @pytest.mark.parametrize("points", [("after taking in", "taken in"), ("while serving", "loaded")])
 def test_donor_and_joiner_die_at_once_and_both_come_back(points: tuple[str, str]) -> None:
-    run = of_four({2: (5, "posted"), 0: (6, points[0])}, {2: [(0, points[1]), None], 0: [None]})
+    run = of_four({2: (5, "posted"), 0: (1, points[0])}, {2: [(0, points[1]), None], 0: [None]})
     run.go()
     check(run)
     assert [rank for rank, _ in joined(run)] == [0, 2]

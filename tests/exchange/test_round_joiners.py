@@ -72,7 +72,7 @@ def test_the_donor_dies_while_it_donates_and_another_serves(
     point: str, period: int, delay: int, fragments: int
 ) -> None:
     run = of_four(
-        {2: (8, "between the halves"), 0: (9, point)}, {2: [None]}, period=period, delay=delay, fragments=fragments
+        {2: (8, "between the halves"), 0: (1, point)}, {2: [None]}, period=period, delay=delay, fragments=fragments
     )
     run.go()
     check(run)
@@ -108,7 +108,7 @@ def test_a_joiner_dies_in_its_first_rounds_and_the_next_one_takes_its_seat(point
     "points", [("after taking in", "taken in"), ("after its word", "asked"), ("while serving", "loaded")]
 )
 def test_donor_and_joiner_die_at_once_and_both_come_back(points: tuple[str, str]) -> None:
-    run = of_four({2: (8, "between the halves"), 0: (9, points[0])}, {2: [(1, points[1]), None], 0: [None]}, delay=2)
+    run = of_four({2: (8, "between the halves"), 0: (1, points[0])}, {2: [(1, points[1]), None], 0: [None]}, delay=2)
     run.go()
     check(run)
     assert [rank for rank, _ in joined(run)] == [0, 2]
