@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 from curves import AsProcess, Connect
 from forked_shards import ForkedShard
+from lightning.fabric.plugins.environments import lightning as lightning_environment
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from ports import free_port
 
 from lightning_gossip.monitoring import loggers, run_folder
 from lightning_gossip.monitoring.run_folder import GroupStore
 from lightning_gossip.parameter_server import process
+from lightning_gossip.strategies import launchers
 
 # torch looks up the name of every address to which it connects, some ten times a rank; a name server that loses one
 # answer in fifty then costs five seconds each time. With this, for all processes that tests start too, none is asked.
@@ -111,6 +114,13 @@ def _shards_are_forked(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
     """Where ranks are; shards that start as a user's do are in test_shard_endings.py and test_launch.py."""
     if forks(request.module):
         monkeypatch.setattr(process, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": ForkedShard}))
+
+
+@pytest.fixture(autouse=True)
+def _stores_get_ports_that_stay_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's choice may be another test's by the time at which rank 0 listens there."""
+    for module in (lightning_environment, launchers):
+        monkeypatch.setattr(module, "find_free_network_port", free_port)
 
 
 @pytest.fixture

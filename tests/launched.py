@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 from environments import ENVIRONMENT, LEAN
+from ports import free_port
 
 from lightning_gossip.strategies import checkpoint as files
 
@@ -171,12 +171,6 @@ class Forked:
 
 
 Process = Executed | Forked
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def members(session: int) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from launched import free_port
+from ports import free_port
 
 
 def run_processes(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from environments import ENVIRONMENT
-from launched import free_port
+from ports import free_port
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from environments import LEAN
-from launched import PROGRAMS, Ended, Forked, Process, Program, free_port, members, wait_for
+from launched import PROGRAMS, Ended, Forked, Process, Program, members, wait_for
+from ports import free_port
 
 from lightning_gossip.control.store import VARIABLE
 from lightning_gossip.strategies import checkpoint as files
