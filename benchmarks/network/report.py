@@ -235,13 +235,12 @@ def _is_plain(setup: str) -> bool:
 def _bars(axes: Axes, values: Steps, form: str) -> None:
     """Draw medians with quartiles, the first on top."""
     colours = {"none": "0.6", "ddp": COLOURS[1], "downpour": COLOURS[2]}
-    kinds = [(GOSSIP, COLOURS[0]), (ASYNCHRONOUS, COLOURS[3]), (OUTER, COLOURS[0]), (HOOKED, COLOURS[1])]
-    kinds += [(TORCHFT, "0.6")]
+    kinds: dict[str, Iterable[str]] = {COLOURS[0]: (*GOSSIP, *OUTER), COLOURS[3]: ASYNCHRONOUS, COLOURS[1]: HOOKED}
+    colours |= {name: colour for colour, names in kinds.items() for name in names} | dict.fromkeys(TORCHFT, "0.6")
     for place, (name, value) in enumerate(values.items()):
         low, median, high = quartiles(value)
-        colour = colours.get(name) or next(colour for names, colour in kinds if name in names)
         error = [[median - low], [high - median]]
-        axes.barh(place, median, xerr=error, color=colour, height=0.7, error_kw={"elinewidth": 0.8})
+        axes.barh(place, median, xerr=error, color=colours[name], height=0.7, error_kw={"elinewidth": 0.8})
         axes.annotate(form.format(median), (high, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
     labels = {"none": "no communication", "ddp": "DDP", "downpour": "Downpour"}
     labels |= {name: f"gossip, {name}" for name in (*GOSSIP, *ASYNCHRONOUS)}

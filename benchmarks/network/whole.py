@@ -49,7 +49,7 @@ def measure(options: dict[str, Any], rate: float, data_dir: Path | None) -> dict
         out = Path(folder, "result.json")
         command = [sys.executable, "-m", "benchmarks.network.whole_rank", str(out)]
         for name, value in options.items():
-            command += [f"--{name}", f"{value}"]
+            command += [f"--{name.replace('_', '-')}", f"{value}"]
         if data_dir is not None:
             command += ["--data-dir", str(data_dir.resolve())]
         ranks = [
@@ -77,13 +77,13 @@ def print_table(rows: list[Row]) -> None:
             gain = f"{100 * (float(row['accuracy']) - float(same[0]['accuracy'])):+.2f}" if same else ""
             shown.append(
                 (
-                    name, row["factor"], row["epochs"], f"{float(row['seconds']):.1f}", to_even,
+                    name, row["factor"], row["slow_rank"], row["epochs"], f"{float(row['seconds']):.1f}", to_even,
                     f"{100 * float(row['accuracy']):.2f}", gain, row["not_once"], row["batches_slow"],
                     row["batches_others"],
                 )
             )  # fmt: skip
     head = (
-        "set-up", "slow rank", "epochs", "s", "to even", "test %", "to even", "not once", "its batches", "others'",
+        "set-up", "slow", "rank", "epochs", "s", "to even", "test %", "to even", "not once", "its batches", "others'",
     )  # fmt: skip
     show("Whole trainings", head, shown)
 
@@ -95,6 +95,9 @@ def main() -> None:
     parser.add_argument("--setups", choices=NAMES, nargs="+", default=NAMES, metavar="NAME", help=names)
     parser.add_argument("--rate", type=positive, default=200.0, help="Mbit/s")
     parser.add_argument("--factor", type=float, default=3.0, help="how many times as long the slow rank's step takes")
+    parser.add_argument(
+        "--slow-rank", type=int, choices=range(RANKS), default=0, help="rank 0 has Downpour's server beside it"
+    )
     parser.add_argument("--epochs", type=at_least(1), default=5)
     parser.add_argument("--step", type=float, default=0.08, help="seconds of a step, communication not counted")
     parser.add_argument("--samples", type=at_least(1000), help="of the training set; all by default")
@@ -118,12 +121,14 @@ def main() -> None:
 def run(args: Any) -> None:
     """Train what is not there yet, each set-up with even ranks and with a slow one."""
     for name, factor in product(args.setups, (1.0, args.factor)):
-        options = {"setup": name, "factor": factor, "epochs": args.epochs, "step": args.step, "seed": args.seed}
+        slow_rank = args.slow_rank if factor > 1 else 0
+        options = {"setup": name, "factor": factor, "slow_rank": slow_rank}
+        options |= {"epochs": args.epochs, "step": args.step, "seed": args.seed}
         if args.samples is not None:
             options["samples"] = args.samples
         if find(read(args.out / FILE), {"rate_mbit": args.rate} | options):
             continue
-        print(f"{name}, slow rank × {factor:g}", flush=True)
+        print(f"{name}, rank {slow_rank} × {factor:g}", flush=True)
         with exiting():
             result = measure(options, args.rate, args.data_dir)
         row = {"rate_mbit": args.rate, "ranks": RANKS, "cores": os.cpu_count()} | options

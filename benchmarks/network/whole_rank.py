@@ -27,9 +27,6 @@ from benchmarks.shared.trainer import make_trainer, quieten
 BATCH = 32
 """Samples of a rank's batch."""
 
-STRAGGLER = 0
-"""Which rank is slow."""
-
 
 class Paced(Classifier):
     """The example's classifier, whose step takes as long as on a processor of its own, however few this host has.
@@ -90,7 +87,7 @@ def train(args: Any) -> None:
     data, test = read(SOURCES["mnist"], args.data_dir)
     data = data.part(torch.arange(min(args.samples or len(data.labels), len(data.labels))))
     environment = TorchElasticEnvironment()
-    seconds = args.step * (args.factor if environment.global_rank() == STRAGGLER else 1.0)
+    seconds = args.step * (args.factor if environment.global_rank() == args.slow_rank else 1.0)
     module = Paced(seconds, len(data.labels), args.seed, SGD[setup.sgd])
     clock = Clock()
     trainer = make_trainer(
@@ -119,13 +116,14 @@ def report(args: Any, everybody: list[Any], tested: float) -> None:
     samples = everybody[0][2][0].size
     times = [sum(seen[epoch] for _, _, seen in everybody) for epoch in range(args.epochs)]
     batches = [count for _, count, _ in everybody]
+    slow = batches.pop(args.slow_rank)
     result = {
         "seconds": max(seconds for seconds, _, _ in everybody),
         "accuracy": tested,
         "not_once": int(sum((count != 1).sum() for count in times)),
         "samples": samples,
-        "batches_slow": batches[STRAGGLER],
-        "batches_others": sum(batches[STRAGGLER + 1 :]) / (len(batches) - 1),
+        "batches_slow": slow,
+        "batches_others": sum(batches) / len(batches),
     }
     args.out.write_text(json.dumps(result))
 
@@ -146,6 +144,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--setup", choices=tuple(WHOLE), required=True)
     parser.add_argument("--factor", type=float, required=True)
+    parser.add_argument("--slow-rank", type=int, required=True)
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--step", type=float, required=True)
     parser.add_argument("--seed", type=int, required=True)
