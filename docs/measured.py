@@ -128,10 +128,10 @@ def straggler(setup: str) -> float:
     return median(own[round_] / alone[round_] for round_ in own.keys() & alone.keys())
 
 
-def whole(setup: str) -> float:
+def whole(setup: str, slow_rank: int = 0) -> float:
     """A whole training's time with one rank 3 times slower, to that with even ranks."""
-    slower, even = (value("network_whole", "seconds", setup=setup, factor=factor, slow_rank=0) for factor in (3, 1))
-    return slower / even
+    slower = value("network_whole", "seconds", setup=setup, factor=3, slow_rank=slow_rank)
+    return slower / value("network_whole", "seconds", setup=setup, factor=1)
 
 
 def updates_to_97(setup: str) -> float:
