@@ -251,6 +251,7 @@ def walks(count: int) -> list[Any]:
     return [pytest.param(seed, marks=[pytest.mark.long] if seed >= SEEDS else []) for seed in range(count)]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("seed", walks(20 * SEEDS))
 def test_ranks_that_are_killed_at_random(seed: int) -> None:
     rng = np.random.default_rng(seed)

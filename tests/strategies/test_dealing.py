@@ -39,6 +39,7 @@ def test_every_sample_once_an_epoch_whatever_the_ranks_speeds(tmp_path: Path) ->
     assert len({tuple(result["validated"]) for result in results}) == 1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "loader",
     [
@@ -82,6 +83,7 @@ def test_a_batch_sampler_of_the_users(tmp_path: Path) -> None:
         assert Counter(len(batch) for result in results for batch in result["epochs"][epoch]) == {9: 1, 3: 17}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("limit", "expected"), [(5, 15), (0.5, 24), (1.0, 48), (100, 48), (1, 3)], ids=lambda value: str(value)
 )

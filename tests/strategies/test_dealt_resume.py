@@ -35,6 +35,7 @@ def saver(folder: Path, every: int) -> ModelCheckpoint:
     return ModelCheckpoint(folder / "saved", filename="{step}", every_n_train_steps=every, save_top_k=-1)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("before", "after", "workers"),
     [

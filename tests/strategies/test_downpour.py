@@ -270,6 +270,7 @@ class Finder(LearningRateFinder):
             self.lr_find(trainer, pl_module)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("epochs", "arguments"),
     [((), {"warmup_steps": 5}), ((0, 2), {}), ((0, 2), {"warmup_steps": 100}), ((2,), {"evaluate": "replica"})],

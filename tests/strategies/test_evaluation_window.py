@@ -131,6 +131,7 @@ def test_a_callback_that_swaps_an_average_in_and_out_leaves_training_as_it_was(
     assert not torch.equal(ranks[0]["steps"][-1], ranks[1]["steps"][-1]), "else it would show nothing"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("start", "end"), PAIRS)
 def test_hooks_of_the_module_swap_too(tmp_path: Path, start: str, end: str) -> None:
     class Swaps(Replicas):
@@ -356,6 +357,7 @@ def test_a_save_on_an_exception_in_validation_holds_the_replica(tmp_path: Path) 
     assert torch.equal(torch.cat([value.view(-1) for value in state.values()]), replica)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("evaluate", ["consensus", "replica"])
 @pytest.mark.parametrize("fn", ["validate", "test"])
 def test_validate_and_test_by_themselves_give_back_what_callbacks_find(tmp_path: Path, fn: str, evaluate: Any) -> None:

@@ -68,6 +68,7 @@ class Single(Linear):
         recorder_of(self).seen["bytes"] = stats.bytes_sent / stats.exchanges
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("precision", "weights", "activations", "nbytes"),
     [
@@ -347,6 +348,7 @@ class Stream(IterableDataset):
         return iter([(x[i], y[i]) for i in range(4 + 3 * self.module.global_rank)])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("validate", [False, True])
 @pytest.mark.parametrize("kwargs", [{}, {"period": 2, "delay": 1}, {"peers": "uniform"}])
 def test_unequal_batch_counts(tmp_path: Path, kwargs: dict[str, Any], validate: bool) -> None:

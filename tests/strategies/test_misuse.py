@@ -75,6 +75,7 @@ class Warned(Linear):
             trainer.callbacks[-1].seen["warned"] = found
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("period", "limits", "most"),
     [

@@ -65,6 +65,7 @@ class Seen(Callback):
         return self.folder / f"seen_{rank}.pt"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("at_epoch_end", [True, False])
 @pytest.mark.parametrize("scheme", ["elastic", "downpour"])
 def test_hooks_see_the_consensus_and_the_replica_file_gets_the_replica(

@@ -68,6 +68,7 @@ def test_a_buffer_of_any_kind_that_all_ranks_share_is_left_alone(tmp_path: Path,
     assert all(rank["validated"] == digest(KINDS[kind]()) for rank in ranks)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2", "expanded", "coo", "bool"])
 def test_a_frozen_parameter_of_any_kind_is_left_alone(tmp_path: Path, kind: str) -> None:
     class Hidden(Unusual):
