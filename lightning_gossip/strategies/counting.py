@@ -309,15 +309,18 @@ class Counting:
 def who_waited(waited: Mapping[int, float], lasted: float) -> str | None:
     """Return a line on who waited for whom at an epoch's end; None where it was not long.
 
+    What all waited, the last too, is what their meeting took, and not for anybody.
+
     Args:
         waited: seconds, by rank.
         lasted: the epoch, in seconds.
     """
-    longest = max(waited.values())
+    last = min(waited, key=lambda rank: waited[rank])
+    for_it = {rank: seconds - waited[last] for rank, seconds in waited.items()}
+    longest = max(for_it.values())
     if lasted <= 0 or longest <= LONG * lasted:
         return None
-    waiting = sorted(rank for rank, seconds in waited.items() if seconds > longest / 2)
-    last = min(waited, key=lambda rank: waited[rank])
+    waiting = sorted(rank for rank, seconds in for_it.items() if seconds > longest / 2)
     who = f"rank {waiting[0]}" if len(waiting) == 1 else f"ranks {', '.join(map(str, waiting))}"
     return (
         f"{who} waited up to {longest:.1f} s for rank {last}, {longest / lasted:.0%} of the epoch: `dealt=True` gives"

@@ -172,6 +172,8 @@ def test_a_line_says_who_waited_for_whom(tmp_path: Path) -> None:
 
 def test_who_waited() -> None:
     assert who_waited({0: 0.0, 1: 1.0, 2: 0.9}, 11.0) is None
+    assert who_waited({0: 0.3, 1: 0.35, 2: 0.3}, 2.5) is None, "that is what the meeting took"
     line = who_waited({0: 0.0, 1: 40.0, 2: 39.0, 3: 5.0}, 60.0)
     assert line is not None
     assert line.startswith("ranks 1, 2 waited up to 40.0 s for rank 0, 67% of the epoch")
+    assert who_waited({0: 2.0, 1: 42.0, 2: 41.0, 3: 7.0}, 60.0) == line
