@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,17 @@ def setups_of(kind: str) -> Sequence[str]:
     return {"rates": SETUPS, "outer": OUTER_SETUPS}.get(kind, STALLING)
 
 
+def steps_of(kind: str, rows: Sequence[Row]) -> Steps:
+    """Return the steps of all set-ups of a kind at one rate; of those that are there, where torchft may be missing."""
+    there = {row["setup"] for row in rows}
+    return whole_rounds(rows, [name for name in setups_of(kind) if kind != "outer" or name in there])
+
+
+def alone(steps: Steps, setup: str) -> NDArray[np.float64]:
+    """Return a step without communication, of the loop in which ``setup`` trains."""
+    return steps["plain none" if setup.startswith(("plain", "torchft")) else "none"]
+
+
 def rates_of(rows: Sequence[Row]) -> list[str]:
     return sorted({row["rate_mbit"] for row in rows}, key=float)
 
@@ -71,8 +82,7 @@ def print_tables(folder: Path, kinds: Iterable[str]) -> None:
         rows = read(folder / FILES[kind])
         for rate in rates_of(rows):
             at_rate = find(rows, {"rate_mbit": rate})
-            there = {row["setup"] for row in at_rate}  # torchft may be missing
-            steps = whole_rounds(at_rate, [name for name in setups_of(kind) if kind != "outer" or name in there])
+            steps = steps_of(kind, at_rate)
             if not len(steps["none"]):
                 print(f"{kind}: no whole round yet at {rate} Mbit/s")
             elif kind == "rates":
@@ -114,8 +124,7 @@ def _show_outer(rows: Sequence[Row], steps: Steps, rate: float) -> None:
     head = ("set-up", "step, ms", "to none", "quartiles", "DDP's to it", "payload, MB", "sent, MB", "peak, MB/s")
     table = []
     for name, step in steps.items():
-        alone = steps["plain none" if _is_plain(name) else "none"]
-        low, to_none, high = ratios(step, alone)
+        low, to_none, high = ratios(step, alone(steps, name))
         table.append([
             name, f"{np.median(step):.1f}", f"{to_none:.2f}", f"{low:.2f}–{high:.2f}",
             f"{ratios(steps['ddp'], step)[1]:.1f}",
@@ -165,17 +174,35 @@ def draw(folder: Path) -> list[Path]:
 
 
 def _rates_figure(folder: Path) -> Figure | None:
-    rows = read(folder / FILES["rates"])
-    at_rates = {rate: whole_rounds(find(rows, {"rate_mbit": rate}), SETUPS) for rate in rates_of(rows)}
-    at_rates = {rate: steps for rate, steps in at_rates.items() if len(steps["none"])}
+    def shown(rows: Sequence[Row]) -> Steps:
+        steps = steps_of("rates", rows)
+        return {name: 1e3 / steps[name] for name in SETUPS if name != "none again"}
+
+    return _figure_of_rates(
+        read(folder / FILES["rates"]), shown, left=2.0, each=2.4, height=3.4, form="{:.1f}", label="Steps a second"
+    )
+
+
+def _figure_of_rates(
+    rows: Sequence[Row],
+    shown: Callable[[Sequence[Row]], Steps],
+    *,
+    left: float,
+    each: float,
+    height: float,
+    form: str,
+    label: str,
+) -> Figure | None:
+    """Draw what is ``shown`` of the rows at each rate that has a whole round; None where none has."""
+    at_rates = {rate: shown(find(rows, {"rate_mbit": rate})) for rate in rates_of(rows)}
+    at_rates = {rate: values for rate, values in at_rates.items() if all(map(len, values.values()))}
     if not at_rates:
         return None
-    figure = plots.new_figure(2.0 + 2.4 * len(at_rates), 3.4)
-    for axes, (rate, steps) in zip(plots.panels(figure, len(at_rates)), at_rates.items(), strict=True):
-        shown = {name: 1e3 / steps[name] for name in SETUPS if name != "none again"}
+    figure = plots.new_figure(left + each * len(at_rates), height)
+    for axes, (rate, values) in zip(plots.panels(figure, len(at_rates)), at_rates.items(), strict=True):
         axes.set_title(f"{float(rate):,.0f} Mbit/s", fontsize="medium")
-        _bars(axes, shown, "{:.1f}")
-        axes.set_xlabel("Steps a second")
+        _bars(axes, values, form)
+        axes.set_xlabel(label)
     return figure
 
 
@@ -201,35 +228,21 @@ def _uneven_figure(folder: Path) -> Figure | None:
 
 
 def _outer_figure(folder: Path) -> Figure | None:
-    """Draw what a step takes under outer steps and what else there is, to one without communication."""
-    rows = read(folder / FILES["outer"])
-    at_rates = {rate: _to_none(find(rows, {"rate_mbit": rate})) for rate in rates_of(rows)}
-    at_rates = {rate: shown for rate, shown in at_rates.items() if shown}
-    if not at_rates:
-        return None
-    figure = plots.new_figure(2.8 + 3.2 * len(at_rates), 3.8)
-    for axes, (rate, shown) in zip(plots.panels(figure, len(at_rates)), at_rates.items(), strict=True):
-        axes.set_title(f"{float(rate):,.0f} Mbit/s", fontsize="medium")
-        _bars(axes, shown, "{:.2f}")
+    def shown(rows: Sequence[Row]) -> Steps:
+        steps = steps_of("outer", rows)
+        return {name: step / alone(steps, name) for name, step in steps.items() if "none" not in name}
+
+    label = "Step, to one without communication"
+    figure = _figure_of_rates(
+        read(folder / FILES["outer"]), shown, left=2.8, each=3.2, height=3.8, form="{:.2f}", label=label
+    )
+    for axes in () if figure is None else figure.axes:
         axes.set_xscale("log")
-        axes.set_xlim(0.8, 1.8 * max(quartiles(value)[2] for value in shown.values()))
+        axes.set_xlim(0.8, 1.5 * axes.get_xlim()[1])
         axes.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.axvline(1, color="0.3", linewidth=0.8)
-        axes.set_xlabel("Step, to one without communication")
     return figure
-
-
-def _to_none(rows: Sequence[Row]) -> Steps:
-    """Return what a step takes in each round under each set-up, to one of the same loop without communication."""
-    there = {row["setup"] for row in rows}
-    steps = whole_rounds(rows, [name for name in OUTER_SETUPS if name in there])
-    alone = {name: steps["plain none" if _is_plain(name) else "none"] for name in steps}
-    return {name: step / alone[name] for name, step in steps.items() if len(step) and "none" not in name}
-
-
-def _is_plain(setup: str) -> bool:
-    return setup.startswith(("plain", "torchft"))
 
 
 def _bars(axes: Axes, values: Steps, form: str) -> None:

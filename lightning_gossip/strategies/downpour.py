@@ -223,7 +223,7 @@ class DownpourStrategy(ReplicaStrategy):
         joins begins at its first step.
         """
         super().on_train_start()
-        if not self._running.running and self._joiner is None:
+        if not self._running.running and not self.is_joining:
             self._running.start(self._trained())
 
     @override

@@ -52,11 +52,11 @@ class ReturningStrategy(SurvivingStrategy):
     @property
     @override
     def is_global_zero(self) -> bool:
-        return self._joiner is None and super().is_global_zero
+        return not self.is_joining and super().is_global_zero
 
     def dealt_among(self) -> object:
         """Return what tells among whom data is dealt that is loaded now: equal on all where it is the same."""
-        return "another's" if self._joiner is not None else (self.members, self._incarnations)
+        return "another's" if self.is_joining else (self.members, self._incarnations)
 
     # -- start ------------------------------------------------------------------------------------------------------
 
@@ -180,7 +180,7 @@ class ReturningStrategy(SurvivingStrategy):
 
     def _tell_over(self) -> None:
         """Tell those that come from now on that training is over. Each rank does, for the others may be lost."""
-        if (control := self._member_control) is not None and self._joiner is None:
+        if (control := self._member_control) is not None and not self.is_joining:
             control.tell_over(self._what_is_left())
 
     def _what_is_left(self) -> str:
@@ -217,7 +217,7 @@ class ReturningStrategy(SurvivingStrategy):
 
     @override
     def _await_all(self, reason: str, follow: Callable[[str], None]) -> None:
-        if self._joiner is not None:  # whose donor had batches left that others have trained by now
+        if self.is_joining:  # its donor had batches left that others have trained by now
             self._begin_first_step()
         super()._await_all(reason, follow)
 

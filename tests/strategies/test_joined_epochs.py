@@ -175,7 +175,6 @@ class ComesLast(Callback):
             until(lambda: control._store.check([f"{arrivals}/{rank}.0" for rank in (0, 1, 3)]), seconds=60)
 
 
-@pytest.mark.one_in(2)
 @pytest.mark.faults
 @pytest.mark.parametrize(
     "strategy",

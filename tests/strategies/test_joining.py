@@ -242,7 +242,7 @@ class Declares(Callback):
 
 @pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_one_that_is_lost_and_joins_again_and_again_holds_no_more_each_time(tmp_path: Path, asynchronous: bool) -> None:
-    declares = Declares(tmp_path, often=2)
+    declares = Declares(tmp_path, often=3)
     strategy = surviving(asynchronous=asynchronous)
     run(
         tmp_path,
@@ -254,7 +254,7 @@ def test_one_that_is_lost_and_joins_again_and_again_holds_no_more_each_time(tmp_
         max_epochs=40,
     )
     first, *later = declares.held()
-    assert len(later) >= 2
+    assert len(later) >= 3
     # connections to the run's store, and what links go over: eight or nine each time, if it kept them
     assert max(later) <= first + 6
 

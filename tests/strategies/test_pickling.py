@@ -85,7 +85,6 @@ class Writes(Callback):
         assert metric.distributed_available_fn is type(metric)().distributed_available_fn
 
 
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("number", range(3))
 def test_modules_metrics_and_callbacks_are_written_in_mid_training(tmp_path: Path, number: int) -> None:
     checkpoint = ModelCheckpoint(tmp_path / "saved", "last", monitor=None)
