@@ -7,8 +7,6 @@ Lightning at half the cost (`environments.py`), and the launching one is forked 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from environments import ENVIRONMENT, LEAN
 from ports import free_port
+from running import kill, members
 
 from lightning_gossip.strategies import checkpoint as files
 
@@ -93,8 +92,7 @@ class Program:
                 code = process.wait(150)
                 assert_nothing_is_left(process.pid, out, self.linger, printed.read())
             finally:
-                for pid in members(process.pid):
-                    os.kill(pid, signal.SIGKILL)
+                kill(members(process.pid))
                 process.wait(10)
             printed.seek(0)
             return Ended(out, code, printed.read())
@@ -171,19 +169,6 @@ class Forked:
 
 
 Process = Executed | Forked
-
-
-def members(session: int) -> list[int]:
-    """The processes of a session."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if os.getsid(int(entry.name)) == session and "Z" not in (entry / "stat").read_text().split()[2]:
-                    found.append(int(entry.name))
-            except (ProcessLookupError, FileNotFoundError, PermissionError):
-                continue
-    return found
 
 
 def assert_nothing_is_left(session: int, out: Path, linger: float, printed: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
 from lightning_gossip.control.deal import Deck, Hand
+from lightning_gossip.control.helper_thread import HelperThread
 from lightning_gossip.control.run import Control
 
 _CURRENT = "deal/current"
@@ -34,8 +35,7 @@ class Dealer:
         self._answered = threading.Event()
         self._closing = False
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._ask, name=f"dealer-{control.rank}", daemon=True)
-        self._thread.start()
+        self._thread = HelperThread(self._ask, f"dealer-{control.rank}", self._ask_to_end)
 
     @property
     def hand(self) -> Hand:
@@ -132,7 +132,11 @@ class Dealer:
         return self._store.add(_counter(self._key), 0)
 
     def close(self) -> None:
-        """End the thread; what is under way in the store is not waited for."""
+        """End the thread."""
+        self._ask_to_end()
+        self._thread.join(timeout=5)
+
+    def _ask_to_end(self) -> None:
         self._closing = True
         self._wanted.set()
 

@@ -22,6 +22,7 @@ from typing import NoReturn, TypeVar
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
 from lightning_gossip.control.calls import Calls
+from lightning_gossip.control.helper_thread import HelperThread
 from lightning_gossip.control.lookout import Lookout
 from lightning_gossip.control.meeting import Heartbeats, Meeting, Process
 from lightning_gossip.control.stop import LOOK, Stop, Stoppable, raise_stop
@@ -74,8 +75,7 @@ class Control(Stoppable):
         self._heartbeats = Heartbeats(self._store)
         self._watch = Heartbeats(self._thread_store)
         self._pause = threading.Event()  # set where the thread has to look at once
-        self._thread = threading.Thread(target=self._listen, name=f"control-{rank}", daemon=True)
-        self._thread.start()
+        self._thread = HelperThread(self._listen, f"control-{rank}", self._ask_to_end)
 
     # -- stopping -----------------------------------------------------------------------------------------------
 
@@ -313,9 +313,12 @@ class Control(Stoppable):
             self._leave(grace)
         except (DistNetworkError, DistStoreError) as error:
             log.debug("rank %d left a run whose store is gone: %s", self.rank, error)
+        self._ask_to_end()
+        self._thread.join(timeout=2 * HEARTBEAT)
+
+    def _ask_to_end(self) -> None:
         self._closing.set()
         self._pause.set()
-        self._thread.join(timeout=2 * HEARTBEAT)
 
     def _leave(self, grace: float) -> None:
         """Stay up to ``grace`` seconds for the others, where this process holds the store."""

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from torch.distributed import Store, TCPStore
 
+from lightning_gossip.control.helper_thread import HelperThread
 from lightning_gossip.control.member_control import MemberControl
 from lightning_gossip.control.run import Control
 from lightning_gossip.parameter_server import questions
@@ -103,7 +104,7 @@ class ShardLinks:
         self._links: list[Link] = []
         self._last: Sequence[Future[Any]] = ()
         self._failure: tuple[int, BaseException] | None = None  # the first; later ones find its link closed
-        self._alive: threading.Thread | None = None
+        self._alive: HelperThread | None = None
         self.workers = Workers(control)
         device = gloo_device()
         own, timeout = f"worker{self.workers.own}", control.timeout
@@ -126,8 +127,7 @@ class ShardLinks:
         silence = self.wait(self.ask(lambda link, shard: questions.hello(link, hellos[shard])))
         # a sleeping process or a long collection of garbage must not look like death
         interval = min(self._control.timeout.total_seconds(), *silence) / 5
-        self._alive = threading.Thread(target=self._stay_alive, args=(interval,), name="downpour-alive", daemon=True)
-        self._alive.start()
+        self._alive = HelperThread(lambda: self._stay_alive(interval), "downpour-alive", self._closing.set)
 
     def drop_lost(self) -> None:
         """Tell the shards, before anything that is asked from now on, which workers the run has lost.
@@ -279,7 +279,7 @@ def _in_thread(job: Callable[[], T]) -> Future[T]:
         except Exception as error:  # noqa: BLE001 - it belongs to whoever waits for the future
             future.set_exception(error)
 
-    threading.Thread(target=run, name="downpour-connect", daemon=True).start()
+    HelperThread(run, "downpour-connect", ask_to_end=lambda: None)
     return future
 
 

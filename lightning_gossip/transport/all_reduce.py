@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 
+from lightning_gossip.control.helper_thread import HelperThread
 from lightning_gossip.control.run import LOOK, Control
 from lightning_gossip.control.stop import RunStopped
 from lightning_gossip.transport.halves import Combine, Failure, Halves
@@ -102,8 +103,7 @@ class QueuedAllReduce(AllReduce):
         self._control = control
         self._rewound = 0
         self._queue: queue.SimpleQueue[_Runs | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=f"all-reduce-{control.rank}", daemon=True)
-        self._thread.start()
+        self._thread = HelperThread(self._work, f"all-reduce-{control.rank}", lambda: self._queue.put(None))
 
     def rewind(self) -> None:
         """See :meth:`AllReduce.rewind`."""

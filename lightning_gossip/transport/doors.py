@@ -14,6 +14,7 @@ from typing import Any
 
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
+from lightning_gossip.control.helper_thread import HelperThread
 from lightning_gossip.control.meeting import Process
 from lightning_gossip.transport.link import Link, gloo_device
 
@@ -48,8 +49,7 @@ class Doors:
         self._visitors: dict[Process, Link] = {}
         self._closing = threading.Event()
         self._door = f"door{own}"
-        self._thread = threading.Thread(target=self._listen, name=self._door, daemon=True)
-        self._thread.start()
+        self._thread = HelperThread(self._listen, self._door, self._closing.set)
 
     def to(self, peer: Process) -> Link:
         """Return this rank's link to ``peer``, on which the other answers; opened when first asked for."""

@@ -17,12 +17,14 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, distributed_c10d
 
+from lightning_gossip.control.helper_thread import HelperThread
 from lightning_gossip.transport.header import Header, LinkError, SendFailed
 
 T = TypeVar("T")
@@ -117,8 +119,7 @@ class Link:
         self._busy = threading.Event()  # the thread is at a job, which may wait in gloo
         self._ended = threading.Event()  # the thread takes no job any more
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=f"link-{own}-{peer}", daemon=True)
-        self._thread.start()
+        self._thread = HelperThread(self._work, f"link-{own}-{peer}", partial(self.close, seconds=0.01))
 
     # -- from any thread ----------------------------------------------------------------------------------------
 

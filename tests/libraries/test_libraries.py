@@ -6,8 +6,6 @@ They need `pip install -e '.[dev,libraries]'`; those whose library is missing ar
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -18,7 +16,7 @@ from typing import Any
 
 import pytest
 from environments import ENVIRONMENT
-from launched import members
+from running import kill, members
 
 BATCHES = {
     "chemprop": (4, 24),
@@ -53,8 +51,7 @@ def trained(library: str, strategy: str, out: Path) -> list[dict[str, Any]]:
             code = program.wait(500)
         finally:
             left = members(program.pid)
-            for pid in left:
-                os.kill(pid, signal.SIGKILL)
+            kill(left)
     assert code == 0, (out / "printed").read_text()[-5000:]
     assert not left
     return [json.loads(path.read_text()) for path in sorted(out.glob("rank_*.json"))]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Rank, run_ranks
+from running import is_running
 from shards import Shards
 from torch import nn
 from torch.distributed import HashStore
@@ -248,13 +249,6 @@ class Workers:
         for process in self.processes:
             process.kill()
             process.join()
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.processes

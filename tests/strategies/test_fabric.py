@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from pathlib import Path
 
 import pytest
 from environments import LEAN
-from launched import PROGRAMS, Executed, members
+from launched import PROGRAMS, Executed
+from running import kill, members
 from waiting import until
 
 from lightning_gossip import ReplicaFabricStrategy
@@ -26,8 +26,7 @@ def test_the_others_go_on_without_one_that_is_killed(tmp_path: Path, rank: int) 
         code = process.wait(150)
         until(lambda: not members(process.pid), 30, look=0.1)
     finally:
-        for pid in members(process.pid):
-            os.kill(pid, signal.SIGKILL)
+        kill(members(process.pid))
     assert code == (-signal.SIGKILL if rank == 0 else 0), (tmp_path / "printed").read_text()[-3000:]
     others = [k for k in range(3) if k != rank]
     results = [json.loads((tmp_path / f"result_{k}.json").read_text()) for k in others]

@@ -13,6 +13,7 @@ import test_surviving_downpour as surviving_downpour
 import torch
 from forked import fit, regression
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from running import is_running
 from test_joining import OnceOnly, Pace
 from test_surviving import run, stop_for
 from test_surviving_downpour import (
@@ -20,7 +21,6 @@ from test_surviving_downpour import (
     Shards,
     downpour,
     flat,
-    is_running,
     replica,
     running_shards,
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from forked import Recorder, fit, regression
 from lightning.pytorch.callbacks import ModelCheckpoint
+from running import running
 from test_joining import Rich
 from test_surviving import Fault
 from torch.utils.data import DataLoader
@@ -58,11 +58,8 @@ def noting(strategy: Any, folder: Path) -> Any:
 
 def kill_store() -> None:
     """Kill the store of this process's run: whoever has its port among its arguments."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            command = (entry / "cmdline").read_text().split("\0")
-            if "store" in command and os.environ["MASTER_PORT"] in command:
-                os.kill(int(entry.name), signal.SIGKILL)
+    [store] = running(lambda process: {"store", os.environ["MASTER_PORT"]} <= set(process.cmdline()))
+    store.kill()
 
 
 @pytest.mark.one_in(2)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from forked import Linear, fit, regression
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from running import is_running
 from test_surviving import STEPS, Fault, run, stop_for
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -113,13 +114,6 @@ class Shards(Callback):
 def running_shards(folder: Path) -> list[int]:
     """Those that Shards saw, and that run still."""
     return [pid for pid in (int(file.name[6:]) for file in folder.glob("shard_*")) if is_running(pid)]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def train(folder: Path, *callbacks: Callback, lost: tuple[int, ...], **options: Any) -> list[Any]:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from environments import LEAN
-from launched import PROGRAMS, Ended, Forked, Process, Program, members, wait_for
+from launched import PROGRAMS, Ended, Forked, Process, Program, wait_for
 from ports import free_port
+from running import members
 
 from lightning_gossip.control.store import VARIABLE
 from lightning_gossip.strategies import checkpoint as files
@@ -100,16 +101,12 @@ def test_the_process_that_spawns_is_killed(tmp_path: Path, start_method: str) ->
     assert torch.load(checkpoint, weights_only=True)[files.KEY]["ranks"] == [0, 1, 2, 3]
 
 
-def command_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-
-
 def test_the_store_is_killed(tmp_path: Path) -> None:
     def kill(process: Process, out: Path) -> None:
         for rank in range(4):
             wait_for(process, out / f"training_{rank}")
-        [store] = [pid for pid in members(process.pid) if "lightning_gossip" in command_of(pid).split("runpy")[-1]]
-        os.kill(store, signal.SIGKILL)
+        [store] = [member for member in members(process.pid) if "store" in member.cmdline()]
+        store.kill()
 
     ended = run(tmp_path, "--fault", "paced:0:0", after=kill)
     assert ended.code == 1, ended.printed
