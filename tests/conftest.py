@@ -109,6 +109,13 @@ def see_process_starts(event: str, arguments: tuple[Any, ...]) -> None:
         raise RuntimeError(f"{running[0].nodeid} starts a process, and is not marked `pytest.mark.processes`")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _processes_to_fork_from_end() -> Iterator[None]:
+    yield
+    if (launched := sys.modules.get("launched")) is not None:
+        launched.Forked.end_all()
+
+
 @pytest.fixture(autouse=True)
 def _shards_are_forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where ranks are; shards that start as a user's do are in test_shard_endings.py and test_launch.py."""

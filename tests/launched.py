@@ -128,6 +128,7 @@ class Forked:
     _idle: ClassVar[list[tuple[subprocess.Popen[bytes], Connection]]] = []
 
     def __init__(self, command: list[str], environment: dict[str, str], printed: str) -> None:
+        Path(printed).touch()
         self._zygote = self._idle.pop() if self._idle else self._start()
         self._pipe = self._zygote[1]
         self._pipe.send((command, environment, printed))

@@ -1,11 +1,15 @@
-"""Ranks as forks of the test's process, with torch's default group between them: for what needs that and no Trainer."""
+"""Ranks as forks of the test's process: with torch's default group between them, or at a program of ours."""
 
 from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
+import runpy
+import sys
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +54,35 @@ def run_processes(
     for kind, value in results:
         assert expect_errors or kind == "returned", value
     return [value for _, value in results]
+
+
+def run_program(folder: Path, program: Path, arguments: list[Any], world_size: int, **environment: str) -> list[str]:
+    """Run a program as ranks that somebody has started, with torch's variables; return the lines that rank 0 prints.
+
+    Everything is imported already: what starts a program as a user does takes ten times as long.
+    """
+    port = free_port()
+
+    def become(rank: int) -> None:
+        torch.set_num_threads(1)
+        os.environ.update(environment, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world_size))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+        vars(sys)["argv"] = [str(program), *map(str, arguments)]
+        sys.path.insert(0, str(program.parent))
+        os.chdir(folder)
+        with open(folder / f"printed_{rank}.txt", "w", buffering=1) as file, redirect_stdout(file):
+            runpy.run_path(str(program), run_name="__main__")
+
+    gc.collect()
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=become, args=(rank,)) for rank in range(world_size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+        process.join()
+    assert codes == [0] * world_size
+    return (folder / "printed_0.txt").read_text().splitlines()

@@ -44,6 +44,7 @@ def test_the_rehearsal_goes_through_every_part(tmp_path: Path) -> None:
     assert [row["setup"] for row in read(tmp_path / PROFILE)] == ["none", "probability 1"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     ended = run("--results", str(tmp_path))

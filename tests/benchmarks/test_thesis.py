@@ -134,6 +134,7 @@ def test_tables_name_the_thesis_only_beside_its_numbers() -> None:
         assert ("thesis" in text) == (cells == 9)
 
 
+@pytest.mark.long
 def test_the_command_line_is_one_that_the_example_takes(tmp_path: Path) -> None:
     """Without data it ends with status 2 and says what was looked for, after it has taken all options."""
     script = [

@@ -27,6 +27,7 @@ CLIENT = (
 )
 
 
+@pytest.mark.long
 def test_it_ends_with_the_last_process_that_is_connected() -> None:
     command = [sys.executable, "-m", "lightning_gossip", "store", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:

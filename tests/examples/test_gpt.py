@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from fake_images import EXAMPLES
+from processes import run_program
 
 sys.path.insert(0, str(EXAMPLES))
 
@@ -147,18 +148,33 @@ def test_outer_steps_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> N
     assert strategy_of(monkeypatch=monkeypatch).outer is None
 
 
-@pytest.mark.parametrize("strategy", ["diloco", pytest.param("elastic-gossip", marks=pytest.mark.long)])
-def test_a_run_from_the_command_line(tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "as_a_user"),
+    [
+        ("diloco", False),
+        pytest.param("diloco", True, marks=pytest.mark.long),
+        pytest.param("elastic-gossip", True, marks=pytest.mark.long),
+    ],
+)
+def test_a_run_from_the_command_line(
+    tmp_path: Path, strategy: str, as_a_user: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / ".cache" / "lightning-gossip"
+    monkeypatch.setattr(text_data.corpus, "__defaults__", (cache,))  # this process' home is the user's
     (tmp_path / "books").mkdir()
     books(tmp_path / "books")
-    command = f"{EXAMPLES}/gpt.py --devices 2 --batch-size 16 --strategy {strategy} --outer-momentum 0.9 --period 25"
-    command += f" --data-dir {tmp_path}/books --log-dir {tmp_path}/logs --summary {tmp_path}/summary.json"
-    environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": f"{EXAMPLES.parent}"}
-    done = subprocess.run(
-        [sys.executable, *command.split()], capture_output=True, text=True, timeout=150, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "val_loss" in done.stdout
+    arguments = f"--devices 2 --batch-size 16 --strategy {strategy} --outer-momentum 0.9 --period 25"
+    arguments += f" --data-dir {tmp_path}/books --log-dir {tmp_path}/logs --summary {tmp_path}/summary.json"
+    program, environment = EXAMPLES / "gpt.py", {"HOME": str(tmp_path), "PYTHONPATH": f"{EXAMPLES.parent}"}
+    if as_a_user:
+        command = [sys.executable, str(program), *arguments.split()]
+        whole = os.environ | environment
+        done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=whole, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        printed = done.stdout
+    else:
+        printed = "\n".join(run_program(tmp_path, program, arguments.split(), 2, **environment))
+    assert "val_loss" in printed
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["strategy_arguments"]["outer_momentum"] == 0.9
     assert max(summary["test_loss"]) < 1.0
@@ -166,4 +182,4 @@ def test_a_run_from_the_command_line(tmp_path: Path, strategy: str) -> None:
     rounds = summary["updates"] // 25
     parameters = 4 * sum(p.numel() for p in GPT(SIZES["nano"]).parameters())
     assert summary["bytes_sent_per_rank"] == pytest.approx(rounds * parameters, rel=0.01), "two ranks send N each"
-    assert list((tmp_path / ".cache" / "lightning-gossip").glob("text-*.bin"))
+    assert list(cache.glob("text-*.bin"))

@@ -66,6 +66,7 @@ def copied(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_loop_equals_the_strategys_training_plain_resumed_or_in_fabric(tmp_path: Path, name: str) -> None:
     strategy, arguments = SCHEMES[name]
@@ -202,6 +203,7 @@ def goal(rank: int, step: int) -> Tensor:
     return torch.arange(5, dtype=torch.float64) * (rank + 1) + step % 7
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("by_hand", [False, True], ids=["optimizer", "by hand"])
 @pytest.mark.parametrize("variant", ["elastic", "pull"])
 def test_asynchronous_gossip_equals_its_replay_whoever_is_slow(tmp_path: Path, variant: Any, by_hand: bool) -> None:

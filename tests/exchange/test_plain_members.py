@@ -40,7 +40,7 @@ def test_without_a_loss_it_equals_the_replay_of_all(monkeypatch: pytest.MonkeyPa
     assert {stay.members for stay in stays} == {(0, 1, 2, 3)}
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("point", [*IN_A_STEP, *AT_A_CONSENSUS])
 def test_the_others_go_on_without_one_that_dies(monkeypatch: pytest.MonkeyPatch, point: str, rank: int) -> None:
@@ -139,6 +139,7 @@ def test_fewer_than_min_replicas_end_all_with_one_text(monkeypatch: pytest.Monke
     assert "rank 3 lost" in text
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("point", ["posted", "before its word", "within the collective"])
 def test_the_others_go_on_at_their_own_pace(monkeypatch: pytest.MonkeyPatch, point: str) -> None:
     loops = Loops(monkeypatch, 4, {1: [(2 * EVERY, point)]}, after(8 * EVERY), asynchronous=True, peers="uniform").go()
@@ -150,6 +151,7 @@ def test_the_others_go_on_at_their_own_pace(monkeypatch: pytest.MonkeyPatch, poi
         np.testing.assert_allclose(stay.ends_with, theta[stay.rank], rtol=0, atol=1e-12)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("variant", ["elastic", "pull", "push"])
 def test_asynchronous_ranks_die_and_come_back(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
     lives: dict[int, Any] = {0: [(15, "posted"), None], 2: [(2 * EVERY, "within the collective"), None]}
@@ -208,6 +210,7 @@ SEEDS = 6
 """Of the random walk; twenty times as many by ``--long``."""
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "seed", [pytest.param(k, marks=[pytest.mark.long] if k >= SEEDS else []) for k in range(20 * SEEDS)]
 )

@@ -38,7 +38,7 @@ def joined(run: Returns) -> list[tuple[int, int]]:
     return sorted((s.rank, s.incarnation) for s in run.stays if s.donor is not None and s.ended)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize(("period", "delay", "fragments"), WAYS)
 def test_one_comes_back_with_the_common_start(period: int, delay: int, fragments: int, rank: int) -> None:
@@ -65,7 +65,7 @@ def test_no_round_is_dropped_over_one_that_takes_its_time_to_load() -> None:
         assert other.life.applied[after[0], 0] == (0, 1, 2, 3)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("period", "delay", "fragments"), [(4, 0, 1), (4, 3, 4)])
 @pytest.mark.parametrize("point", OF_A_DONOR)
 def test_the_donor_dies_while_it_donates_and_another_serves(
@@ -81,7 +81,7 @@ def test_the_donor_dies_while_it_donates_and_another_serves(
     assert [s.donor for s in run.stays if s.rank == 2 and s.ended] == [(1, 0)]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("period", "delay", "fragments"), [(4, 0, 1), (4, 3, 4)])
 @pytest.mark.parametrize("point", OF_A_JOINER)
 def test_a_joiner_dies_and_the_next_one_takes_its_seat(point: str, period: int, delay: int, fragments: int) -> None:
@@ -94,7 +94,7 @@ def test_a_joiner_dies_and_the_next_one_takes_its_seat(point: str, period: int, 
     assert len([s for s in run.stays if s.rank == 2]) == 3
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("delay", [0, 3])
 @pytest.mark.parametrize("point", OF_AN_ALL_REDUCE)
 def test_a_joiner_dies_in_its_first_rounds_and_the_next_one_takes_its_seat(point: str, delay: int) -> None:
@@ -104,6 +104,7 @@ def test_a_joiner_dies_in_its_first_rounds_and_the_next_one_takes_its_seat(point
     assert [rank for rank, _ in joined(run)] == [2]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "points", [("after taking in", "taken in"), ("after its word", "asked"), ("while serving", "loaded")]
 )
@@ -121,6 +122,7 @@ def test_two_join_at_once() -> None:
     assert [rank for rank, _ in joined(run)] == [1, 3]
 
 
+@pytest.mark.long
 def test_all_but_one_come_back() -> None:
     run = of_four({k: (8 + 4 * k, "between the halves") for k in range(3)}, {k: [None] for k in range(3)}, delay=3)
     run.go()
@@ -128,6 +130,7 @@ def test_all_but_one_come_back() -> None:
     assert [rank for rank, _ in joined(run)] == [0, 1, 2]
 
 
+@pytest.mark.long
 def test_one_is_taken_in_between_meetings_that_follow_one_another() -> None:
     """And where a donor can not serve at the step that all have agreed on, at another."""
     run = of_four({1: (8, "between the halves")}, {1: [None]}, meetings=tuple(range(12, 240, 6)), busy=3)
@@ -149,7 +152,7 @@ def test_a_longer_random_walk_keeps_starts_equal(seed: int) -> None:
     test_a_random_walk_keeps_starts_equal(seed)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_a_random_walk_keeps_starts_equal(seed: int) -> None:
     rng = np.random.default_rng([20, seed])

@@ -20,7 +20,7 @@ WHOLE = ("before its vote", "after its vote", "before the word", "after the word
 """Points at which all have what they need."""
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("fragments", [1, 4])
 @pytest.mark.parametrize("delay", [0, 3])
 @pytest.mark.parametrize("ranks", [4, 5])
@@ -42,6 +42,7 @@ def test_a_death_in_a_round(point: str, ranks: int, delay: int, fragments: int) 
         assert lives[0].applied[20, 0] == left
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("delay", [0, 3])
 @pytest.mark.parametrize(
     "points",
@@ -66,6 +67,7 @@ def test_the_last_one_goes_on_alone_and_makes_the_outer_step() -> None:
     assert {step: lives[3].applied.get((step, 0)) for step in members} == members
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("delay", [0, 3])
 @pytest.mark.parametrize("early", [0, 2])
 def test_when_a_rank_is_through_early_all_drop_the_rounds_that_are_left(early: int, delay: int) -> None:
@@ -94,7 +96,7 @@ def test_votes_are_cleaned_up() -> None:
     assert run.store.num_keys() < 120, "keys of rounds stay in the store"
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_a_random_walk_keeps_starts_equal(seed: int) -> None:
     rng = np.random.default_rng([22, seed])

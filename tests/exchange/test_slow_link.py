@@ -17,6 +17,7 @@ PROGRAM = Path(__file__).parent.parent / "programs" / "slow_link.py"
 pytestmark = [pytest.mark.processes, pytest.mark.faults]
 
 
+@pytest.mark.long
 def test_a_payload_that_takes_longer_than_lost_after_is_waited_for() -> None:
     """12 MB at 10 Mbit/s, and 5 s without a sign of life: heartbeats come over the same link."""
     try:

@@ -25,6 +25,7 @@ from lightning_gossip.monitoring import run_folder
 from lightning_gossip.monitoring.loggers import RankTensorBoardLogger
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_fork"])
 def test_every_rank_of_a_launched_run_has_its_values_in_one_folder(tmp_path: Path, strategy: str) -> None:
     program = Path(__file__).parents[1] / "programs" / "log_on_every_rank.py"

@@ -50,6 +50,7 @@ def test_curves_bands_and_events_are_those_of_the_runs(page: Path) -> None:
     assert [trace["meta"]["step"] for trace in named(accuracy, "a rank joins")] == [[20, 20, None]]
 
 
+@pytest.mark.long
 def test_what_is_0_has_no_place_on_a_logarithmic_axis(page: Path) -> None:
     [distance] = [f for f in figures(page) if f["layout"]["yaxis"]["title"]["text"].startswith("Consensus distance")]
     assert distance["layout"]["yaxis"]["type"] == "log"
@@ -57,6 +58,7 @@ def test_what_is_0_has_no_place_on_a_logarithmic_axis(page: Path) -> None:
     assert (mean["y"], mean["meta"]["step"]) == ([pytest.approx(0.01)], [20])
 
 
+@pytest.mark.long
 def test_the_page_needs_no_other_file_and_runs_no_name(page: Path) -> None:
     text = page.read_text()
     assert not re.search(r"<(script|link|img)[^>]*\b(src|href)=", text)

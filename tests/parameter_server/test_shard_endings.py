@@ -251,6 +251,7 @@ class Workers:
             process.join()
 
 
+@pytest.mark.long
 @pytest.mark.processes
 def test_killed_workers_and_shards(capfd: pytest.CaptureFixture[str]) -> None:
     """A worker is killed: its link is dropped, the others are served on. A shard is killed: every worker says which."""
@@ -294,6 +295,7 @@ def launch(pipe: Connection, holds_pipe: bool) -> None:
     time.sleep(60)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.processes
 @pytest.mark.parametrize("holds_pipe", [False, True])
 def test_no_shard_survives_its_launcher(holds_pipe: bool) -> None:

@@ -56,6 +56,7 @@ class Own(Recorder):
         self.seen["largest"] = pl_module.largest
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("evaluate", ["consensus", "replica"])
 def test_what_no_optimizer_owns_is_not_added_up(tmp_path: Path, evaluate: Any) -> None:
     strategy = DownpourStrategy(n_push=1, n_pull=1, evaluate=evaluate, start_method="fork")
@@ -180,6 +181,7 @@ def test_all_go_back_to_what_rank_0_kept(tmp_path: Path, name: str, at_step: int
                 assert torch.equal(result["state"][key], value), key
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ["downpour", "adagrad", "delayed"])
 def test_training_goes_on_from_there(tmp_path: Path, name: str) -> None:
     train = DataLoader(regression(160), 4)

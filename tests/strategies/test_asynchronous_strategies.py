@@ -315,6 +315,7 @@ class Dies(Uneven):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_those_that_are_left_go_on_without_one_that_is_killed(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"rank_1\.pt"):
         fit(

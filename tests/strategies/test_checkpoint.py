@@ -94,7 +94,7 @@ def train(
     )
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("ema", [False, True])
 @pytest.mark.parametrize("delay", [0, 3])
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -118,6 +118,7 @@ class Counting(Noisy):
         return super().configure_optimizers()
 
 
+@pytest.mark.long
 def test_a_resumed_run_equals_an_unbroken_one_where_the_loader_was_made_early(tmp_path: Path) -> None:
     unbroken = train(tmp_path / "unbroken", "elastic", 3, module=Counting)
     train(tmp_path / "broken", "elastic", 2, module=Counting)
@@ -127,6 +128,7 @@ def test_a_resumed_run_equals_an_unbroken_one_where_the_loader_was_made_early(tm
         assert torch.equal(resumed[rank]["state"]["layer.weight"], unbroken[rank]["state"]["layer.weight"])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("ema", [False, True])
 def test_resuming_a_training_that_was_at_its_end_gives_the_consensus_that_was_saved(tmp_path: Path, ema: bool) -> None:
     train(tmp_path, "elastic", 2, evaluate="consensus", ema=ema)
@@ -140,6 +142,7 @@ def test_resuming_a_training_that_was_at_its_end_gives_the_consensus_that_was_sa
         assert torch.equal(kept["state"]["layer.weight"], replica["layer.weight"])
 
 
+@pytest.mark.long
 def test_a_rank_with_other_generators_would_be_noticed(tmp_path: Path, monkeypatch: Any) -> None:
     unbroken = train(tmp_path / "unbroken", "elastic", 4)
     train(tmp_path / "broken", "elastic", 2)
@@ -267,6 +270,7 @@ def test_a_missing_replica_file_is_named(tmp_path: Path, saved: Path, monkeypatc
     assert "rank_1.pt is missing" in damaged(tmp_path, saved, Path.unlink, monkeypatch)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("part", [0, 0.5, 0.99])
 def test_a_torn_replica_file_is_named(tmp_path: Path, saved: Path, monkeypatch: Any, part: float) -> None:
     def tear(file: Path) -> None:
@@ -405,6 +409,7 @@ class LooksAtDisk(Recorder):
             return self._replica(path, rank)  # the next one came between the two files
 
 
+@pytest.mark.long
 def test_with_a_backlog_of_writes_the_files_of_the_checkpoint_on_disk_stay(tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path / "saved", "last", every_n_train_steps=1, enable_version_counter=False)
     ranks = fit(

@@ -43,6 +43,7 @@ FORMS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("form", FORMS)
 def test_from_yaml_and_from_the_saved_configuration(tmp_path: Path, form: str) -> None:
     strategy = {"n_push": 2, "server_optimizer": FORMS[form], "start_method": "fork"}

@@ -125,7 +125,7 @@ def test_checkpoints_every_so_many_steps(tmp_path: Path, sized: bool) -> None:
     assert sorted(path.name for path in (tmp_path / "saved").glob("*.ckpt")) == [f"step={n}.ckpt" for n in (10, 20, 30)]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -152,6 +152,7 @@ def test_all_at_once_on_three_ranks(tmp_path: Path, kwargs: dict[str, Any], leng
     assert len(set(results[0]["validated"])) == len(results[0]["validated"]), "each once"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("lengths", [(30, 12), (12, 30)], ids=str)
 def test_downpour_workers_at_paces_of_their_own(tmp_path: Path, lengths: tuple[int, ...]) -> None:
     checkpoint = ModelCheckpoint(tmp_path / "a", every_n_train_steps=7, save_top_k=-1)
@@ -181,7 +182,7 @@ def test_one_rank_that_stops_early_stops_all(tmp_path: Path) -> None:
     assert results[0]["epoch"] == 1
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("empty", [0, 1])
 @pytest.mark.parametrize("name", ["elastic", "push", "downpour"])
 def test_a_rank_without_batches_is_done(tmp_path: Path, empty: int, name: str) -> None:

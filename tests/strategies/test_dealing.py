@@ -39,7 +39,7 @@ def test_every_sample_once_an_epoch_whatever_the_ranks_speeds(tmp_path: Path) ->
     assert len({tuple(result["validated"]) for result in results}) == 1
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "loader",
     [
@@ -83,7 +83,7 @@ def test_a_batch_sampler_of_the_users(tmp_path: Path) -> None:
         assert Counter(len(batch) for result in results for batch in result["epochs"][epoch]) == {9: 1, 3: 17}
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("limit", "expected"), [(5, 15), (0.5, 24), (1.0, 48), (100, 48), (1, 3)], ids=lambda value: str(value)
 )
@@ -129,6 +129,7 @@ class Fetchers(pl.Callback):
         self.seen.clear()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dealt", [True, False])
 def test_a_loader_that_is_made_anew_goes_with_what_was_dealt(tmp_path: Path, dealt: bool) -> None:
     options: dict[str, Any] = {"max_epochs": 4, "reload_dataloaders_every_n_epochs": 1, "callbacks": [Fetchers()]}
@@ -158,6 +159,7 @@ def test_a_loader_iterator_in_the_training_step(tmp_path: Path) -> None:
         assert samples(results, epoch) == list(range(48))
 
 
+@pytest.mark.long
 def test_estimates_go_by_the_fair_share(tmp_path: Path) -> None:
     class Scheduled(Walk):
         def configure_optimizers(self) -> Any:
@@ -243,6 +245,7 @@ class Own(Walk):
         return super().training_step(batch[0] if isinstance(batch, list) and len(batch) == 2 else batch, batch_idx)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", OWN)
 def test_others_keep_their_shares(tmp_path: Path, name: str) -> None:
     results = train(tmp_path, Own(name), devices=2, max_epochs=2)
@@ -250,12 +253,14 @@ def test_others_keep_their_shares(tmp_path: Path, name: str) -> None:
     assert counts == {"iterable": [12, 12], "few": [1, 1], "plain": [8, 8]}.get(name, [6, 6])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", OWN)
 def test_others_asked_for_are_an_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(Exception, match=f"`dealt=True` deals .* but .*{OWN[name][1]}"):
         train(tmp_path, Own(name), downpour(dealt=True), devices=2, max_epochs=1)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("kwargs", "said"),
     [

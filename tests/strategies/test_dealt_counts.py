@@ -17,6 +17,7 @@ from lightning_gossip import ElasticGossipStrategy
 from lightning_gossip.strategies.counting import who_waited
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("interval", [0.25, 0.34, 1.0])
 def test_validations_by_parts_of_an_epoch(tmp_path: Path, interval: float) -> None:
     results = train(tmp_path, Walk(400, SLOW), val_check_interval=interval, max_epochs=2)
@@ -27,6 +28,7 @@ def test_validations_by_parts_of_an_epoch(tmp_path: Path, interval: float) -> No
         assert len(seen) == {0.25: 4, 0.34: 3, 1.0: 1}[interval]
 
 
+@pytest.mark.long
 def test_validations_and_checkpoints_by_the_count_of_the_first(tmp_path: Path) -> None:
     callbacks = [
         ModelCheckpoint(tmp_path / "a", filename="{step}", every_n_train_steps=20, save_top_k=-1),
@@ -43,6 +45,7 @@ def test_validations_and_checkpoints_by_the_count_of_the_first(tmp_path: Path) -
     assert {path.name for path in (tmp_path / "b").glob("*.ckpt")} >= {"step=30.ckpt"}
 
 
+@pytest.mark.long
 def test_validations_by_batches_across_epochs(tmp_path: Path) -> None:
     results = train(tmp_path, Walk(160, SLOW), val_check_interval=15, check_val_every_n_epoch=None, max_epochs=2)
     alike(results)
@@ -50,6 +53,7 @@ def test_validations_by_batches_across_epochs(tmp_path: Path) -> None:
     assert all(step % 15 == 0 for _, step in results[0]["validated"])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dealt", [None, False])
 def test_the_first_to_make_the_steps_ends_training_for_all(tmp_path: Path, dealt: bool | None) -> None:
     begin = time.monotonic()
@@ -85,6 +89,7 @@ def test_one_rank_that_stops_stops_all(tmp_path: Path) -> None:
     assert results[0]["epoch"] == 1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("rows", [96, 90], ids=["even", "uneven"])
 def test_a_collective_in_every_step_gives_all_as_many_batches(tmp_path: Path, rows: int) -> None:
     class Pooled(Walk):
@@ -118,6 +123,7 @@ def test_an_epoch_that_ends_with_the_first(tmp_path: Path) -> None:
     assert [epoch for epoch, _ in results[0]["validated"]] == [0, 1]
 
 
+@pytest.mark.long
 def test_ranks_that_go_together_end_with_the_first(tmp_path: Path) -> None:
     strategy = ElasticGossipStrategy(period=8, epoch_ends="first", start_method="fork", timeout=TIMEOUT)
 

@@ -83,6 +83,7 @@ def test_a_resume_at_a_validation_within_an_epoch(tmp_path: Path) -> None:
         assert samples(third, 1) == list(range(240))
 
 
+@pytest.mark.long
 def test_a_resume_at_the_end_of_an_epoch(tmp_path: Path) -> None:
     callbacks = [ModelCheckpoint(tmp_path / "saved", filename="last", enable_version_counter=False)]
     train(tmp_path, Walk(120, SLOW), callbacks=callbacks, max_epochs=2)
@@ -92,6 +93,7 @@ def test_a_resume_at_the_end_of_an_epoch(tmp_path: Path) -> None:
     assert samples(results, 2) == list(range(120))
 
 
+@pytest.mark.long
 def test_checkpoints_go_between_dealt_work_and_shares(tmp_path: Path) -> None:
     callbacks = [saver(tmp_path, 10), AtSaves()]
     train(tmp_path, Walk(120, SLOW), callbacks=callbacks, max_epochs=1)
@@ -171,6 +173,7 @@ def members(name: str, **kwargs: Any) -> Any:
     return make(start_method="fork", **options | kwargs)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("name", "victim"),
@@ -197,6 +200,7 @@ def test_a_lost_rank_loses_what_it_held_and_no_more(tmp_path: Path, name: str, v
         assert sorted(written(tmp_path, epoch)) == list(range(200))
 
 
+@pytest.mark.long
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ["elastic", "push", "local"])
 def test_ranks_that_go_together_deal_on_request(tmp_path: Path, name: str) -> None:

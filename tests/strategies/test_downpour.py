@@ -93,6 +93,7 @@ def test_one_worker_of_a_server_started_by_hand_that_pushes_and_pulls_at_every_s
     assert alone["step"] == 48
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("arguments", "accumulate"),
     [
@@ -198,6 +199,7 @@ def norm(state: State, minus: State) -> Tensor:
     return torch.cat([(value - minus[name]).flatten() for name, value in state.items()]).norm()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("evaluate", ["consensus", "replica"])
 def test_validation_runs_on_the_servers_parameters_or_the_replica(tmp_path: Path, evaluate: str) -> None:
     """Nobody pushes before the end: the server holds the initial model until then."""
@@ -270,7 +272,7 @@ class Finder(LearningRateFinder):
             self.lr_find(trainer, pl_module)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("epochs", "arguments"),
     [((), {"warmup_steps": 5}), ((0, 2), {}), ((0, 2), {"warmup_steps": 100}), ((2,), {"evaluate": "replica"})],
@@ -348,6 +350,7 @@ def test_a_resumed_run_loses_nothing_and_on_another_world_size_begins_from_the_s
         assert all(torch.equal(value, ranks[0]["state"][name]) for name, value in rank["state"].items())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("evaluate", ["consensus", "replica"])
 def test_a_training_resumed_at_its_end_gives_the_servers_parameters(tmp_path: Path, evaluate: str) -> None:
     _, path = train(tmp_path / "first", 2, n_push=5, n_pull=3)
@@ -392,6 +395,7 @@ class Raising(Callback):
             raise ValueError("boom")
 
 
+@pytest.mark.long
 @pytest.mark.faults
 def test_an_exception_on_one_worker_leaves_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # processes of their own, as a user's: a fork of a rank with threads may find a lock held, and end late

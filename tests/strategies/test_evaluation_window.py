@@ -116,7 +116,7 @@ def assert_same_steps(with_swaps: list[dict[str, Any]], without: list[dict[str, 
         torch.testing.assert_close(torch.stack(ours["steps"]), torch.stack(theirs["steps"]), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("by", ["copy", "exchange", "memory"])
 @pytest.mark.parametrize(("start", "end"), PAIRS)
 def test_a_callback_that_swaps_an_average_in_and_out_leaves_training_as_it_was(
@@ -169,6 +169,7 @@ class ScheduleFree(torch.optim.SGD):
                 p.data.lerp_(anchor, weight)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("start", "end"), [*PAIRS[:2], ("on_validation_model_eval", "on_validation_model_train")])
 def test_optimizers_with_two_sets_of_weights(tmp_path: Path, start: str, end: str) -> None:
     class Free(Replicas):

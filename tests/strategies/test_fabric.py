@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from environments import LEAN
-from launched import PROGRAMS, Executed
+from launched import PROGRAMS, Forked
 from running import kill, members
 from waiting import until
 
@@ -21,7 +21,7 @@ from lightning_gossip import ReplicaFabricStrategy
 @pytest.mark.parametrize("rank", [2, 0])
 def test_the_others_go_on_without_one_that_is_killed(tmp_path: Path, rank: int) -> None:
     """Rank 0 is the launching process."""
-    process = Executed([str(PROGRAMS / "fabric_members.py"), str(tmp_path), str(rank)], LEAN, str(tmp_path / "printed"))
+    process = Forked([str(PROGRAMS / "fabric_members.py"), str(tmp_path), str(rank)], LEAN, str(tmp_path / "printed"))
     try:
         code = process.wait(150)
         until(lambda: not members(process.pid), 30, look=0.1)

@@ -295,6 +295,7 @@ class Counts(Linear):
         seen["validated"] = seen.get("validated", 0) + 1
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("kwargs", "steps", "validated"),
     [

@@ -131,6 +131,7 @@ class Rows(Linear):
         return super().training_step((x, y), batch_idx)
 
 
+@pytest.mark.long
 @pytest.mark.one_in(2)
 @pytest.mark.faults
 @pytest.mark.parametrize("epoch_ends", ["all", pytest.param("first", marks=pytest.mark.long)])

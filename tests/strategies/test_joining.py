@@ -240,6 +240,7 @@ class Declares(Callback):
                 control.declare_lost(2, "a test said so")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_one_that_is_lost_and_joins_again_and_again_holds_no_more_each_time(tmp_path: Path, asynchronous: bool) -> None:
     declares = Declares(tmp_path, often=3)
@@ -274,6 +275,7 @@ def test_who_comes_while_the_others_end_is_told_so(
     assert "rank 2: the training is over; no checkpoint was saved" in capfd.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_start", "on_train_batch_start"])
 def test_the_first_rank_comes_back_whenever_it_was_lost_before_its_first_step(tmp_path: Path, hook: str) -> None:
@@ -291,6 +293,7 @@ def test_the_first_rank_comes_back_whenever_it_was_lost_before_its_first_step(tm
     ]
 
 
+@pytest.mark.long
 def test_who_comes_when_the_others_are_through_is_told_so_whoever_is_left(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -338,6 +341,7 @@ class Wider(Linear):
             self.more = nn.Linear(3, 2)
 
 
+@pytest.mark.long
 def test_who_would_train_another_model_is_told_and_ends_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fault = OnceOnly(2, hook="on_train_batch_end", batch=2)
     with caplog.at_level(logging.WARNING):

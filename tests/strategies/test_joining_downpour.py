@@ -216,6 +216,7 @@ def test_one_that_can_not_reach_the_shards_ends_alone(tmp_path: Path, monkeypatc
     assert "it refused" in seen[0]["changes"][-1]
 
 
+@pytest.mark.long
 def test_one_that_comes_back_takes_batches_that_are_dealt(tmp_path: Path) -> None:
     """Every sample comes once an epoch, but for what the dead one had taken; the epochs end together."""
     fault = OnceOnly(2, hook="on_train_batch_end", batch=2)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from launched import Ended, Forked, Process, Program, wait_for
+from launched import Ended, Process, Program, wait_for
 
 pytestmark = pytest.mark.faults
 
@@ -26,12 +26,6 @@ def program(*arguments: Any, **options: Any) -> pytest.MarkDecorator:
     """Give the test, as ``ended``, how :class:`Program` with these arguments ended."""
     name = " ".join(map(str, arguments))
     return pytest.mark.parametrize("ended", [Program(arguments, **options)], indirect=True, ids=[name])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _processes_to_fork_from_end() -> Iterator[None]:
-    yield
-    Forked.end_all()
 
 
 @pytest.fixture
@@ -105,6 +99,7 @@ def test_an_exception_on_rank_0_ends_all_with_its_cause(ended: Ended) -> None:
     assert_all_ended_with_the_cause(ended, 0)
 
 
+@pytest.mark.long
 @program("--fault", "raise:2:10", "--devices", 3)
 def test_an_exception_on_another_rank_ends_all_with_its_cause(ended: Ended) -> None:
     assert_all_ended_with_the_cause(ended, 2)
@@ -120,6 +115,7 @@ def assert_all_ended_with_the_cause(ended: Ended, rank: int) -> None:
     assert "ValueError: boom" in ended.printed
 
 
+@pytest.mark.long
 @program("--fault", "setup:1:0", "--devices", 2)
 def test_an_exception_before_training_ends_all(ended: Ended) -> None:
     assert ended.code == 1
@@ -133,6 +129,7 @@ def test_an_exception_under_spawn_ends_all(ended: Ended) -> None:
     assert "ValueError: boom" in ended.printed
 
 
+@pytest.mark.long
 @program("--fault", "SIGTERM:0:10", "--devices", 2)
 def test_sigterm_to_rank_0_ends_all(ended: Ended) -> None:
     assert_sigterm_ended_both(ended, 0)
@@ -152,6 +149,7 @@ def assert_sigterm_ended_both(ended: Ended, rank: int) -> None:
     assert re.search(f"rank {rank} stopped at step 1[01]: it received SIGTERM", ended.printed)
 
 
+@pytest.mark.long
 @program("--fault", "SIGINT:1:10", "--devices", 2)
 def test_sigint_to_one_rank_ends_all(ended: Ended) -> None:
     assert ended.code == 1
@@ -179,6 +177,7 @@ def interrupt_the_first(process: Process, out: Path) -> None:
     os.kill(process.pid, signal.SIGINT)
 
 
+@pytest.mark.long
 @program(
     *("--strategy", "gossip_spawn", "--fault", "slow:0:0", "--epochs", 100, "--devices", 2), after=interrupt_the_first
 )
@@ -201,6 +200,7 @@ def test_a_killed_rank_is_named_by_those_that_wait_for_it(ended: Ended) -> None:
     assert "PartnerLost" in {ending["type"] for ending in found.values()}
 
 
+@pytest.mark.long
 @program("--fault", "SIGKILL:1:5", "--timeout", 60, "--probability", 1e-9, "--devices", 2, "--epochs", 500)
 def test_a_killed_rank_that_nobody_exchanges_with_is_reported_by_the_launcher(ended: Ended) -> None:
     assert ended.code == 1
@@ -217,6 +217,7 @@ def test_a_killed_launching_process_takes_the_others_with_it(ended: Ended) -> No
         assert "the run's store is gone" in ending["text"] or "lost its partner rank 0" in ending["text"]
 
 
+@pytest.mark.long
 @program("--fault", "SIGSTOP:2:3", "--timeout", 6, "--devices", 3)
 def test_a_stopped_rank_is_not_waited_for_longer_than_twice_the_timeout(ended: Ended) -> None:
     assert ended.code == 1
@@ -228,6 +229,7 @@ def test_a_stopped_rank_is_not_waited_for_longer_than_twice_the_timeout(ended: E
 
 
 # an epoch has 32 batches, which are dealt: one of the two may make most of them
+@pytest.mark.long
 @program("--strategy", "downpour", "--fault", "shard:0:40", "--devices", 2, "--epochs", 500)
 def test_a_killed_shard_ends_all_with_its_name_and_leaves_the_last_checkpoint_whole(ended: Ended) -> None:
     assert ended.code == 1

@@ -120,6 +120,7 @@ for strategy in (lightning_gossip.ElasticGossipStrategy(), "elastic_gossip"):
 """
 
 
+@pytest.mark.long
 @pytest.mark.processes
 def test_a_trainer_of_the_other_says_what_to_do() -> None:
     command = [sys.executable, "-c", REFUSED]

@@ -75,7 +75,7 @@ class Warned(Linear):
             trainer.callbacks[-1].seen["warned"] = found
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("period", "limits", "most"),
     [
@@ -109,6 +109,7 @@ def test_a_single_rank_exchanges_nothing(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.long
 def test_two_runs_on_one_port(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(

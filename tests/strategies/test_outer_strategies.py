@@ -66,6 +66,7 @@ def parameters(seen: dict[str, Any]) -> torch.Tensor:
     return torch.cat([value.flatten() for value in seen["state"].values()])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("scheme", strategies())
 def test_a_resume_is_exact_in_mid_round_and_in_mid_flight(tmp_path: Path, scheme: str) -> None:
     checkpoint = ModelCheckpoint(tmp_path / "saved", filename="{epoch}", save_top_k=-1)

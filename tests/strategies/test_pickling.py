@@ -85,6 +85,7 @@ class Writes(Callback):
         assert metric.distributed_available_fn is type(metric)().distributed_available_fn
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("number", range(3))
 def test_modules_metrics_and_callbacks_are_written_in_mid_training(tmp_path: Path, number: int) -> None:
     checkpoint = ModelCheckpoint(tmp_path / "saved", "last", monitor=None)
@@ -100,6 +101,7 @@ def test_modules_metrics_and_callbacks_are_written_in_mid_training(tmp_path: Pat
     subprocess.run([sys.executable, "-c", LOAD, *paths], check=True, env=environment)
 
 
+@pytest.mark.long
 def test_a_loaders_worker_that_is_spawned_with_the_modules_own_method(tmp_path: Path) -> None:
     class Loads(Callback):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:

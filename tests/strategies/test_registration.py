@@ -30,6 +30,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.processes
 @pytest.mark.parametrize("imports", ["lightning_gossip, lightning.pytorch", "lightning.pytorch, lightning_gossip"])
 def test_names_are_registered_in_whichever_order_the_two_are_imported(imports: str) -> None:

@@ -131,6 +131,7 @@ def test_manual_optimization_ticks_once_a_batch_and_both_networks_travel(tmp_pat
         assert (first - second).abs().max() < 0.2
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["gossip_fork", "gossip_notebook", "elastic_gossip_fork", "elastic_gossip_notebook"])
 def test_registered_names_that_fork_fit_and_test(tmp_path: Path, name: str) -> None:
     """The others need processes that import everything anew, see test_launch.py."""

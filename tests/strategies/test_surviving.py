@@ -108,7 +108,7 @@ def check(survivors: list[Any], left: tuple[int, ...], at_once: bool = True) -> 
     assert survivors[0]["losses"][-1] < survivors[0]["losses"][0]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("lost", [(2,), (0,), (0, 1), (0, 1, 3)], ids=str)
 def test_those_that_are_left_go_on(tmp_path: Path, lost: tuple[int, ...], caplog: pytest.LogCaptureFixture) -> None:
     left = tuple(rank for rank in range(4) if rank not in lost)
@@ -130,6 +130,7 @@ AT_OTHER_POINTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("point", "rank"),
     [
@@ -218,6 +219,7 @@ class Boom(Linear):
         return super().training_step(batch, batch_idx)
 
 
+@pytest.mark.long
 def test_who_ends_on_an_exception_leaves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     survivors = run(tmp_path, lost=(1,), module=Boom())
     check(survivors, (0, 2, 3))
@@ -246,6 +248,7 @@ def stop_for(seconds: float) -> Callable[[], None]:
     return act
 
 
+@pytest.mark.long
 def test_a_pause_is_no_death(tmp_path: Path) -> None:
     fault = Fault(2, hook="on_train_batch_end", batch=2, act=stop_for(4))
     survivors = run(tmp_path, fault, lost=(), strategy=surviving(lost_after=10))
@@ -283,6 +286,7 @@ def test_a_replica_that_is_not_finite_ends_the_run_by_default(tmp_path: Path) ->
         run(tmp_path, lost=(), module=Diverging(), strategy=ElasticGossipStrategy(start_method="fork"))
 
 
+@pytest.mark.long
 def test_data_loader_workers_of_a_dead_rank_end(tmp_path: Path) -> None:
     loader = DataLoader(regression(96), 4, num_workers=1, persistent_workers=True)
     fault = Fault(0, hook="on_train_batch_end", batch=2)
@@ -299,6 +303,7 @@ class OwnCollectives(Linear):
         assert int(ones) == dist.get_world_size() == len(self.trainer.strategy.members)  # type: ignore[attr-defined]
 
 
+@pytest.mark.long
 def test_groups_of_the_users_own_work_on(tmp_path: Path) -> None:
     fault = Fault(0, hook="on_train_batch_end", batch=2)
     check(run(tmp_path, fault, lost=(0,), module=OwnCollectives()), (1, 2, 3))

@@ -125,7 +125,7 @@ def train(folder: Path, *callbacks: Callback, lost: tuple[int, ...], **options: 
         until(lambda: not running_shards(folder), 10)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("lost", [(2,), (0,), (0, 1), (0, 1, 3)], ids=str)
 def test_those_that_are_left_go_on(tmp_path: Path, lost: tuple[int, ...]) -> None:
     left = tuple(rank for rank in range(4) if rank not in lost)
@@ -141,6 +141,7 @@ AT_OTHER_POINTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("point", "rank"),
     [
@@ -172,6 +173,7 @@ class DiesBeforeTheStart(Callback):
         time.sleep(5)
 
 
+@pytest.mark.long
 def test_shards_wait_for_the_others_where_who_started_them_dies_before_they_come(tmp_path: Path) -> None:
     survivors = train(tmp_path, DiesBeforeTheStart(), lost=(0,))
     check(tmp_path, survivors, (1, 2, 3), steps=False)
@@ -239,6 +241,7 @@ class Resumed(Callback):
             trainer.strategy.barrier()
 
 
+@pytest.mark.long
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("lost", [(0,), (0, 1)], ids=str)
 def test_the_next_warms_up_where_the_first_dies_over_it(tmp_path: Path, lost: tuple[int, ...]) -> None:
@@ -294,6 +297,7 @@ def test_a_lost_shard_ends_the_run_of_all(tmp_path: Path, caplog: pytest.LogCapt
     assert caplog.text.count("lost parameter server shard") >= 4
 
 
+@pytest.mark.long
 def test_shards_started_by_hand_outlive_every_rank(tmp_path: Path) -> None:
     with ShardProcess() as first, ShardProcess() as second:
         strategy = downpour(shard_addresses=[first.address, second.address])
@@ -325,6 +329,7 @@ class Boom(Constant):
         return super().training_step(batch, batch_idx)
 
 
+@pytest.mark.long
 def test_who_started_the_shards_leaves_on_an_exception_and_they_stay(tmp_path: Path) -> None:
     torch.manual_seed(3)
     survivors = train(tmp_path, lost=(0,), module=Boom(tmp_path))

@@ -6,14 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from environments import LEAN
-from launched import PROGRAMS, Ended, Forked, Process, Program, wait_for
+from launched import PROGRAMS, Ended, Process, Program, wait_for
 from ports import free_port
 from running import members
 
@@ -23,12 +22,6 @@ from lightning_gossip.strategies import checkpoint as files
 pytestmark = pytest.mark.faults
 
 SURVIVING = ("--timeout", 60, "--min-replicas", 1, "--epochs", 3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _processes_to_fork_from_end() -> Iterator[None]:
-    yield
-    Forked.end_all()
 
 
 def run(folder: Path, *arguments: Any, **options: Any) -> Ended:
@@ -56,6 +49,7 @@ def test_a_child_is_killed(tmp_path: Path) -> None:
     assert ended.printed.count("rank 2 lost at step 1") == 1, "said once"
 
 
+@pytest.mark.long
 def test_the_launching_process_is_killed(tmp_path: Path) -> None:
     """Its children go on; the store ends with the last of them."""
     ended = run(tmp_path, "--fault", "SIGKILL:0:10")
@@ -101,6 +95,7 @@ def test_the_process_that_spawns_is_killed(tmp_path: Path, start_method: str) ->
     assert torch.load(checkpoint, weights_only=True)[files.KEY]["ranks"] == [0, 1, 2, 3]
 
 
+@pytest.mark.long
 def test_the_store_is_killed(tmp_path: Path) -> None:
     def kill(process: Process, out: Path) -> None:
         for rank in range(4):
@@ -149,6 +144,7 @@ def test_ranks_started_one_by_one_by_a_shell_and_one_never_comes(tmp_path: Path)
     assert "rank 2 lost at step 0 (no process came within 20 s); 3 of 4 go on" in printed[0], printed[0]
 
 
+@pytest.mark.long
 def test_one_that_a_shell_starts_again_joins_and_a_second_one_is_refused(tmp_path: Path) -> None:
     """Rank 0 is killed, and started by hand; what is started beside a living one ends, and is told who is there."""
     port = free_port()

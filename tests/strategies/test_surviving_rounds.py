@@ -100,6 +100,7 @@ def test_diloco_goes_on_without_a_rank_and_resumes_on_those_that_were_left(tmp_p
         assert (seen["step"], seen["exchanges"]) == (other["step"], other["exchanges"])
 
 
+@pytest.mark.long
 def test_where_nobody_is_lost_nothing_changes(tmp_path: Path) -> None:
     plain = run(tmp_path / "plain", diloco())
     surviving = run(tmp_path / "surviving", diloco(min_replicas=1))
