@@ -24,7 +24,7 @@ demo-faults: $(INSTALLED)
 	$(BIN)/python examples/faults.py
 
 test: test-quick
-	$(BIN)/python -m pytest -m "processes or slow" -n $(WORKERS) --maxprocesses 4 --dist load
+	$(BIN)/python -m pytest -m "processes or slow" -n $(WORKERS) --maxprocesses 4 --dist load --maxschedchunk 1
 
 test-quick: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not processes and not slow" -n $(WORKERS) --maxprocesses 4 --dist worksteal

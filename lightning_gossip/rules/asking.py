@@ -93,7 +93,8 @@ def another(
         return -1
     among = list(members) if schedule.serves(len(members)) else list(range(world_size))
     weights = _weights(peers, schedule.seed, among.index(rank), len(among))
-    weights[[k for k, other in enumerate(among) if other in (*tried, *without) or other not in members]] = 0
+    may_be_asked = set(members).difference(tried, without)
+    weights[[k for k, other in enumerate(among) if other not in may_be_asked]] = 0
     if not weights.any():
         return -1
     rng = np.random.Generator(np.random.Philox(key=schedule.seed, counter=[len(tried), rank + 1, step, 0]))

@@ -76,6 +76,7 @@ def test_ranks_of_two_nodes() -> None:
     assert [third[name] for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE")] == ["2", "0", "1", "2"]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("how", "message"), [("fail", "rank 1 ended with exit code 3"), ("hang", "within 3 s")])
 def test_forked_ranks_that_end_badly_are_named_and_none_is_left(tmp_path: Path, how: str, message: str) -> None:
     command = [sys.executable, "-c", FORK, str(tmp_path), how]

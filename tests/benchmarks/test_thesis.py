@@ -156,6 +156,7 @@ def test_the_command_line_is_one_that_the_example_takes(tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.device_count() >= 4, reason="there are as many GPUs as it needs")
 def test_rows_that_need_gpus_say_so(tmp_path: Path) -> None:
     script = [sys.executable, "-m", "benchmarks.thesis", "--table", "cifar10-resnet18-w4"]

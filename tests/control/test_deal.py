@@ -251,8 +251,8 @@ def test_a_rank_that_waits_for_the_store_sees_the_stop_word() -> None:
         try:
             dealer.next()
         finally:
-            dealer.close()
             assert time.monotonic() - begin < 1.5
+            dealer.close()
 
     results = run_ranks(2, body, expect_errors=True)
     assert all(isinstance(result, RunStopped) and "enough" in str(result) for result in results)

@@ -62,11 +62,13 @@ def exit_code_of(program: str) -> int:
     return done.returncode
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("thread", THREADS)
 def test_a_thread(thread: str) -> None:
     assert exit_code_of(THREAD.format(THREADS[thread])) == 3
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("options", ["asynchronous=True", "period=2, delay=1", "shared_memory=False"])
 def test_replicas_that_nobody_closed(options: str) -> None:
     assert exit_code_of(GOSSIP.format(options)) == 3

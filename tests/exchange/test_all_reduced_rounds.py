@@ -114,6 +114,7 @@ def assert_equal_replay(results: list[Any], replay: Any) -> None:
             assert torch.equal(starts[name], results[0][1][name]), "the start is not common"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("fragments", [1, 4])
 @pytest.mark.parametrize("delay", [0, 3, 7])
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -138,6 +139,7 @@ def test_any_number_of_ranks_works(ranks: int) -> None:
     )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("delay", [0, 5])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_starts_are_common_to_the_bit_on_a_16_bit_wire_too(scheme: str, delay: int) -> None:
@@ -172,6 +174,7 @@ def test_starts_are_common_to_the_bit_in_narrow_dtypes(dtype: torch.dtype) -> No
     assert not torch.equal(results[0]["replica"], results[1]["replica"])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("saved_at", [16, 17, 19, 20, 23, 24])
 @pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
 def test_a_resume_continues_in_mid_round_and_in_mid_flight(saved_at: int, wire_dtype: torch.dtype | None) -> None:

@@ -125,6 +125,7 @@ def check_pairs(runs: list[Run]) -> int:
     return len(sides) // 2
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("rule", RULES)
 def test_replicas_equal_the_replay_of_their_records(rule: str, optimizer: str) -> None:

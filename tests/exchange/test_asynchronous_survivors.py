@@ -184,6 +184,7 @@ def check(walk: Walk, lives: list[Life]) -> None:
         assert both or lives[partner].dead or lives[rank].dead, "one that lives applied what the other did not"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("rule", RULES[1:], ids=["elastic", "pull", "push"])
 @pytest.mark.parametrize("message", range(1, 9))
 def test_a_death_at_each_message(rule: MixingRule, message: int) -> None:

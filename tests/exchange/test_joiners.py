@@ -59,7 +59,7 @@ def test_the_donor_dies_while_it_donates_and_another_serves(point: str) -> None:
     assert [s.donor for s in run.stays if s.rank == 2] == [-1, 1]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("point", OF_A_JOINER)
 def test_a_joiner_dies_and_the_next_one_takes_its_seat(point: str) -> None:
     run = of_four({2: (5, "posted")}, {2: [(0, point), None]})
@@ -92,7 +92,7 @@ def test_all_but_one_come_back() -> None:
     assert [rank for rank, _ in joined(run)] == [0, 1, 2]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("point", AT_A_MEETING)
 def test_one_dies_at_a_meeting_and_comes_back_during_the_meetings_that_follow(point: str) -> None:
     meetings = tuple(range(20, 400, 12))

@@ -49,6 +49,7 @@ def kept(rounds: Rounds) -> dict[str, Tensor]:
     return state["starts"] | {f"momentum of {name}": value for name, value in state["velocities"].items()}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("wire_dtype", [None, torch.float16], ids=["whole", "16 bits"])
 @pytest.mark.parametrize("fragments", [1, 2])
 @pytest.mark.parametrize("delay", [0, 3])

@@ -86,6 +86,7 @@ def expected(
     )[0]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize("delay", [0, 3])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -124,6 +125,7 @@ def test_a_16_bit_wire_equals_its_replay(delay: int) -> None:
     assert np.abs(rounded - expected("adamw", outer, schedule(), delay)).max() > 1e-4
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("delay", [0, 3])
 @pytest.mark.parametrize(
     ("peers", "ranks", "probability"),

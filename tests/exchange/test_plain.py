@@ -66,7 +66,7 @@ def copied(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_loop_equals_the_strategys_training_plain_resumed_or_in_fabric(tmp_path: Path, name: str) -> None:
     strategy, arguments = SCHEMES[name]

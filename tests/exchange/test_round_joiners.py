@@ -38,7 +38,7 @@ def joined(run: Returns) -> list[tuple[int, int]]:
     return sorted((s.rank, s.incarnation) for s in run.stays if s.donor is not None and s.ended)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize(("period", "delay", "fragments"), WAYS)
 def test_one_comes_back_with_the_common_start(period: int, delay: int, fragments: int, rank: int) -> None:
@@ -53,6 +53,7 @@ def test_one_comes_back_with_the_common_start(period: int, delay: int, fragments
     assert set(late) == {(0, 1, 2, 3)}, "rounds are of all four again"
 
 
+@pytest.mark.long
 def test_no_round_is_dropped_over_one_that_takes_its_time_to_load() -> None:
     run = of_four({2: (8, "between the halves")}, {2: [None]}, loading=0.3)
     run.go()
@@ -65,7 +66,7 @@ def test_no_round_is_dropped_over_one_that_takes_its_time_to_load() -> None:
         assert other.life.applied[after[0], 0] == (0, 1, 2, 3)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize(("period", "delay", "fragments"), [(4, 0, 1), (4, 3, 4)])
 @pytest.mark.parametrize("point", OF_A_DONOR)
 def test_the_donor_dies_while_it_donates_and_another_serves(
@@ -81,7 +82,7 @@ def test_the_donor_dies_while_it_donates_and_another_serves(
     assert [s.donor for s in run.stays if s.rank == 2 and s.ended] == [(1, 0)]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize(("period", "delay", "fragments"), [(4, 0, 1), (4, 3, 4)])
 @pytest.mark.parametrize("point", OF_A_JOINER)
 def test_a_joiner_dies_and_the_next_one_takes_its_seat(point: str, period: int, delay: int, fragments: int) -> None:
@@ -94,7 +95,7 @@ def test_a_joiner_dies_and_the_next_one_takes_its_seat(point: str, period: int, 
     assert len([s for s in run.stays if s.rank == 2]) == 3
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("delay", [0, 3])
 @pytest.mark.parametrize("point", OF_AN_ALL_REDUCE)
 def test_a_joiner_dies_in_its_first_rounds_and_the_next_one_takes_its_seat(point: str, delay: int) -> None:
@@ -152,7 +153,7 @@ def test_a_longer_random_walk_keeps_starts_equal(seed: int) -> None:
     test_a_random_walk_keeps_starts_equal(seed)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_a_random_walk_keeps_starts_equal(seed: int) -> None:
     rng = np.random.default_rng([20, seed])

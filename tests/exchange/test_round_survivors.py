@@ -20,7 +20,7 @@ WHOLE = ("before its vote", "after its vote", "before the word", "after the word
 """Points at which all have what they need."""
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 @pytest.mark.parametrize("fragments", [1, 4])
 @pytest.mark.parametrize("delay", [0, 3])
 @pytest.mark.parametrize("ranks", [4, 5])
@@ -96,7 +96,7 @@ def test_votes_are_cleaned_up() -> None:
     assert run.store.num_keys() < 120, "keys of rounds stay in the store"
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_a_random_walk_keeps_starts_equal(seed: int) -> None:
     rng = np.random.default_rng([22, seed])

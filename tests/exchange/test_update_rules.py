@@ -125,6 +125,7 @@ def bfloat16(x: np.ndarray) -> np.ndarray:
     return (((bits + half - np.uint64(1) + odd) >> np.uint64(45)) << np.uint64(45)).view(np.float64)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("optimizer", Optimizers)
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_equal_their_replay(rule: str, optimizer: str) -> None:

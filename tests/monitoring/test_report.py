@@ -272,6 +272,7 @@ def without_scalars(run: Path) -> None:
     write_rank(run / "rank_0", {})
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [

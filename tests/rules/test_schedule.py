@@ -34,6 +34,7 @@ def test_choices_are_other_ranks(peers: str, world_size: int) -> None:
     assert (idle == (world_size % 2 if peers in ("matching", "ring") else 0)).all()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("peers", ["matching", "uniform", "weighted", "ring", "exponential"])
 @pytest.mark.parametrize("probability", [0.125, 0.6])
 def test_probability_is_the_frequency_of_taking_part(peers: str, probability: float) -> None:

@@ -94,7 +94,7 @@ def train(
     )
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("ema", [False, True])
 @pytest.mark.parametrize("delay", [0, 3])
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -159,6 +159,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "saved"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("devices", [2, 6])
 def test_resuming_on_another_world_size_warns_and_starts_from_the_consensus(
     tmp_path: Path, saved: Path, devices: int, monkeypatch: Any

@@ -141,6 +141,7 @@ def test_ranks_that_go_together_end_with_the_first(tmp_path: Path) -> None:
         assert max(counts) < 60
 
 
+@pytest.mark.long
 def test_iterable_data_that_ends_with_the_first(tmp_path: Path) -> None:
     class Long(Walk):
         def train_dataloader(self) -> Any:

@@ -295,7 +295,7 @@ class Counts(Linear):
         seen["validated"] = seen.get("validated", 0) + 1
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("kwargs", "steps", "validated"),
     [
@@ -349,7 +349,7 @@ class Stream(IterableDataset):
         return iter([(x[i], y[i]) for i in range(4 + 3 * self.module.global_rank)])
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("validate", [False, True])
 @pytest.mark.parametrize("kwargs", [{}, {"period": 2, "delay": 1}, {"peers": "uniform"}])
 def test_unequal_batch_counts(tmp_path: Path, kwargs: dict[str, Any], validate: bool) -> None:

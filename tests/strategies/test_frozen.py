@@ -95,7 +95,7 @@ def test_what_is_frozen_and_alike_is_not_copied_and_stands_on_disk_once(
     assert all(value is not None for value in checkpoint["state_dict"].values())
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("ema", [False, True])
 @pytest.mark.parametrize("evaluate", ["consensus", "replica"])
 def test_a_resume_takes_it_from_the_checkpoint(tmp_path: Path, evaluate: str, ema: bool) -> None:

@@ -193,6 +193,7 @@ def test_a_rank_that_is_killed_comes_back_as_its_donor_is(
         assert again[0]["step"] >= joiner["step"] + 30
 
 
+@pytest.mark.long
 def test_who_was_declared_lost_joins_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fault = OnceOnly(2, hook="on_train_batch_end", batch=2, act=stop_for(6))
     with caplog.at_level(logging.WARNING):

@@ -65,6 +65,7 @@ def test_gossip_spawn_fits_and_tests(ended: Ended) -> None:
     assert_fitted_and_tested(ended, "gossip_spawn")
 
 
+@pytest.mark.long
 @program("--strategy", "elastic_gossip_spawn", "--devices", 2)
 def test_elastic_gossip_spawn_fits_and_tests(ended: Ended) -> None:
     assert_fitted_and_tested(ended, "elastic_gossip_spawn")
@@ -208,6 +209,7 @@ def test_a_killed_rank_that_nobody_exchanges_with_is_reported_by_the_launcher(en
     assert "was killed by SIGKILL" in ended.endings()[0]["text"]
 
 
+@pytest.mark.long
 @program("--fault", "SIGKILL:0:10", "--devices", 2, linger=20)
 def test_a_killed_launching_process_takes_the_others_with_it(ended: Ended) -> None:
     assert ended.code == -signal.SIGKILL

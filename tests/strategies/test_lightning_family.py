@@ -94,7 +94,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.processes
 @pytest.mark.parametrize("named", ["downpour", "gossip_spawn"])
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class Own(Recorder):
         self.seen["before"] = teachers[0].models["teacher"].weight.detach().clone()
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "share_memory"])
 @pytest.mark.parametrize(
     ("name", "start_method"),

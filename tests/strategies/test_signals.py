@@ -108,7 +108,7 @@ def saved(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
     return path, [files.load_replica(files.AtomicCheckpointIO(), path, save_id, rank, True) for rank in range(2)]
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("after", [{0: 0.0, 1: 0.0}, {0: 0.05}, {1: 0.05}, {0: 0.0, 1: 1.2}], ids=str)
 @pytest.mark.parametrize("name", ["elastic", "pull", "downpour"])
 def test_ranks_save_at_the_end_of_one_step_and_requeue_once(

@@ -130,7 +130,7 @@ AT_OTHER_POINTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize(
     ("point", "rank"),
     [
@@ -309,6 +309,7 @@ def test_groups_of_the_users_own_work_on(tmp_path: Path) -> None:
     check(run(tmp_path, fault, lost=(0,), module=OwnCollectives()), (1, 2, 3))
 
 
+@pytest.mark.long
 def test_loggers_go_on_in_the_same_folders_and_the_moment_is_marked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
