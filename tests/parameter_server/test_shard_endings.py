@@ -295,6 +295,7 @@ def launch(pipe: Connection, holds_pipe: bool) -> None:
     time.sleep(60)
 
 
+@pytest.mark.long
 @pytest.mark.one_in(2)
 @pytest.mark.processes
 @pytest.mark.parametrize("holds_pipe", [False, True])

@@ -305,6 +305,7 @@ def test_who_comes_when_the_others_are_through_is_told_so_whoever_is_left(
     assert "rank 2: the training is over; no checkpoint was saved" in capfd.readouterr().err
 
 
+@pytest.mark.long
 def test_a_torn_state_is_asked_for_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

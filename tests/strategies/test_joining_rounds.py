@@ -91,6 +91,7 @@ def diloco(folder: Path, **options: Any) -> Witnessed:
     return strategy
 
 
+@pytest.mark.long
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("rank", "options"),
