@@ -38,18 +38,7 @@ def run_processes(
             result = ("raised", traceback.format_exc())
         torch.save(result, folder / f"process_{rank}.pt")
 
-    gc.collect()  # or the ranks would destroy what earlier tests left, with threads that they do not have
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=become, args=(rank,)) for rank in range(world_size)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout)
-    hanging = [rank for rank, process in enumerate(ranks) if process.is_alive()]
-    for process in ranks:
-        process.kill()
-        process.join()
-    assert not hanging, f"ranks {hanging} hang"
+    assert None not in (codes := fork(become, world_size, timeout)), f"ranks hang: {codes}"
     results = [torch.load(folder / f"process_{rank}.pt", weights_only=False) for rank in range(world_size)]
     for kind, value in results:
         assert expect_errors or kind == "returned", value
@@ -73,16 +62,21 @@ def run_program(folder: Path, program: Path, arguments: list[Any], world_size: i
         with open(folder / f"printed_{rank}.txt", "w", buffering=1) as file, redirect_stdout(file):
             runpy.run_path(str(program), run_name="__main__")
 
-    gc.collect()
+    assert fork(become, world_size, 120) == [0] * world_size
+    return (folder / "printed_0.txt").read_text().splitlines()
+
+
+def fork(become: Callable[[int], None], world_size: int, timeout: float) -> list[int | None]:
+    """Call ``become`` with each rank in a fork; return their exit codes, None for one that hangs: it is killed."""
+    gc.collect()  # or the ranks would destroy what earlier tests left, with threads that they do not have
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=become, args=(rank,)) for rank in range(world_size)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join(timeout)
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()
         process.join()
-    assert codes == [0] * world_size
-    return (folder / "printed_0.txt").read_text().splitlines()
+    return codes
