@@ -230,7 +230,8 @@ def plot(rows: Sequence[Row]) -> Any:
     left, right = panels(figure, 2, share_y=False)
     for axes, key, label in ((left, "accuracy", "test accuracy, %"), (right, "distance", "consensus distance")):
         for setup, (times, values) in curves(rows, key).items():
-            [line] = axes.plot(times, np.median(values, axis=0), label=setup)
+            style = "--" if setup.startswith("by step") else "-"  # with even ranks both kinds make the same curve
+            [line] = axes.plot(times, np.median(values, axis=0), style, label=setup)
             axes.fill_between(times, values.min(axis=0), values.max(axis=0), alpha=0.2, color=line.get_color())
         axes.set_xlabel("time, epochs of even ranks")
         axes.set_ylabel(label)
