@@ -50,6 +50,7 @@ MACHINE = Machine(compute=0.028, payload=TASKS["mlp"].bytes, bandwidth=10e9)
 SETUPS = {
     "asynchronous, one slow": (SLOW, 1, 1, 1),
     "asynchronous, three alone": (1, 1, 1),
+    "asynchronous, nearly even": (1.03, 0.99, 1.01, 0.97),
     "asynchronous, even": (1, 1, 1, 1),
     "by step, even": None,
 }
