@@ -41,10 +41,11 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests of real processes; run those that fork before those that start threads in this process.
+    """Mark tests of real processes; run programs, then what forks, then what starts threads in this process.
 
-    A fork copies locks, not their holders. Tests of real processes are tried once more, but for those about faults: on
-    a crowded machine one in some hundred is late. One that fails twice fails; pytest's summary names others as rerun.
+    A fork copies locks, not their holders; programs take longest, and last they would leave other workers idle. Tests
+    of real processes are tried once more, but for those about faults: on a crowded machine one in some hundred is late.
+    One that fails twice fails; pytest's summary names others as rerun.
     """
     mark_processes(items)
     for item in items:
@@ -55,7 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--long") and (long := [item for item in items if item.get_closest_marker("long")]):
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
-    items.sort(key=lambda item: not forks(item.module))  # type: ignore[attr-defined]
+    items.sort(key=lambda item: 2 - 2 * launches(item.module) - forks(item.module))  # type: ignore[attr-defined]
 
 
 def pytest_collection_finish() -> None:
@@ -86,7 +87,12 @@ def places(item: pytest.Item) -> Iterator[int]:
 
 def forks(module: Any) -> bool:
     """Whether the tests of ``module`` fork ranks (forked.py, dealt.py)."""
-    return bool({"fit", "Linear", "Walk"} & set(vars(module)))
+    return bool({"fit", "Linear", "Walk", "run_program"} & set(vars(module)))
+
+
+def launches(module: Any) -> bool:
+    """Whether the tests of ``module`` launch programs (launched.py)."""
+    return bool({"Program", "Forked"} & set(vars(module)))
 
 
 running: list[pytest.Item] = []

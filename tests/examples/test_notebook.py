@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.slow]
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "replicas_in_a_notebook.ipynb"
 
 
+@pytest.mark.long
 def test_it_runs_and_the_rank_that_is_killed_comes_back(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")

@@ -130,6 +130,7 @@ def test_any_inner_optimizer_works(optimizer: str) -> None:
     assert_equal_replay(train(outer, optimizer), expected(outer, optimizer))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_any_number_of_ranks_works(ranks: int) -> None:
     """One replica too makes the outer step; of seven some own no byte of the smallest part."""

@@ -34,7 +34,7 @@ def joined(run: Returns) -> list[tuple[int, int]]:
     return sorted((s.rank, s.incarnation) for s in run.stays if s.donor >= 0 and s.life.theta is not None)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("shared_memory", [True, False], ids=["shared memory", "links"])
 @pytest.mark.parametrize("rank", [0, 2])
 def test_one_comes_back_and_is_drawn(rank: int, shared_memory: bool) -> None:

@@ -146,7 +146,7 @@ CASES = [
 ] + [(count, "asynchronous", 1.0, gamma) for count in (4, 32) for gamma in MOMENTA]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("apart", APART, ids=["optima agree", "optima differ"])
 @pytest.mark.parametrize(("count", "peers", "probability", "gamma"), CASES)
 def test_the_distance_settles(count: int, peers: str, probability: float, gamma: float, apart: float) -> None:
@@ -156,7 +156,7 @@ def test_the_distance_settles(count: int, peers: str, probability: float, gamma:
     assert last < 60, "it settles far from where noise and springs alone would hold the replicas"
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("apart", "allowed"), [(0.0, 1.2), (5.0, 2.0)], ids=["optima agree", "optima differ"])
 @pytest.mark.parametrize(
     ("count", "probability"), [(4, 1.0), (4, 0.5), (8, 1.0), (8, 0.5), (32, 1.0), (32, 0.1), (128, 0.02)]

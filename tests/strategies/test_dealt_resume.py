@@ -60,6 +60,7 @@ def test_a_resume_trains_what_was_not(tmp_path: Path, before: int, after: int, w
     assert second[0]["epoch"] == 3
 
 
+@pytest.mark.long
 def test_a_resume_at_a_validation_within_an_epoch(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(
         tmp_path / "saved", filename="{step}", monitor="val_loss", save_top_k=-1, save_on_train_epoch_end=False

@@ -92,6 +92,7 @@ def train(folder: Path, *callbacks: Callback, **options: Any) -> list[Any]:
         until(lambda: not running_shards(folder), 10)
 
 
+@pytest.mark.long
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("rank", [2, 0])
 def test_a_rank_that_is_killed_comes_back_and_all_resume(

@@ -43,15 +43,15 @@ def _no_shared_temporary_files() -> Iterator[None]:
 # -- starts -----------------------------------------------------------------------------------------------------------
 
 
-@program("--strategy", "gossip", "elastic_gossip", "downpour", "--devices", 4, "--fits", 2, as_a_user=True)
+@program("--strategy", "gossip", "elastic_gossip", "downpour", "--devices", 2, "--fits", 2, as_a_user=True)
 def test_names_that_start_the_program_again_fit_and_test(ended: Ended) -> None:
     """Those that fork are in test_strategies.py."""
     assert ended.code == 0, ended.printed
-    for strategy, steps in (("gossip", 24), ("elastic_gossip", 24), ("downpour", 24)):
+    for strategy in ("gossip", "elastic_gossip", "downpour"):
         ranks = ended.results(strategy)
         made = [rank["step"] for rank in ranks]
-        assert sum(made) == 4 * steps, "the clock goes on in the second fit"
-        assert strategy == "downpour" or made == [steps] * 4, "where batches are not dealt as workers have need of them"
+        assert sum(made) == 2 * 48, "the clock goes on in the second fit"
+        assert strategy == "downpour" or made == [48] * 2, "where batches are not dealt as workers have need of them"
         for rank in ranks:
             assert rank["state"] == ranks[0]["state"], "all hold the consensus model"
             assert rank["accuracy"] == ranks[0]["accuracy"]
@@ -243,6 +243,7 @@ def test_a_killed_shard_ends_all_with_its_name_and_leaves_the_last_checkpoint_wh
         assert "parameter server shard 0 (127.0.0.1:" in ending["text"]
 
 
+@pytest.mark.long
 @program("--strategy", "downpour", "--fault", "SIGKILL:0:10", "--devices", 2)
 def test_shards_end_with_a_run_whose_launching_process_is_killed(ended: Ended) -> None:
     """Nothing is left within 5 seconds."""

@@ -62,7 +62,7 @@ def kill_store() -> None:
     store.kill()
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize(
     ("strategy", "moment"),
     [

@@ -130,7 +130,7 @@ AT_OTHER_POINTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize(
     ("point", "rank"),
     [
