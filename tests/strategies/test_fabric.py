@@ -15,7 +15,7 @@ from waiting import until
 from lightning_gossip import ReplicaFabricStrategy
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.long
 @pytest.mark.processes
 @pytest.mark.faults
 @pytest.mark.parametrize("rank", [2, 0])

@@ -130,11 +130,10 @@ CASES: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("rank", "case"),
     [
-        (2, "asynchronous"),
         (0, "elastic"),
         *(
             pytest.param(2, case, marks=pytest.mark.long)
-            for case in ("elastic", "elastic, delayed", "elastic, outer step", "pull over links")
+            for case in ("elastic", "elastic, delayed", "elastic, outer step", "pull over links", "asynchronous")
         ),
     ],
 )
