@@ -32,19 +32,17 @@ class HelperThread(threading.Thread):
     """
 
     def __init__(self, work: Callable[[], None], name: str, ask_to_end: Callable[[], object]) -> None:
-        super().__init__(name=name, daemon=True)
-        self._work: Callable[[], None] | None = work
+        super().__init__(target=work, name=name, daemon=True)
         self._ask_to_end: Callable[[], object] | None = ask_to_end
         _helpers.add(self)
         self.start()
 
     @override
     def run(self) -> None:
-        assert self._work is not None
         try:
-            self._work()
+            super().run()
         finally:
-            self._work = self._ask_to_end = None  # or it and its owner would keep each other
+            self._ask_to_end = None  # or it and its owner would keep each other, as with `work`, which Thread drops
 
     def ask_to_end(self) -> None:
         """Let it end soon."""

@@ -249,7 +249,7 @@ def logged() -> Iterator[Counter[str]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(170)
-@pytest.mark.parametrize("messages", [1_000, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("messages", [2_000, pytest.param(10_000, marks=pytest.mark.long)])
 def test_thousands_of_malformed_messages_change_nothing(logged: Counter[str], messages: int) -> None:
     ends: Counter[str] = Counter()
     numbers, lock = itertools.count(), threading.Lock()

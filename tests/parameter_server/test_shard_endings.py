@@ -296,7 +296,6 @@ def launch(pipe: Connection, holds_pipe: bool) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.one_in(2)
 @pytest.mark.processes
 @pytest.mark.parametrize("holds_pipe", [False, True])
 def test_no_shard_survives_its_launcher(holds_pipe: bool) -> None:

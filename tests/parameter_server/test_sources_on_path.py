@@ -60,7 +60,6 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.long
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("way", ["script", "module_after_sys_path"])
 def test_downpour_from_a_job_that_ships_its_sources(job: Path, way: str) -> None:
     command = [str(job / "program.py")]

@@ -202,7 +202,6 @@ def test_a_lost_rank_loses_what_it_held_and_no_more(tmp_path: Path, name: str, v
 
 
 @pytest.mark.long
-@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ["elastic", "push", "local"])
 def test_ranks_that_go_together_deal_on_request(tmp_path: Path, name: str) -> None:
     begin = time.monotonic()

@@ -132,7 +132,6 @@ class Rows(Linear):
 
 
 @pytest.mark.long
-@pytest.mark.one_in(2)
 @pytest.mark.faults
 @pytest.mark.parametrize("epoch_ends", ["all", pytest.param("first", marks=pytest.mark.long)])
 @pytest.mark.parametrize("rows", [240, 193], ids=["equal with three and with four", "unequal"])

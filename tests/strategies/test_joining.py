@@ -276,7 +276,6 @@ def test_who_comes_while_the_others_end_is_told_so(
 
 
 @pytest.mark.long
-@pytest.mark.one_in(4)
 @pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_start", "on_train_batch_start"])
 def test_the_first_rank_comes_back_whenever_it_was_lost_before_its_first_step(tmp_path: Path, hook: str) -> None:
     """What those that join have to know is told by whoever is left."""

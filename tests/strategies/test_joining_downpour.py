@@ -93,7 +93,6 @@ def train(folder: Path, *callbacks: Callback, **options: Any) -> list[Any]:
 
 
 @pytest.mark.long
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("rank", [2, 0])
 def test_a_rank_that_is_killed_comes_back_and_all_resume(
     tmp_path: Path, rank: int, caplog: pytest.LogCaptureFixture

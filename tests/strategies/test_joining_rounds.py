@@ -92,7 +92,6 @@ def diloco(folder: Path, **options: Any) -> Witnessed:
 
 
 @pytest.mark.long
-@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("rank", "options"),
     [

@@ -95,7 +95,6 @@ if __name__ == "__main__":
 
 
 @pytest.mark.long
-@pytest.mark.one_in(4)
 @pytest.mark.processes
 @pytest.mark.parametrize("named", ["downpour", "gossip_spawn"])
 @pytest.mark.parametrize(

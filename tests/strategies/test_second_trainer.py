@@ -50,7 +50,6 @@ except Exception as error:
 
 
 @pytest.mark.long
-@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("trainers", "strategy"), [(1, "gossip"), (2, "gossip"), (1, "downpour")])
 def test_a_lost_rank_of_a_later_trainer_is_noticed_at_once(tmp_path: Path, trainers: int, strategy: str) -> None:
     program = tmp_path / "program.py"

@@ -123,7 +123,6 @@ def test_ranks_save_at_the_end_of_one_step_and_requeue_once(
 
 
 @pytest.mark.long
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["elastic", "downpour"])
 def test_signals_at_random_moments_while_validations_and_checkpoints_go_on(
     tmp_path: Path, scontrol: Path, name: str

@@ -242,7 +242,6 @@ class Resumed(Callback):
 
 
 @pytest.mark.long
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("lost", [(0,), (0, 1)], ids=str)
 def test_the_next_warms_up_where_the_first_dies_over_it(tmp_path: Path, lost: tuple[int, ...]) -> None:
     faults = [Fault(rank, hook="on_train_batch_end", epoch=0, batch=2) for rank in lost]
